@@ -1,0 +1,140 @@
+"""The joint objective of REG (section 3): velocity of the latent, velocity of the class token, alignment.
+
+total = mean |v - v*|^2  +  beta * mean |v_c - v_c*|^2  +  lambda * mean -cos(projection, teacher token)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models import philox
+from models.interpolant import Interpolant
+from models.state import State
+
+WEIGHTINGS = ("uniform", "lognormal")
+_NORMALS, _UNIFORMS = 0, 1  # philox purposes of a training step
+
+
+class Draws(NamedTuple):
+    """All randomness of one training step, a function of (seed, step, index in the global batch) alone.
+
+    posterior: (N, C, H, W) standard normal, for the VAE posterior. noise: State of standard normals. time: (N,) in
+    (0, 1) for weighting "uniform", standard normal for "lognormal". drop: (N,) in (0, 1), compared with the dropout
+    probability.
+    """
+
+    posterior: Tensor
+    noise: State
+    time: Tensor
+    drop: Tensor
+
+
+class LossTerms(NamedTuple):
+    """The three terms per sample, unweighted, float32; zeros where a term is off. t: the times they were taken at."""
+
+    velocity: Tensor  # (N,)
+    class_velocity: Tensor  # (N,)
+    alignment: Tensor  # (N,) in [-1, 1]
+    t: Tensor  # (N,)
+
+
+def draw(
+    seed: int, step: int, index: Tensor, latent_shape: Sequence[int], class_token_dim: int, weighting: str
+) -> Draws:
+    """Draw for the samples at positions `index` (N,) int64 of the global batch of this step.
+
+    The same numbers for any number of processes, micro-batches, and after any resume.
+    """
+    size = latent_shape[0] * latent_shape[1] * latent_shape[2]
+    z = philox.normal(seed, _NORMALS, step, index, 2 * size + class_token_dim + 1)
+    posterior, latent, class_token, log_sigma = z.split([size, size, class_token_dim, 1], dim=1)
+    u = philox.uniform(seed, _UNIFORMS, step, index, 2).float()
+    return Draws(
+        posterior=posterior.reshape(-1, *latent_shape),
+        noise=State(latent.reshape(-1, *latent_shape), class_token if class_token_dim else None),
+        time=u[:, 0] if weighting == "uniform" else log_sigma[:, 0],
+        drop=u[:, 1],
+    )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Turns a batch into loss terms. beta, lambda: `class_coeff`, `proj_coeff` (paper: 0.03, 0.5)."""
+
+    interpolant: Interpolant = Interpolant("linear")
+    weighting: str = "uniform"
+    class_coeff: float = 0.03
+    proj_coeff: float = 0.5
+    cfg_prob: float = 0.1  # probability that a label is replaced by the null class
+
+    def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting {self.weighting!r} is none of {', '.join(WEIGHTINGS)}")
+        if not 0 <= self.cfg_prob <= 1:
+            raise ValueError(f"the label dropout probability (cfg-prob) must be in [0, 1], got {self.cfg_prob}")
+
+    def times(self, draws: Draws) -> Tensor:
+        """(N,) times in (0, 1): uniform, or the t at which sigma/alpha = exp(N(0, 1))."""
+        if self.weighting == "uniform":
+            return draws.time
+        return self.interpolant.time_of_sigma_ratio(draws.time.exp())
+
+    def __call__(
+        self,
+        network: Callable,
+        clean: State,
+        label: Tensor,
+        teachers: Sequence[Tensor],
+        draws: Draws,
+        *,
+        null_label: int,
+    ) -> LossTerms:
+        """The loss terms of one batch.
+
+        network: SiT, wrapped or not. clean: data latent (N, C, H, W), normalised, and class token (N, E) or None.
+        label: (N,) int64. teachers: one (N, T, E_k) for each projector, class token first; empty for no alignment.
+        null_label: the config's num_classes.
+        """
+        t = self.times(draws)
+        x_t = clean.map(lambda x, noise: self.interpolant.interpolate(x, noise, t), draws.noise)
+        target = clean.map(lambda x, noise: self.interpolant.velocity(x, noise, t), draws.noise)
+        label = torch.where(draws.drop < self.cfg_prob, null_label, label)
+        output = network(x_t.latent, t, label, x_t.class_token, project=len(teachers) > 0)
+
+        error = State(output.velocity, output.class_velocity).map(_mean_square, target)
+        zero = torch.zeros_like(t)
+        return LossTerms(
+            velocity=error.latent,
+            class_velocity=zero if error.class_token is None else error.class_token,
+            alignment=alignment(output.projections, teachers) if teachers else zero,
+            t=t,
+        )
+
+    def total(self, terms: LossTerms) -> Tensor:
+        """The scalar to minimise: velocity + beta * class_velocity + lambda * alignment, averaged over the batch."""
+        return (
+            terms.velocity.mean()
+            + self.class_coeff * terms.class_velocity.mean()
+            + self.proj_coeff * terms.alignment.mean()
+        )
+
+
+def alignment(projections: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """REPA's alignment on class and patch tokens: mean over tokens and encoders of -cosine, in float32.
+
+    projections, teachers: (N, T, E_k) for each encoder k => (N,). The normalisation runs in float32 whatever autocast
+    does, because the square of a small half-precision token underflows to a zero norm.
+    """
+    cosines = [
+        (F.normalize(p.float(), dim=-1) * F.normalize(z.float(), dim=-1)).sum(-1).mean(1)  # (N,)
+        for p, z in zip(projections, teachers, strict=True)
+    ]
+    return -torch.stack(cosines).mean(0)
+
+
+def _mean_square(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)  # (N,)

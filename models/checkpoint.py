@@ -1,0 +1,101 @@
+"""Model files: what inference needs, in one safetensors file from which the network is rebuilt without any flag."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.sit import SiT, SiTConfig
+
+SCHEMA = 1
+MODEL_FILE = "ema.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model file says beside the weights, stored as JSON in the file's header.
+
+    network: the SiT's config. path: interpolant. vae, normalization: as in the dataset it was trained on. encoders: names.
+    cfg_prob: label dropout it was trained with (guidance needs > 0). step: optimiser steps taken. classes: names.
+    """
+
+    network: SiTConfig
+    path: str
+    resolution: int
+    vae: str
+    normalization: dict[str, Any]
+    encoders: tuple[str, ...] = ()
+    cfg_prob: float = 0.1
+    step: int = 0
+    classes: tuple[str, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo, class_means: Tensor | None = None) -> None:
+    """Write a model file whole or not at all. class_means: (classes, D) mean class token of each class, for naming."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state_dict.items()}
+    if class_means is not None:
+        tensors["class_means"] = class_means.contiguous().cpu()
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"reg": json.dumps(asdict(info))})
+    temporary.rename(path)
+
+
+@dataclass
+class Model:
+    """A model file in memory. class_means: (classes, D) or None."""
+
+    network: nn.Module
+    info: ModelInfo
+    class_means: Tensor | None
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
+    """Rebuild the network of a model file, in eval mode.
+
+    path: the file, a checkpoint folder, or a run folder (its newest checkpoint). Raises FileNotFoundError or ValueError
+    naming the file and what is wrong with it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = find_model(Path(path))
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as stream:
+            header = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+    if "reg" not in header:
+        raise ValueError(f"{path} is not a model file of this project: its header has no config (python -m models.convert)")
+    content = json.loads(header["reg"])
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"{path} has schema {content['schema']}, this code reads {SCHEMA}")
+    info = ModelInfo(**{**content, "network": SiTConfig(**content["network"])})
+    class_means = tensors.pop("class_means", None)
+    with torch.device("meta"):
+        network = SiT(info.network)
+    network.to_empty(device=device)
+    network.t_embedder.reset_frequencies()
+    try:
+        network.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the weights do not fit the config in its header: {error}") from error
+    return Model(network.eval(), info, class_means)
+
+
+def find_model(path: Path) -> Path:
+    """The model file meant by `path`: itself, the one in a checkpoint folder, or the newest one of a run folder."""
+    if path.is_file():
+        return path
+    if (path / MODEL_FILE).is_file():
+        return path / MODEL_FILE
+    candidates = sorted(path.glob(f"checkpoints/[0-9]*/{MODEL_FILE}"))
+    if not candidates:
+        raise FileNotFoundError(f"no model file at {path}: give a .safetensors file, a checkpoint folder or a run folder")
+    return candidates[-1]

@@ -1,0 +1,40 @@
+"""Exponential moving average of the weights (REG: decay 0.9999, no warm-up)."""
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Keeps `average`, a frozen copy of a network, with average <- decay * average + (1 - decay) * weights.
+
+    The published rule exactly: the copy starts as the network itself, every parameter and floating-point buffer takes
+    part, and there is no bias correction. torch's AveragedModel copies on its first update and so would lag by a step.
+    """
+
+    def __init__(self, network: nn.Module, average: nn.Module, decay: float = 0.9999) -> None:
+        """`average`: a second network of the same config, anywhere; its weights are overwritten by those of `network`.
+
+        Raises ValueError for a decay outside [0, 1].
+        """
+        if not 0 <= decay <= 1:
+            raise ValueError(f"EMA decay must be in [0, 1], got {decay}")
+        self.decay = decay
+        self.average = average.requires_grad_(False).eval()
+        self.average.load_state_dict(network.state_dict())
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """One step of the average towards `network` (the unwrapped one), as a single fused foreach lerp."""
+        averages, weights = [], []
+        for average, weight in zip(self.average.state_dict().values(), network.state_dict().values(), strict=True):
+            averages.append(average)
+            weights.append(weight.detach().to(average.device, average.dtype, non_blocking=True))
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+
+    @torch.no_grad()
+    def distance(self, network: nn.Module) -> torch.Tensor:
+        """Relative L2 distance |weights - average| / |weights| over all parameters: a scalar tensor."""
+        averages = [p.double() for p in self.average.parameters()]
+        weights = [p.detach().to(a.device).double() for p, a in zip(network.parameters(), averages)]
+        difference = torch.stack(torch._foreach_norm(torch._foreach_sub(weights, averages))).norm()
+        return difference / torch.stack(torch._foreach_norm(weights)).norm()

@@ -1,0 +1,78 @@
+"""The stochastic interpolant x_t = alpha(t) x + sigma(t) noise (REG section 3; SiT section 2).
+
+t = 0 is data, t = 1 is noise. The only owner of alpha, sigma and their derivatives: loss and samplers ask here.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PATHS = ("linear", "cosine")
+
+
+class Coefficients(NamedTuple):
+    """alpha, sigma and their time derivatives at t; each has the shape of t."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+
+@dataclass(frozen=True)
+class Interpolant:
+    """A path between data and noise, by name: "linear" or "cosine"."""
+
+    path: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.path not in PATHS:
+            raise ValueError(f"path type {self.path!r} is none of {', '.join(PATHS)}")
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """alpha(t), sigma(t) and their derivatives; linear: 1 - t, t; cosine: cos(pi t / 2), sin(pi t / 2)."""
+        if self.path == "linear":
+            return Coefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
+        half_pi = math.pi / 2
+        cos, sin = torch.cos(half_pi * t), torch.sin(half_pi * t)
+        return Coefficients(cos, sin, -half_pi * sin, half_pi * cos)
+
+    def interpolate(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha x + sigma noise. x, noise: (N, ...), t: (N,) or scalar => (N, ...)."""
+        c = self.coefficients(_like(t, x))
+        return c.alpha * x + c.sigma * noise
+
+    def velocity(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The regression target dx_t/dt = d_alpha x + d_sigma noise. Shapes as in `interpolate`."""
+        c = self.coefficients(_like(t, x))
+        return c.d_alpha * x + c.d_sigma * noise
+
+    def score(self, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The score grad log p_t(x_t) that belongs to the velocity v (SiT eq. 9). Shapes as in `interpolate`.
+
+        With the true velocity of one (x, noise) pair it is -noise / sigma. Singular at t = 0.
+        """
+        c = self.coefficients(_like(t, x_t))
+        ratio = c.alpha / c.d_alpha
+        return (ratio * v - x_t) / (c.sigma**2 - ratio * c.d_sigma * c.sigma)
+
+    def denoised(self, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The data estimate E[x | x_t] that belongs to the velocity v: x_t and v solved for x."""
+        c = self.coefficients(_like(t, x_t))
+        return (c.d_sigma * x_t - c.sigma * v) / (c.alpha * c.d_sigma - c.sigma * c.d_alpha)
+
+    def time_of_sigma_ratio(self, ratio: Tensor) -> Tensor:
+        """The t at which sigma / alpha = ratio: linear r / (1 + r), cosine 2/pi atan(r)."""
+        return ratio / (1 + ratio) if self.path == "linear" else 2 / math.pi * torch.atan(ratio)
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """Give t (scalar or (N,)) trailing axes so that it broadcasts against x (N, ...)."""
+    if t.ndim == 0:
+        return t
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must be a scalar or have one entry a sample: got {tuple(t.shape)} for x {tuple(x.shape)}")
+    return t.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,73 @@
+"""Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011, "Parallel Random Numbers: As Easy as 1, 2, 3").
+
+Every draw of training and sampling is a function of (seed, purpose, step, index) and not of a generator's state: the
+same sample gets the same noise on any number of GPUs, at any batch size, and after any interruption. torch.Generator
+cannot give each row of a batch a stream of its own without a loop; here a batch is a few dozen tensor operations.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # round multipliers
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One block of four 32-bit words for each counter.
+
+    counter: four int64 tensors that broadcast against each other, each value in [0, 2**32). seed: the 64-bit key.
+    Returns four int64 tensors of values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(c0, _M0)
+        high1, low1 = _multiply(c2, _M1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """(high, low) 32-bit words of the 64-bit product of x < 2**32 and m < 2**32, in wrapping int64."""
+    product = x * m
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def _words(seed: int, purpose: int, step: int, index: Tensor, blocks: int) -> tuple[Tensor, ...]:
+    """Four (N, blocks) word tensors for the samples `index` (N,) int64; counter: (block, purpose, index, step)."""
+    if not 0 <= step <= _MASK:
+        raise ValueError(f"step must be in [0, 2**32), got {step}")
+    block = torch.arange(blocks, device=index.device).expand(len(index), -1)
+    row = index[:, None].expand_as(block)
+    return philox4x32((block, torch.full_like(block, purpose), row, torch.full_like(block, step)), seed)
+
+
+def normal(seed: int, purpose: int, step: int, index: Tensor, count: int) -> Tensor:
+    """Standard normal numbers, one row for each sample.
+
+    index: (N,) int64, the samples' global numbers, each in [0, 2**32) => (N, count) float32. Box-Muller in float64, so
+    that rounding to float32 hides the last-bit differences between scalar and vector code.
+    """
+    w0, w1, w2, w3 = _words(seed, purpose, step, index, -(-count // 4))
+    pairs = []
+    for a, b in ((w0, w1), (w2, w3)):
+        radius = torch.sqrt(-2 * torch.log(_open_unit(a)))
+        angle = 2 * math.pi * _open_unit(b)
+        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(pairs, dim=-1).flatten(1)[:, :count].float()
+
+
+def uniform(seed: int, purpose: int, step: int, index: Tensor, count: int) -> Tensor:
+    """Uniform numbers in (0, 1), one row for each sample. index: (N,) int64 => (N, count) float64."""
+    words = _words(seed, purpose, step, index, -(-count // 4))
+    return torch.stack([_open_unit(w) for w in words], dim=-1).flatten(1)[:, :count]
+
+
+def _open_unit(word: Tensor) -> Tensor:
+    """32-bit word => float64 in (0, 1), never an end point."""
+    return (word.double() + 0.5) * 2.0**-32

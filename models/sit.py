@@ -1,0 +1,322 @@
+"""SiT: a diffusion transformer with adaLN-Zero conditioning, and REG's extra class-token slot (REG section 3).
+
+Legend: N batch, C latent channels, H W latent size, p patch size, P = HW/p^2 patches, T tokens (P, plus one with the
+class-token slot, which comes first), D width, E width of the class token.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SIZES = {  # depth, hidden size, heads
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+PATCH_SIZES = (2, 4, 8)
+PRESETS = tuple(f"SiT-{size}/{patch}" for size in SIZES for patch in PATCH_SIZES)
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """Everything that determines the network's shape; stored in every model file, from which it is rebuilt."""
+
+    depth: int = 28
+    hidden_size: int = 1152
+    num_heads: int = 16
+    patch_size: int = 2
+    input_size: int = 32  # H = W of the latent
+    in_channels: int = 4
+    num_classes: int = 1000  # the null class of classifier-free guidance has this index
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    class_token_dim: int = 768  # 0: no class-token slot (plain SiT, REPA)
+    align_dims: tuple[int, ...] = (768,)  # token width of each aligned encoder; (): no alignment
+    align_depth: int = 8  # the projectors read the tokens after this many blocks
+    projector_dim: int = 2048
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "align_dims", tuple(self.align_dims))  # a list, when read from JSON
+        for name in ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"SiTConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads} and by 4"
+            )
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} must be divisible by patch_size {self.patch_size}")
+        if self.align_dims and not 1 <= self.align_depth <= self.depth:
+            raise ValueError(f"alignment after block {self.align_depth}, but the network has blocks 1 to {self.depth}")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches + (self.class_token_dim > 0)
+
+
+def preset(name: str, **changes: Any) -> SiTConfig:
+    """The config of a published size such as "SiT-XL/2", with `changes` to any field of SiTConfig.
+
+    The alignment depth follows the paper (S, B: 4; L, XL: 8). Raises ValueError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"model {name!r} is none of {', '.join(PRESETS)}")
+    size, patch = name.removeprefix("SiT-").split("/")
+    depth, hidden_size, num_heads = SIZES[size]
+    shape = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
+    return SiTConfig(**{**shape, "align_depth": 4 if size in ("S", "B") else 8, **changes})
+
+
+class SiTOutput(NamedTuple):
+    """velocity: (N, C, H, W). class_velocity: (N, E) or None. projections: one (N, T, E_k) for each aligned encoder,
+    class token first; empty unless asked for."""
+
+    velocity: Tensor
+    class_velocity: Tensor | None
+    projections: tuple[Tensor, ...]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class PatchEmbedder(nn.Module):
+    """Cut the latent into patches and embed each one linearly."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, P, D)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of t (in [0, 1], not rescaled, as published), then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.register_buffer("frequencies", torch.empty(num_frequencies // 2), persistent=False)
+        self.reset_frequencies()
+
+    def reset_frequencies(self) -> None:
+        """Fill the table anew, after the module was materialised from the meta device."""
+        half = len(self.frequencies)
+        exponents = torch.arange(half, dtype=torch.float32, device="cpu") / half
+        self.frequencies.copy_(torch.exp(-math.log(10000) * exponents))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.frequencies  # (N, F/2)
+        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(t.dtype))  # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """One vector a class, and one more for the null class, index num_classes. Who drops labels is the objective."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)  # (N, D)
+
+
+class ClassTokenEmbedder(nn.Module):
+    """REG's way in: project the noisy class token to the width of the network and normalise it."""
+
+    def __init__(self, class_token_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(class_token_dim, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
+
+    def forward(self, class_token: Tensor) -> Tensor:
+        return self.norm(self.proj(class_token)).unsqueeze(1)  # (N, 1, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; qk_norm normalises queries and keys per head (LayerNorm, as published)."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        head_dim = config.hidden_size // config.num_heads
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.q_norm = nn.LayerNorm(head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves LayerNorm's output in fp32
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D / heads)
+        return self.proj(x.transpose(1, 2).reshape(n, t, d))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        hidden = int(config.hidden_size * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.hidden_size, hidden)
+        self.fc2 = nn.Linear(hidden, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: shift, scale and gate of both branches come from the conditioning."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(config)
+        self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)  # (N, D) each
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """One adaLN layer for all tokens, then a linear map for the patches and another one for the class token."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
+        if config.class_token_dim:
+            self.class_token_linear = nn.Linear(config.hidden_size, config.class_token_dim)
+
+    def forward(self, x: Tensor, c: Tensor, *, with_class_token: bool) -> tuple[Tensor, Tensor | None]:
+        shift, scale = self.modulation(c).chunk(2, dim=-1)
+        x = modulate(self.norm(x), shift, scale)
+        if not with_class_token:
+            return self.linear(x), None
+        return self.linear(x[:, 1:]), self.class_token_linear(x[:, 0])  # (N, P, p^2 C), (N, E)
+
+
+class SiT(nn.Module):
+    """The network v(x_t, c_t, t, y) of REG section 3; without class_token_dim it is SiT (REPA)."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # recompute each block in the backward pass
+        d = config.hidden_size
+        self.x_embedder = PatchEmbedder(config)
+        self.t_embedder = TimestepEmbedder(d)
+        self.y_embedder = LabelEmbedder(config.num_classes, d)
+        if config.class_token_dim:
+            self.class_token_embedder = ClassTokenEmbedder(config.class_token_dim, d)
+        # Fixed, yet part of the state dict: the EMA of published checkpoints has drifted from it by rounding.
+        self.register_buffer("pos_embed", torch.zeros(1, config.num_tokens, d))  # (1, T, D)
+        self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.projectors = nn.ModuleList(projector(d, config.projector_dim, e) for e in config.align_dims)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Every linear layer: xavier uniform, bias 0. Label table and time MLP: normal, std 0.02. Position embedding:
+        2-D sin-cos, zero for the class token. Zero: all modulations (each block starts as the identity) and both output
+        layers (the first prediction is 0)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch_embedding = self.x_embedder.proj  # a linear map of the flattened patch, initialised as one
+        nn.init.xavier_uniform_(patch_embedding.weight.view(patch_embedding.weight.shape[0], -1))
+        nn.init.zeros_(patch_embedding.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        with torch.no_grad():
+            side = self.config.input_size // self.config.patch_size
+            patches = sincos_position_embedding(self.config.hidden_size, side)
+            self.pos_embed[:, -len(patches) :].copy_(patches)
+        outputs = [self.final_layer.modulation, self.final_layer.linear, *(block.modulation for block in self.blocks)]
+        if self.config.class_token_dim:
+            outputs.append(self.final_layer.class_token_linear)
+        for layer in outputs:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, class_token: Tensor | None = None, *, project: bool = False
+    ) -> SiTOutput:
+        """Predict the joint velocity.
+
+        x: (N, C, H, W) noisy latent. t: (N,) in [0, 1]. y: (N,) int64 labels, num_classes for the null class.
+        class_token: (N, E) noisy class token, given exactly if the config has the slot. project: also return the
+        projections for the alignment loss. Raises ValueError when a shape contradicts the config.
+        """
+        self._check(x, class_token)
+        x = self.x_embedder(x)  # (N, P, D)
+        if class_token is not None:
+            x = torch.cat([self.class_token_embedder(class_token), x], dim=1)
+        x = x + self.pos_embed  # (N, T, D)
+        c = F.silu(self.t_embedder(t) + self.y_embedder(y))  # (N, D); every modulation starts with this SiLU
+        projections: tuple[Tensor, ...] = ()
+        for i, block in enumerate(self.blocks, start=1):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)
+            if project and i == self.config.align_depth:
+                projections = tuple(p(x) for p in self.projectors)  # (N, T, E_k) each
+        patches, class_velocity = self.final_layer(x, c, with_class_token=class_token is not None)
+        return SiTOutput(self.unpatchify(patches), class_velocity, projections)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """(N, P, p^2 C), channels last within a patch => (N, C, H, W)."""
+        p, c = self.config.patch_size, self.config.in_channels
+        side = self.config.input_size // p
+        return x.view(-1, side, side, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(-1, c, side * p, side * p)
+
+    def _check(self, x: Tensor, class_token: Tensor | None) -> None:
+        config = self.config
+        expected = (config.in_channels, config.input_size, config.input_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"the network was built for latents of shape {expected}, got {tuple(x.shape[1:])}")
+        width = 0 if class_token is None else class_token.shape[-1]
+        if width != config.class_token_dim:
+            raise ValueError(f"the network was built for a class token of width {config.class_token_dim}, got {width}")
+
+
+def projector(hidden_size: int, projector_dim: int, out_dim: int) -> nn.Sequential:
+    """REPA's projection head: three linear layers with SiLU between."""
+    return nn.Sequential(
+        nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+        nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+        nn.Linear(projector_dim, out_dim),
+    )  # fmt: skip
+
+
+def sincos_position_embedding(dim: int, side: int) -> Tensor:
+    """Fixed 2-D sin-cos embedding of a side x side grid, row-major => (side^2, dim) float32.
+
+    The first half of the channels encodes the column, the second half the row (MAE's convention, as published).
+    """
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim / 4)
+    axis = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)  # (side, dim / 2)
+    columns = axis[None].expand(side, -1, -1)
+    rows = axis[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(side * side, dim).float()

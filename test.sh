@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint and test in the project's own .venv. --all adds the slow tests; further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")"
+bash setup.sh
+marks="not slow and not gpu"
+if [ "${1:-}" = "--all" ]; then marks="not gpu"; shift; fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+.venv/bin/ruff check .
+.venv/bin/python -m pytest -m "$marks" "$@"
