@@ -35,7 +35,7 @@ def cost(config: SiTConfig) -> Cost:
         total = sum(p.numel() for p in SiT(config).parameters())
         flops = _forward_macs(bare, project=False)
         total_flops = _forward_macs(config, project=True)
-    attention = sum(macs for name, macs in flops.items() if "attention" in name)
+    attention = sum(macs for name, macs in flops.items() if "attention" in name or "bmm" in name)
     return Cost(
         parameters, total - parameters, sum(flops.values()), attention, sum(total_flops.values()) - sum(flops.values())
     )
