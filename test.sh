@@ -7,4 +7,5 @@ marks="not slow and not gpu"
 if [ "${1:-}" = "--all" ]; then marks="not gpu"; shift; fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 .venv/bin/ruff check .
+.venv/bin/python -m tests.reference tests/data
 .venv/bin/python -m pytest -m "$marks" "$@"

@@ -1,0 +1,89 @@
+"""Settings come from flags, then the recipe, then defaults; a mistake is one sentence."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from config import UserError, as_dict, parse, setting
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Example:
+    data_dir: Path = setting(help="folder", group="data")
+    batch_size: int = setting(256, "images a step", group="data")
+    lr: float = setting(1e-4, "learning rate", group="optimisation")
+    path_type: str = setting("linear", "interpolant", group="model", choices=("linear", "cosine"))
+    ema: bool = setting(True, "keep an average", group="model")
+    scale: float | None = setting(None, "guidance", group="model")
+    classes: tuple[int, ...] = setting((), "labels", group="model")
+
+
+def read(*argv):
+    return parse(Example, "example", argv)
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_flags_and_types():
+    s = read("--data-dir", "d", "--lr", "3e-4", "--no-ema", "--scale", "2.3", "--classes", "1", "2")
+    assert s == Example(Path("d"), 256, 3e-4, "linear", False, 2.3, (1, 2))
+    assert as_dict(s)["data_dir"] == "d"
+
+
+def test_recipe_then_flags(tmp_path):
+    """A flag beats the recipe, the recipe beats the default; 1e-4 is a number in YAML as in Python."""
+    path = recipe(tmp_path, "data-dir: d\nbatch_size: 32\nlr: 2e-4\nclasses: [3, 4]\nema: false\nscale: 2\n")
+    assert read("--config", path, "--batch-size", "64") == Example(Path("d"), 64, 2e-4, "linear", False, 2.0, (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batchsize: 3", r"unknown key 'batchsize' \(did you mean 'batch_size'\?\)"),
+        ("batch_size: many", "batch_size: 'many' is not a int"),
+        ("batch_size: 1.5", "batch_size: 1.5 is not a int"),
+        ("ema: 1", "ema: 1 is not a bool"),
+        ("path_type: edm", "path_type: 'edm' is none of linear, cosine"),
+        ("- a", "expected `name: value` lines, found list"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path, text, words):
+    with pytest.raises(UserError, match=words):
+        read("--config", recipe(tmp_path, text))
+
+
+def test_missing_recipe_and_required_flag():
+    with pytest.raises(UserError, match=r"--config nowhere.yaml: cannot be read"):
+        read("--config", "nowhere.yaml")
+    with pytest.raises(UserError, match="--data-dir is required: folder"):
+        read()
+
+
+def test_unknown_flag_suggests_the_nearest():
+    with pytest.raises(UserError, match=r"unknown argument '--batchsize' \(did you mean '--batch-size'\?\)"):
+        read("--data-dir", "d", "--batchsize", "3")
+
+
+@pytest.mark.parametrize("program", ["train.py", "generate.py", "preprocessing/pack.py", "evaluations/evaluate.py"])
+def test_help_is_grouped_and_does_not_import_torch(program):
+    """--help answers at once, from any folder."""
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['x', '--help']\n"
+        "try: runpy.run_module(%r, run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported for --help'\n"
+    ).replace("%r", repr(program.removesuffix(".py").replace("/", ".")))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--config FILE.yaml" in done.stdout and done.stdout.count(":\n") >= 3, done.stdout

@@ -1,0 +1,168 @@
+"""Rules of the house: who may import whom, and what no module does."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = sorted(
+    path
+    for pattern in ("*.py", "models/*.py", "preprocessing/*.py", "evaluations/*.py", "benchmarks/*.py")
+    for path in ROOT.glob(pattern)
+)
+OURS = {p.stem for p in ROOT.glob("*.py")} | {"models", "preprocessing", "evaluations", "benchmarks", "tests"}
+
+
+def name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of our modules that a file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    known = {name(p) for p in ROOMS} | {"tests"}
+    return {module for module in found if module.split(".")[0] in OURS and (module in known)}
+
+
+GRAPH = {name(path): imports(path) - {name(path)} for path in ROOMS}
+
+
+def test_the_rooms_are_seen():
+    """The graph below is not empty for want of reading."""
+    assert "models.interpolant" in GRAPH["loss"] and "dataset" in GRAPH["train"] and len(GRAPH) > 20
+
+
+def test_no_module_imports_the_programs():
+    """train and generate are imported by tests, the quickstart and benchmarks alone."""
+    for module, found in GRAPH.items():
+        if module.split(".")[0] not in ("quickstart", "benchmarks"):
+            assert not found & {"train", "generate"}, module
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("models.interpolant", set()),
+        ("models.state", set()),
+        ("models.philox", set()),
+        ("models.sit", set()),
+        ("models.ema", set()),
+        ("models.hub", set()),
+        ("models.encoder", {"models.hub"}),
+        ("models.autoencoder", {"models.hub"}),
+        ("loss", {"models.interpolant", "models.philox", "models.state"}),
+        ("dataset", {"models.philox"}),
+        ("config", set()),
+        ("evaluations.statistics", set()),
+        ("evaluations.metrics", set()),
+        ("evaluations.features", set()),
+    ],
+)
+def test_import_law(room, allowed):
+    """Rooms at the bottom of the house know nothing of those above them."""
+    assert {m for m in GRAPH[room] if m not in ("models", "evaluations", "config")} <= allowed
+
+
+def test_layers():
+    """models never look at data, evaluation or programs; evaluations never at preprocessing; dataset at neither."""
+    for module, found in GRAPH.items():
+        tops = {m.split(".")[0] for m in found}
+        if module.startswith("models"):
+            assert tops <= {"models", "config"}, (module, found)
+        if module.startswith("evaluations"):
+            assert "preprocessing" not in tops, (module, found)
+        if not module.startswith("benchmarks"):
+            assert not tops & {"benchmarks", "tests"}, (module, found)
+
+
+def test_no_import_cycles():
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for other in GRAPH.get(module, ()):
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in GRAPH:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=name)
+def test_habits(path):
+    """No sys.path edits, exit(), unsafe unpickling, argparse namespaces below the programs, or file past 350 lines."""
+    text = path.read_text()
+    assert "sys.path" not in text
+    assert not re.search(r"(?<![\w.])exit\(", text)
+    assert "weights_only=False" not in text and "allow_pickle=True" not in text
+    assert not re.search(r"\bTODO\b|\bFIXME\b", text)
+    assert text.count("\n") <= 350, f"{path.name} has {text.count(chr(10))} lines"
+    if path.parent.name == "models" or path.stem in ("loss", "dataset"):
+        assert not re.search(r"\bargs\.", text)
+
+
+def test_one_owner_of_the_interpolant():
+    """alpha and sigma are written in models/interpolant.py and nowhere else."""
+    for path in ROOMS:
+        if path.stem != "interpolant":
+            assert not re.search(r"pi / 2|\b1 - t\b", path.read_text()), path
+
+
+def test_one_owner_of_the_latent_scale():
+    """0.18215 is known to models/autoencoder.py alone."""
+    for path in ROOMS:
+        if path.stem != "autoencoder":
+            assert "0.18215" not in path.read_text(), path
+
+
+def test_the_core_imports_without_the_optional_packages():
+    """Model, loss, samplers, data path and train step import on a machine with torch, timm, numpy and tqdm alone."""
+    import subprocess
+    import sys
+
+    absent = ["diffusers", "wandb", "safetensors", "yaml", "scipy", "sklearn", "matplotlib", "torch_fidelity", "PIL"]
+    modules = ["loss", "dataset", "train", "models.sit", "models.samplers", "models.ema", "models.cost", "models.checkpoint",
+               "models.encoder", "models.autoencoder"]  # fmt: skip
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {absent!r} and not asked_by_a_package():\n"
+        "            raise ImportError('blocked: ' + name)\n"
+        "def asked_by_a_package():\n"
+        "    frame = sys._getframe(2)\n"
+        "    while frame:\n"
+        "        if 'site-packages' in frame.f_code.co_filename: return True\n"
+        "        frame = frame.f_back\n"
+        "    return False\n"
+        "sys.meta_path.insert(0, Block())\n"
+        f"import importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_flags_exist():
+    """Every flag in the README's commands is one the program of that command knows."""
+    from config import parse  # noqa: F401 (the programs are read with it)
+
+    commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    text = re.sub(r"\\\n", " ", "\n".join(commands))
+    checked = 0
+    for line in text.splitlines():
+        for program in re.findall(r"(train|generate|preprocessing[./]pack|evaluations[./]evaluate)(?:\.py)?\s", line):
+            source = (ROOT / (program.replace(".", "/") + ".py")).read_text()
+            after = line.split(program, 1)[1]
+            for flag in re.findall(r"\s--(?:no-)?([a-z][a-z-]+)", after):
+                assert flag == "config" or re.search(rf"\b{flag.replace('-', '_')}:", source), f"{program}: --{flag}"
+                checked += 1
+    assert checked > 10
