@@ -1,0 +1,127 @@
+"""Mean and covariance of features, streamed in float64 and merged over batches, groups and processes."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Statistics(NamedTuple):
+    """Gaussian summary of n feature vectors: `mean` (D,) and unbiased `covariance` (D, D), both float64."""
+
+    n: int
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+class Moments:
+    """Running mean and scatter matrix of (N, D) features.
+
+    Rows are buffered and folded in chunks of fixed length, so the batch size leaves no trace in the result; every
+    fold is centred first (Chan et al. 1983), so features far from zero lose no digits.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu", chunk: int = 1024):
+        self.n = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.chunk = chunk
+        self._rows: list[torch.Tensor] = []
+        self._buffered = 0
+
+    def update(self, features: torch.Tensor) -> None:
+        """Add rows (B, D). Raises ValueError for another width."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features must be (N, {len(self.mean)}), got {tuple(features.shape)}")
+        self._rows.append(features.to(self.mean.device))
+        self._buffered += len(features)
+        if self._buffered >= self.chunk:
+            rows = torch.cat(self._rows)
+            whole = len(rows) // self.chunk * self.chunk
+            for start in range(0, whole, self.chunk):
+                self._fold(rows[start : start + self.chunk])
+            self._rows = [rows[whole:].clone()]
+            self._buffered = len(rows) - whole
+
+    def _flush(self) -> None:
+        if self._buffered:
+            self._fold(torch.cat(self._rows))
+        self._rows, self._buffered = [], 0
+
+    def _fold(self, rows: torch.Tensor) -> None:
+        rows = rows.double()
+        mean = rows.mean(0)
+        rows = rows - mean
+        if rows.device.type == "cpu":  # NumPy turns x.T @ x into BLAS syrk: half the work of a general product
+            centred = rows.numpy()
+            scatter = torch.from_numpy(centred.T @ centred)
+        else:
+            scatter = rows.T @ rows
+        self._combine(len(rows), mean, scatter)
+
+    def _combine(self, n: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        total = self.n + n
+        if n == 0:
+            return
+        shift = mean - self.mean
+        self.scatter += scatter
+        self.scatter.addr_(shift, shift, alpha=self.n * n / total)
+        self.mean += shift * (n / total)
+        self.n = total
+
+    def merge(self, other: "Moments") -> None:
+        """Add everything `other` has seen."""
+        self._flush()
+        other._flush()
+        self._combine(other.n, other.mean, other.scatter)
+
+    def all_reduce(self) -> None:
+        """Sum over the processes of the default group; afterwards every process holds the whole."""
+        import torch.distributed as dist
+
+        self._flush()
+        count = torch.tensor([float(self.n)], dtype=torch.float64, device=self.mean.device)
+        total = count.clone()
+        dist.all_reduce(total)
+        if total == 0:
+            return
+        mean = self.mean * (count / total)
+        dist.all_reduce(mean)
+        shift = self.mean - mean
+        self.scatter.addr_(shift, shift, alpha=self.n)
+        dist.all_reduce(self.scatter)
+        self.n, self.mean = int(total.item()), mean
+
+    def statistics(self) -> Statistics:
+        """Raises ValueError below two rows: one image has no covariance."""
+        self._flush()
+        if self.n < 2:
+            raise ValueError(f"statistics need at least 2 images, got {self.n}")
+        return Statistics(self.n, self.mean.cpu().numpy().copy(), (self.scatter / (self.n - 1)).cpu().numpy())
+
+
+def compute_statistics(features: np.ndarray | torch.Tensor) -> Statistics:
+    """Statistics of features (N, D) held in memory."""
+    features = torch.as_tensor(features)
+    moments = Moments(features.shape[1], features.device)
+    for rows in features.split(moments.chunk):
+        moments.update(rows)
+    return moments.statistics()
+
+
+def leave_one_out(groups: list[Moments]) -> list[Statistics]:
+    """Statistics of all groups but one, for each group: the jackknife of anything computed from statistics."""
+    left = []
+    for skipped in range(len(groups)):
+        rest = Moments(len(groups[0].mean), groups[0].mean.device)
+        for index, group in enumerate(groups):
+            if index != skipped:
+                rest.merge(group)
+        left.append(rest.statistics())
+    return left
+
+
+def jackknife_error(values: list[float]) -> float:
+    """Standard error from the leave-one-group-out values (Tukey's jackknife)."""
+    spread = np.asarray(values, dtype=np.float64)
+    return float(np.sqrt((len(spread) - 1) * np.mean((spread - spread.mean()) ** 2)))
