@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(
     path
-    for pattern in ("*.py", "models/*.py", "preprocessing/*.py", "evaluations/*.py", "benchmarks/*.py")
+    for pattern in ("*.py", "models/*.py", "preprocessing/*.py", "evaluations/*.py", "benchmarks/*.py", "quickstart/*.py")
     for path in ROOT.glob(pattern)
 )
-OURS = {p.stem for p in ROOT.glob("*.py")} | {"models", "preprocessing", "evaluations", "benchmarks", "tests"}
+OURS = {p.stem for p in ROOT.glob("*.py")} | {"models", "preprocessing", "evaluations", "benchmarks", "quickstart", "tests"}
 
 
 def name(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""The whole job on scikit-learn's handwritten digits: `bash quickstart.sh`."""
