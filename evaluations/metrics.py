@@ -29,7 +29,7 @@ def frechet_distance(reference: Statistics, samples: Statistics) -> float:
             raise ValueError(f"the {name} statistics hold NaN or infinite values; the features overflowed")
     if reference.mean.shape != samples.mean.shape:
         raise ValueError(f"feature dimensions differ: {reference.mean.shape[0]} and {samples.mean.shape[0]}")
-    shift = np.asarray(reference.mean, dtype=np.float64) - samples.mean
+    shift = reference.mean - samples.mean
     traces = np.trace(reference.covariance) + np.trace(samples.covariance)
     distance = shift @ shift + traces - 2 * _root_trace(reference.covariance, samples.covariance)
     return max(float(distance), 0.0)  # rounding may leave -1e-13 for equal sets
@@ -39,9 +39,8 @@ def _root_trace(c1: np.ndarray, c2: np.ndarray) -> float:
     """tr (C1 C2)^(1/2): the sum of the singular values of F1^T F2 for any factors C = F F^T.
 
     Cholesky factors and the eigenvalues of the squared product are quick; their rounding error is bounded from the
-    spectrum they give. Where the bound is poor (covariances of few images are singular) both factors come from eigh
-    with the null space dropped, and the singular values from an SVD, which keeps the digits that a square root of
-    the product C1 C2 loses.
+    spectrum they give. Where the bound is poor (covariances of few images are singular), pivoted Cholesky factors drop
+    the null space and an SVD gives the singular values, with the digits that a square root of C1 C2 loses.
     """
     tiny = np.finfo(np.float64).eps
     try:
@@ -53,13 +52,19 @@ def _root_trace(c1: np.ndarray, c2: np.ndarray) -> float:
         values = np.sqrt(squares)
         if tiny * squares[-1] * np.sum(0.5 / values) < 1e-10 * values.sum():
             return float(values.sum())
-    factors = []
-    for covariance in (c1, c2):
-        values, vectors = np.linalg.eigh(covariance)
-        kept = values > max(values[-1], 0.0) * len(values) * tiny
-        factors.append(vectors[:, kept] * np.sqrt(values[kept]))
-    product = factors[0].T @ factors[1]
+    product = _thin_factor(c1).T @ _thin_factor(c2)
     return float(np.linalg.svd(product, compute_uv=False).sum()) if product.size else 0.0
+
+
+def _thin_factor(covariance: np.ndarray) -> np.ndarray:
+    """F (D, r) with F F^T = covariance and r its numerical rank."""
+    from scipy.linalg.lapack import dpstrf
+
+    tolerance = len(covariance) * np.finfo(np.float64).eps * max(np.diagonal(covariance).max(), 0.0)
+    lower, pivots, rank, _ = dpstrf(covariance, tol=tolerance, lower=1)
+    factor = np.empty((len(covariance), rank))
+    factor[pivots - 1] = np.tril(lower)[:, :rank]
+    return factor
 
 
 class InceptionScore:

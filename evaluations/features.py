@@ -1,0 +1,274 @@
+"""Images to features: the Inception network of FID, DINOv2, CLIP, or any network of timm's.
+
+An extractor takes uint8 pixels (N, 3, H, W) of any size on its device and gives `Features`. Nothing here is trained.
+"""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# the 2015 network, converted; torch-fidelity and pytorch-fid publish the same file under two names
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
+SPATIAL_CHANNELS = 7  # ADM keeps the first 7 channels of mixed_6/conv
+
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"  # edm2 and dgm-eval measure FD-DINOv2 with ViT-L/14 at 224
+CLIP = "vit_large_patch14_clip_quickgelu_336.openai"  # CMMD
+
+
+class Features(NamedTuple):
+    """pooled (N, D); spatial (N, S), for sFID; logits (N, K), for the Inception Score or a classifier."""
+
+    pooled: torch.Tensor
+    spatial: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """`space` names the feature space in results, `digest` identifies the weights (hex SHA-256)."""
+
+    space: str
+    digest: str
+    compute: Callable[[torch.Tensor], Features]
+    device: torch.device
+    classes: int = 0
+
+    def __call__(self, pixels: torch.Tensor) -> Features:
+        """uint8 pixels (N, 3, H, W) -> Features in the extractor's dtype."""
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"expected uint8 images (N, 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
+        with torch.inference_mode():
+            return self.compute(pixels.to(self.device))
+
+
+def load(
+    spec: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    inception_weights: Path | None = None,
+    inception_sha256: str = INCEPTION_SHA256,
+) -> Extractor:
+    """An extractor by name: inception, dinov2, clip (the last two also as NAME=FILE_OR_FOLDER), timm:NAME_OR_FOLDER.
+
+    Raises FileNotFoundError when weights are absent, ValueError for an unknown name or weights that do not fit.
+    """
+    device = torch.device(device)
+    kind, _, weights = spec.partition("=")
+    if kind == "inception" and not weights:
+        return load_inception(inception_weights, sha256=inception_sha256, device=device, dtype=dtype)
+    if kind == "dinov2":
+        network = _timm_network(weights or DINOV2, architecture=DINOV2)
+        _position_like_dinov2(network, 224)
+        return _extractor("dinov2", network, _Input(224, True, *_statistics(network)), device, dtype)
+    if kind == "clip":
+        network = _timm_network(weights or CLIP, architecture=CLIP)
+        return _extractor("clip", network, _Input(336, False, *_statistics(network)), device, dtype, embed=network)
+    if spec.startswith("timm:") and spec != "timm:":
+        return load_timm(spec.removeprefix("timm:"), device=device, dtype=dtype)
+    raise ValueError(f"unknown features {spec!r}: give inception, dinov2, clip or timm:NAME_OR_FOLDER")
+
+
+def load_inception(
+    path: Path | None = None,
+    *,
+    sha256: str = INCEPTION_SHA256,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Extractor:
+    """torch-fidelity's Inception (2015 weights, TensorFlow 1's resize to 299): pool_3, mixed_6/conv and logits.
+
+    path: the weights; by default torch's hub cache, filled from the network when empty. sha256: what the file must
+    have, or "any". Raises FileNotFoundError without weights, ValueError for another file.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = _find_inception() if path is None else Path(path)
+    state, digest = _read_inception(path, sha256)
+    # Its constructor unpickles without restriction: it gets plain tensors written anew, never the file.
+    clean = io.BytesIO()
+    torch.save(state, clean)
+    clean.seek(0)
+    try:
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=clean)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of the 2015 Inception: {_first_line(error)}") from error
+    network = network.to(device, dtype).eval()
+    network.feature_extractor_internal_dtype = dtype
+    caught: dict[str, torch.Tensor] = {}
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: caught.update(spatial=out))
+    network.AvgPool.register_forward_hook(lambda _, __, out: caught.update(pooled=out))
+
+    def compute(pixels: torch.Tensor) -> Features:
+        network(pixels)
+        pooled = caught.pop("pooled").flatten(1)
+        # TensorFlow's layout is NHWC: rows, then columns, then channels
+        spatial = caught.pop("spatial")[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return Features(pooled, spatial, pooled @ network.fc.weight.T)  # ADM's logits leave the bias out
+
+    return Extractor("inception", digest, compute, torch.device(device), classes=len(network.fc.weight))
+
+
+def load_timm(
+    source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, classifier: bool = False
+) -> Extractor:
+    """Any timm network by name or local folder (config.json + model.safetensors): features before the head.
+
+    Whole images are resized (bicubic, antialias) to the network's input size. `classifier` demands a head.
+    """
+    network = _timm_network(source)
+    config = network.pretrained_cfg
+    channels, height, width = config["input_size"]
+    if height != width or channels not in (1, 3):
+        raise ValueError(f"timm network {source} takes {channels} x {height} x {width}; square RGB or grey is needed")
+    if classifier and not getattr(network, "num_classes", 0):
+        raise ValueError(f"timm network {source} has no classification head (num_classes 0)")
+    name = Path(source).name if Path(source).is_dir() else source
+    image = _Input(height, True, *_statistics(network), grey=channels == 1)
+    return _extractor(name, network, image, device, dtype)
+
+
+class _Input(NamedTuple):
+    """How a network wants its images: side in pixels, antialias of the bicubic resize, mean and std of [0, 1] values."""
+
+    size: int
+    antialias: bool
+    mean: torch.Tensor
+    std: torch.Tensor
+    grey: bool = False
+
+    def prepare(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        x = pixels.to(dtype)
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=self.antialias)
+        if self.grey:
+            x = x.mean(1, keepdim=True)
+        return (x / 255 - self.mean.to(x)) / self.std.to(x)
+
+
+def _extractor(
+    space: str,
+    network: nn.Module,
+    image: _Input,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    embed: Callable | None = None,
+) -> Extractor:
+    digest = _digest(network)
+    network = network.to(device, dtype).eval().requires_grad_(False)
+
+    def compute(pixels: torch.Tensor) -> Features:
+        x = image.prepare(pixels, dtype)
+        if embed is not None:
+            return Features(embed(x))
+        features = network.forward_features(x)
+        pooled = network.forward_head(features, pre_logits=True).flatten(1)
+        return Features(pooled, logits=network.forward_head(features) if network.num_classes else None)
+
+    return Extractor(space, digest, compute, torch.device(device), classes=network.num_classes)
+
+
+def _timm_network(source: str, architecture: str | None = None) -> nn.Module:
+    """`source`: timm name or local folder; with `architecture` also a checkpoint file of it."""
+    import timm
+
+    path = Path(source).expanduser()
+    where = "the cache or the hub"
+    try:
+        if path.is_dir():
+            where = f"folder {path}"
+            return timm.create_model(f"local-dir:{path}", pretrained=True)
+        if architecture is not None and path.is_file():
+            where = f"file {path}"
+            return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+        if source.startswith(("/", "./", "../", "~")):
+            raise FileNotFoundError(f"{source} does not exist")
+        return timm.create_model(source, pretrained=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the weights of timm network {source} cannot be had from {where} ({_first_line(error)}); on a machine with "
+            f"network run `hf download timm/{architecture or source} --local-dir FOLDER` and name that folder"
+        ) from error
+    except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"timm network {source} cannot be loaded: {_first_line(error)}") from error
+
+
+def _statistics(network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = (torch.tensor(network.pretrained_cfg[key], dtype=torch.float64) for key in ("mean", "std"))
+    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
+
+
+def _position_like_dinov2(network: nn.Module, size: int) -> None:
+    """Resample the position embedding as DINOv2's own code: bicubic by the factor (new + 0.1) / old, no antialias.
+
+    timm resamples with antialias, which is another function; FD-DINOv2 is defined with the former.
+    """
+    old, position = network.patch_embed.grid_size[0], network.pos_embed.detach().clone()
+    new = size // network.patch_embed.patch_size[0]
+    if old == new:
+        return
+    network.set_input_size(img_size=(size, size))
+    prefix = position.shape[1] - old * old
+    grid = position[:, prefix:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    factor = (new + 0.1) / old
+    grid = F.interpolate(grid, scale_factor=(factor, factor), mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+    network.pos_embed = nn.Parameter(torch.cat([position[:, :prefix], grid], dim=1), requires_grad=False)
+
+
+def _find_inception() -> Path:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in INCEPTION_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / INCEPTION_FILES[0]
+    try:
+        torch.hub.download_url_to_file(INCEPTION_URL, str(target), hash_prefix=INCEPTION_SHA256, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"the Inception weights are not in {folder} and cannot be downloaded ({_first_line(error)}); get "
+            f"{INCEPTION_URL} on a machine with network and pass it as --inception-weights FILE"
+        ) from error
+    return target
+
+
+def _read_inception(path: Path, sha256: str) -> tuple[dict[str, torch.Tensor], str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"Inception weights {path} do not exist")
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 not in ("any", digest):
+        raise ValueError(
+            f"{path} has SHA-256 {digest}, not {sha256}: it is damaged or another network; numbers of other weights "
+            "are no FID (to use them all the same: --inception-sha256 any)"
+        )
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no file of weights: {_first_line(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} does not hold a state dict")
+    return state, digest
+
+
+def _digest(network: nn.Module) -> str:
+    """SHA-256 of names, shapes and values: the same weights have it from whichever file they came."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")

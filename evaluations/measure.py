@@ -1,0 +1,239 @@
+"""The measurement behind evaluate.py: open, collect, compute, write."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from evaluations import features as networks
+from evaluations import metrics, neighbours
+from evaluations.collect import Auditor, Collected, collect
+from evaluations.images import ImageSet, open_images
+from evaluations.reference import Reference, read_reference
+from evaluations.results import Metric, Results, sample_warnings
+from evaluations.statistics import Statistics, jackknife_error, leave_one_out
+
+if TYPE_CHECKING:
+    from evaluations.evaluate import EvaluateConfig
+
+def measure(settings: "EvaluateConfig") -> Results | None:
+    """Everything the settings ask for, written to `settings.output`; None on ranks other than 0."""
+    device = start(settings.device)
+    samples = open_images(settings.samples, settings.num_samples)
+    reference = open_images(settings.reference) if settings.reference else None
+    output = settings.output or _beside(settings.samples[0]) / "results.json"
+    results = Results(name=samples.name)
+    auditor = Auditor()
+    digests: dict[str, str] = {}
+    classes = samples.labels
+    for spec in settings.features:
+        extractor = _in_turn(
+            lambda spec=spec: networks.load(
+                spec,
+                device=device,
+                dtype=getattr(torch, settings.dtype),
+                inception_weights=settings.inception_weights,
+                inception_sha256=settings.inception_sha256,
+            )
+        )
+        if extractor.space in digests:
+            raise ValueError(f"two --features are called {extractor.space}; rename one folder")
+        digests[extractor.space] = extractor.digest
+        known = None if reference is None else read_reference(reference, extractor, settings)
+        found = collect(
+            samples,
+            extractor,
+            batch_size=settings.batch_size,
+            groups=max(settings.error_groups, 1) if len(samples) >= 4 * settings.error_groups else 1,
+            split=settings.split,
+            auditor=auditor if len(digests) == 1 else None,
+            progress=f"samples, {extractor.space}",
+        )
+        if rank() == 0:
+            results.metrics |= space_metrics(found, known, extractor.space, settings)
+            if classes is None and extractor.space == "inception":
+                classes = found.predictions.numpy()
+            if settings.memorization and len(digests) == 1:
+                from evaluations.memorization import closest_pairs, write_pairs
+
+                pairs = closest_pairs(known.pooled, found.pooled, settings.memorization)
+                write_pairs(output.with_name("memorization.png"), pairs, samples, reference, known.rows)
+                results.metrics["authenticity"] = Metric(
+                    pairs.authenticity, None, extractor.space, len(samples), len(known.pooled)
+                )
+        del extractor, known, found
+    audit = auditor.result()
+    if settings.classifier is not None:
+        results.metrics |= class_accuracy(samples, settings, device, digests)
+    if settings.class_tokens is not None:
+        results.metrics |= token_coherence(samples, reference, settings, device)
+    if rank() > 0:
+        return None
+    # statistics that come with a file are of a larger set than the images in it
+    n_reference = None if reference is None or reference.statistics else len(reference)
+    results.warnings = sample_warnings(len(samples), classes, audit, n_reference, settings.split)
+    if digests.get("inception", networks.INCEPTION_SHA256) != networks.INCEPTION_SHA256:
+        results.warnings.append("the Inception weights are not the published ones: FID, sFID and IS are no such numbers")
+    if reference is not None and reference.shape[1:] != samples.shape[1:]:
+        sizes = " and ".join(f"{s.shape[1]} x {s.shape[2]}" for s in (samples, reference))
+        results.warnings.append(f"samples and reference differ in size: {sizes}")
+    results.protocol = protocol(samples, reference, settings, digests)
+    results.save(output)
+    return results
+
+
+def start(device: str) -> torch.device:
+    """Join the process group when torchrun started several; choose the device; switch TF32 off."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no usable CUDA device")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if not cuda:
+        return torch.device("cpu")
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _in_turn(load):
+    """Rank 0 first, so that one process fills the caches and downloads."""
+    if not dist.is_initialized():
+        return load()
+    if rank() > 0:
+        dist.barrier()
+    loaded = load()
+    if rank() == 0:
+        dist.barrier()
+    return loaded
+
+
+def space_metrics(
+    found: Collected, known: Reference | None, space: str, settings: "EvaluateConfig"
+) -> dict[str, Metric]:
+    """All metrics of one feature space, by key; Inception's have the plain names of the ADM evaluator."""
+    plain = space == "inception"
+    suffix = "" if plain else f"_{space}"
+    n = len(found.pooled)
+    values: dict[str, Metric] = {}
+
+    def put(name: str, value: float, error: float | None = None, n_reference: int = 0) -> None:
+        values[name + suffix] = Metric(value, error, space, n, n_reference)
+
+    if plain and found.score is not None:
+        put("inception_score", *found.score.estimate())
+    if known is None:
+        return values
+    for name, kind in ((("fid", "pooled"), ("sfid", "spatial")) if plain else (("fd", "pooled"),)):
+        if kind in known.statistics:
+            put(name, *frechet(known.statistics[kind], found, kind), known.statistics[kind].n)
+    device = next(iter(found.moments.values()))[0].mean.device
+    reference, samples = known.pooled.to(device), found.pooled.to(device)
+    shares: dict[str, tuple[float, int]] = {}  # value, and how many images it is a share of
+    if settings.precision_recall:
+        both = neighbours.precision_recall(reference, samples, rule=settings.pr_dtype)
+        shares |= {"precision": (both.precision, len(samples)), "recall": (both.recall, len(reference))}
+    if settings.density_coverage:
+        density, coverage = neighbours.density_coverage(reference, samples)
+        put("density", density, n_reference=len(reference))
+        shares["coverage"] = coverage, len(reference)
+    for name, (share, count) in shares.items():
+        put(name, share, (share * (1 - share) / count) ** 0.5, len(reference))
+    if settings.kernel_distance:
+        kernel = metrics.kernel_distance(reference, samples, seed=settings.seed)
+        put("kid" if plain else "kd", *kernel, len(reference))
+    if space == "clip":
+        values["cmmd"] = Metric(metrics.clip_mmd(reference, samples), None, space, n, len(reference))
+    return values
+
+
+def frechet(reference: Statistics, found: Collected, kind: str) -> metrics.Estimate:
+    """Frechet distance, and its jackknife error over the groups of samples."""
+    value = metrics.frechet_distance(reference, found.statistics(kind))
+    if len(found.moments[kind]) < 2:
+        return metrics.Estimate(value, None)
+    left = [metrics.frechet_distance(reference, rest) for rest in leave_one_out(found.moments[kind])]
+    return metrics.Estimate(value, jackknife_error(left))
+
+
+def class_accuracy(
+    samples: ImageSet, settings: "EvaluateConfig", device: torch.device, digests: dict[str, str]
+) -> dict[str, Metric]:
+    """Share of the samples that an independent classifier gives their label."""
+    if samples.labels is None:
+        raise ValueError(f"--classifier needs the labels of the samples (arr_1), which {samples.name} lacks")
+    judge = _in_turn(
+        lambda: networks.load_timm(
+            settings.classifier, device=device, dtype=getattr(torch, settings.dtype), classifier=True
+        )
+    )
+    highest = int(samples.labels.max())
+    if highest >= judge.classes:
+        raise ValueError(f"{samples.name} has label {highest}, the classifier {settings.classifier} {judge.classes} classes")
+    digests[f"classifier {judge.space}"] = judge.digest
+    found = collect(samples, judge, batch_size=settings.batch_size, keep=0, progress="samples, classifier")
+    if rank() > 0:
+        return {}
+    share = float((found.predictions.numpy() == samples.labels).mean())
+    error = (share * (1 - share) / len(samples)) ** 0.5
+    return {"class_accuracy": Metric(share, error, judge.space, len(samples))}
+
+
+def token_coherence(
+    samples: ImageSet, reference: ImageSet | None, settings: "EvaluateConfig", device: torch.device
+) -> dict[str, Metric]:
+    """Generated class tokens against the encoder's tokens of the generated images."""
+    from evaluations.coherence import class_means, load_reader, load_tokens, token_metrics
+
+    tokens = load_tokens(settings.class_tokens, len(samples))
+    reader = _in_turn(lambda: load_reader(settings.encoder, settings.token_grid, device))
+    found = collect(samples, reader, batch_size=settings.batch_size, progress="samples, class tokens")
+    means = None
+    if reference is not None:
+        means = class_means(reference, settings.reference, reader, settings.batch_size, settings.pr_reference)
+    return token_metrics(tokens, found.pooled, means) if rank() == 0 else {}
+
+
+def protocol(
+    samples: ImageSet, reference: ImageSet | None, settings: "EvaluateConfig", digests: dict[str, str]
+) -> dict[str, Any]:
+    """What must be equal for two results to be comparable, and what helps to repeat one."""
+    return {
+        "n_samples": len(samples),
+        "image_size": f"{samples.shape[1]} x {samples.shape[2]}",
+        "samples_sha256": samples.digest(),
+        "reference": None if reference is None else reference.name,
+        "reference_sha256": None if reference is None else reference.digest(),
+        "n_reference": None if reference is None else len(reference),
+        "networks": digests,
+        "pr_dtype": settings.pr_dtype,
+        "pr_reference": settings.pr_reference,
+        "split": settings.split,
+        "dtype": settings.dtype,
+        "sampling": samples.sidecar or {},
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torch-fidelity", "timm", "numpy", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _beside(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
