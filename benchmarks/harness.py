@@ -1,0 +1,228 @@
+"""What every benchmark shares: the record of the machine, fair timing side by side, and files in benchmarks/results/.
+
+    timings = alternate({"published": f, "ours": g}, rounds=9, device="cpu")
+    speedup = ratio(timings["published"], timings["ours"])
+    write("train_step", "b2-cpu", settings, [{"batch": 32, "ours ms": ..., "speedup": speedup.median}])
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Spread(NamedTuple):
+    """Median and quartiles of the measured values, and the values in the order of the rounds."""
+
+    median: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Summarise at least one value."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return Spread(median, low, high, tuple(values))
+
+
+def synchronize(device: str | torch.device) -> None:
+    """Wait until the device has done what it was given; nothing to wait for on the CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    repeats: int = 1,
+    device: str | torch.device = "cpu",
+) -> dict[str, Spread]:
+    """Seconds of one call of each variant, measured in turn in this process.
+
+    Each round times every variant once (`repeats` calls, divided by their number), in the given order in even rounds and
+    reversed in odd ones, so that a slow drift of the machine falls on all alike. `warmup` untimed calls of each come first.
+    """
+    for function in variants.values():
+        for _ in range(warmup):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds):
+        names = list(variants) if number % 2 == 0 else list(reversed(variants))
+        for name in names:
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                variants[name]()
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - start) / repeats)
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def ratio(numerator: Spread, denominator: Spread) -> Spread:
+    """Round by round quotient: what the two took within seconds of each other, whatever else the machine did."""
+    return spread([a / b for a, b in zip(numerator.values, denominator.values, strict=True)])
+
+
+def count_operations(function: Callable[[], Any]) -> int:
+    """ATen operations of one call, forward and backward, nested ones included, by torch.profiler (host side)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+
+
+class Memory(NamedTuple):
+    """GiB. peak: largest amount allocated. resident: what was allocated before the measured call."""
+
+    peak: float
+    resident: float
+
+
+def peak_memory(function: Callable[[], Any], device: str | torch.device) -> Memory | None:
+    """GPU memory during one call; None on the CPU, where the allocator keeps no such record."""
+    if torch.device(device).type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    resident = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return Memory(torch.cuda.max_memory_allocated(device) / 2**30, resident / 2**30)
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Hardware, versions and commit, as far as they can be found out."""
+    device = torch.device(device)
+    record: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(ROOT),
+        "device": device_name(device),
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "timm", "numpy", "diffusers", "accelerate")},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record["gpu"] = {
+            "name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1),
+            "compute_capability": f"{properties.major}.{properties.minor}", "count": torch.cuda.device_count(),
+            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": _driver(),
+        }  # fmt: skip
+    return record
+
+
+def device_name(device: str | torch.device) -> str:
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_model()} ({os.cpu_count()} cores)"
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit(repository: Path) -> str | None:
+    """The short commit of a checkout, with "+" when tracked files differ from it; None outside of git."""
+    described = _output("git", "-C", str(repository), "rev-parse", "--short=10", "HEAD")
+    if described is None:
+        return None
+    return described + ("+" if _output("git", "-C", str(repository), "status", "--porcelain", "-uno") else "")
+
+
+def write(
+    benchmark: str,
+    label: str,
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    device: str | torch.device = "cpu",
+    details: Any = None,
+    folder: Path = RESULTS,
+) -> Path:
+    """Write `folder/BENCHMARK-LABEL.json` and bring `folder/BENCHMARK.md` up to date; returns the JSON's path.
+
+    rows: the figures, flat, column => number, text or Spread. They become one Markdown row each, beside the hardware and
+    versions. details: anything else JSON can hold. A second run with the same label replaces the first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark}-{label}.json"
+    record = {
+        "benchmark": benchmark, "label": label, "environment": environment(device), "settings": dict(settings),
+        "rows": [{k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()} for row in rows],
+        "details": details,
+    }  # fmt: skip
+    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    _write_markdown(benchmark, folder)
+    return path
+
+
+def _write_markdown(benchmark: str, folder: Path) -> None:
+    """Rebuild the table of a benchmark from all its JSON files."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{benchmark}-*.json"))]
+    records = [record for record in records if record["benchmark"] == benchmark]
+    lines = [f"# {benchmark}", "", f"`python -m benchmarks.{benchmark} --help` says how to measure again.", ""]
+    for record in records:
+        e = record["environment"]
+        columns = list(dict.fromkeys(column for row in record["rows"] for column in row))
+        settings = ", ".join(f"{k} {v}" for k, v in record["settings"].items() if v not in (None, "", False))
+        lines += [f"## {record['label']}", ""]
+        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in record["rows"]]
+        lines += [
+            "",
+            f"{e['device']}, {e['threads']} threads, torch {e['versions']['torch']}, timm {e['versions']['timm']}, "
+            f"commit {e['commit']}, {e['date']}. Settings: {settings}.",
+            "",
+        ]
+    (folder / f"{benchmark}.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['median']:.4g} ({value['low']:.4g} to {value['high']:.4g})"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.is_file() else []  # fmt: skip
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    text = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return text.splitlines()[0] if text else None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it is absent or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

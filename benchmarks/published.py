@@ -1,0 +1,56 @@
+"""Run parts of the published code (a clone at 021ea2e) beside ours, without copying any of it.
+
+Its modules are loaded from their files under names of their own, so that `models` and `loss` stay ours; its train.py and
+generate.py import packages a bare GPU image lacks, so single functions are taken out of their source.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks.harness import commit
+
+COMMIT = "021ea2e"
+
+
+def check(clone: Path) -> str:
+    """The commit of the clone, for the record. Raises FileNotFoundError if it is no clone of the published code."""
+    for file in ("train.py", "loss.py", "samplers.py", "models/sit.py"):
+        if not (clone / file).is_file():
+            raise FileNotFoundError(f"--published {clone}: no {file}; give a clone of Martinser/REG at {COMMIT}")
+    return commit(clone) or "unknown"
+
+
+def module(clone: Path, file: str) -> ModuleType:
+    """Load one file of the clone, such as "models/sit.py", as a module of its own."""
+    name = "published_" + file.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, clone / file)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"--published {clone}: {file} is not a Python file")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def functions(clone: Path, file: str, names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the named top-level functions (or constants) out of a file without running the rest of it.
+
+    given: the global names they use. Raises ValueError if one is not there.
+    """
+    path = clone / file
+    wanted = []
+    for node in ast.parse(path.read_text()).body:
+        targets = [node.name] if isinstance(node, ast.FunctionDef) else []
+        if isinstance(node, ast.Assign):
+            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        if set(targets) & set(names):
+            wanted.append(node)
+    scope = dict(given)
+    exec(compile(ast.Module(wanted, type_ignores=[]), str(path), "exec"), scope)
+    missing = [name for name in names if name not in scope]
+    if missing:
+        raise ValueError(f"--published {clone}: {file} has no {missing[0]}; give a clone at {COMMIT}")
+    return {name: scope[name] for name in names}
