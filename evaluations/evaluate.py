@@ -6,18 +6,15 @@ FID, sFID, IS, precision and recall as the ADM evaluator computes them, and more
 if __name__ == "__main__" and not __package__:  # run as a file: start again as a module of the project
     import os
     import sys
-    from pathlib import Path
 
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "evaluations.evaluate", *sys.argv[1:]]
-    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.execv(sys.executable, [sys.executable, "-m", "evaluations.evaluate", *sys.argv[1:]])
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError, parse, run, setting
-from evaluations.features import INCEPTION_SHA256
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class EvaluateConfig:
     samples: tuple[Path, ...] = setting(help="samples: .npz files, image folders or packed datasets", group="images")
     reference: tuple[Path, ...] = setting((), "the same for the reference; ADM's files with mu, sigma too", group="images")
     num_samples: int | None = setting(None, "use the first so many samples", group="images")
-    output: Path | None = setting(None, "results file; default: results.json beside the samples", group="images")
+    out: Path | None = setting(None, "results file; default: results.json beside the samples", group="images")
 
     features: tuple[str, ...] = setting(
         ("inception",),
@@ -53,7 +50,9 @@ class EvaluateConfig:
     memorization: int = setting(0, "samples to show beside their nearest reference images", group="metrics")
 
     inception_weights: Path | None = setting(None, "default: torch's hub cache, or download", group="networks")
-    inception_sha256: str = setting(INCEPTION_SHA256, "what that file must have, or any", group="networks")
+    inception_sha256: str | None = setting(
+        None, "what that file must have, default: the published file's; or any", group="networks"
+    )
     batch_size: int = setting(64, "images at once in each process", group="networks")
     dtype: str = setting("float32", "arithmetic of the networks", group="networks", choices=("float32", "float64"))
     device: str = setting("auto", "cpu, cuda, or auto", group="networks", choices=("auto", "cpu", "cuda"))

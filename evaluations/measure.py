@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from evaluations.evaluate import EvaluateConfig
 
 def measure(settings: "EvaluateConfig") -> Results | None:
-    """Everything the settings ask for, written to `settings.output`; None on ranks other than 0."""
+    """Everything the settings ask for, written to `settings.out`; None on ranks other than 0."""
     device = start(settings.device)
     samples = open_images(settings.samples, settings.num_samples)
     reference = open_images(settings.reference) if settings.reference else None
-    output = settings.output or _beside(settings.samples[0]) / "results.json"
+    out = settings.out or _beside(settings.samples[0]) / "results.json"
     results = Results(name=samples.name)
     auditor = Auditor()
     digests: dict[str, str] = {}
@@ -37,7 +37,7 @@ def measure(settings: "EvaluateConfig") -> Results | None:
                 device=device,
                 dtype=getattr(torch, settings.dtype),
                 inception_weights=settings.inception_weights,
-                inception_sha256=settings.inception_sha256,
+                inception_sha256=settings.inception_sha256 or networks.INCEPTION_SHA256,
             )
         )
         if extractor.space in digests:
@@ -61,7 +61,7 @@ def measure(settings: "EvaluateConfig") -> Results | None:
                 from evaluations.memorization import closest_pairs, write_pairs
 
                 pairs = closest_pairs(known.pooled, found.pooled, settings.memorization)
-                write_pairs(output.with_name("memorization.png"), pairs, samples, reference, known.rows)
+                write_pairs(out.with_name("memorization.png"), pairs, samples, reference, known.rows)
                 results.metrics["authenticity"] = Metric(
                     pairs.authenticity, None, extractor.space, len(samples), len(known.pooled)
                 )
@@ -82,7 +82,7 @@ def measure(settings: "EvaluateConfig") -> Results | None:
         sizes = " and ".join(f"{s.shape[1]} x {s.shape[2]}" for s in (samples, reference))
         results.warnings.append(f"samples and reference differ in size: {sizes}")
     results.protocol = protocol(samples, reference, settings, digests)
-    results.save(output)
+    results.save(out)
     return results
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,19 @@ class Results:
     name: str = ""
 
     def save(self, path: Path) -> None:
-        """Write JSON, and the Markdown row beside it with the suffix .md."""
-        content = {"schema": SCHEMA, **asdict(self)}
+        """Write JSON (values and errors flat, by key), and the Markdown row beside it with the suffix .md."""
+        content = {
+            "schema": SCHEMA,
+            "name": self.name,
+            "metrics": {key: metric.value for key, metric in self.metrics.items()},
+            "errors": {key: metric.error for key, metric in self.metrics.items()},
+            "measured": {
+                key: {"space": metric.space, "n_samples": metric.n_samples, "n_reference": metric.n_reference}
+                for key, metric in self.metrics.items()
+            },
+            "protocol": self.protocol,
+            "warnings": self.warnings,
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, text in ((path, json.dumps(content, indent=2) + "\n"), (path.with_suffix(".md"), markdown([self]))):
             temporary = file.with_name(file.name + ".tmp")
@@ -73,11 +84,12 @@ def load(path: Path) -> Results:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         content = json.loads(path.read_text())
-        schema = content.pop("schema")
+        schema = content["schema"]
         if schema != SCHEMA:
             raise ValueError(f"{path} has schema {schema}, this program reads {SCHEMA}")
-        metrics = {key: Metric(**metric) for key, metric in content.pop("metrics").items()}
-        return Results(metrics=metrics, **content)
+        errors, measured = content["errors"], content["measured"]
+        metrics = {key: Metric(value, errors[key], **measured[key]) for key, value in content["metrics"].items()}
+        return Results(metrics, content["protocol"], content["warnings"], content["name"])
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} was not written by evaluations/evaluate.py ({error})") from error
 

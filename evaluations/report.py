@@ -1,0 +1,314 @@
+"""Reports of training runs: curves, sample grids, tables and commands as one HTML file and one PNG.
+
+`python -m evaluations.report --runs runs/a runs/b --out report.html` reads metrics.jsonl, previews/*.png and
+results*.json of each run folder.
+"""
+
+if __name__ == "__main__" and not __package__:  # run as a file: start again as a module of the project
+    import os
+    import sys
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.execv(sys.executable, [sys.executable, "-m", "evaluations.report", *sys.argv[1:]])
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from config import parse, run, setting
+from evaluations.results import columns, format_value, load, sampler_cells, title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# drawn first, in this order, when a run logs them; any other number follows by name
+CURVES = ("loss", "velocity", "class_velocity", "alignment", "fd", "fid", "grad_norm", "lr", "images_per_second")
+NOT_CURVES = ("step", "epoch", "time", "seconds")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+caption { text-align: left; font-weight: 600; padding: .3em 0; }
+figure { display: inline-block; margin: 0 1em 1em 0; vertical-align: top; }
+figure img { image-rendering: pixelated; max-width: 100%; border: 1px solid #ddd; }
+img.curves { max-width: 100%; }
+figcaption { font-size: 13px; color: #555; }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; }
+"""
+
+
+class Table(NamedTuple):
+    """A titled table; `rows` hold as many texts as `header`."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Curve(NamedTuple):
+    """One logged number of one run."""
+
+    steps: list[float]
+    values: list[float]
+
+
+def write_report(
+    out_html: Path,
+    *,
+    title: str,
+    summary: Sequence[str],
+    tables: Sequence[Table],
+    runs: Mapping[str, Path],
+    images: Sequence[tuple[str, Path]],
+    commands: Sequence[str],
+) -> None:
+    """One HTML file that needs no other: curves and images are inside it.
+
+    runs: name -> run folder, whose metrics.jsonl gives the curves. images: (caption, PNG). Raises FileNotFoundError
+    for a missing image, ValueError for a broken metrics.jsonl or a ragged table.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts += [f"<p>{html.escape(line)}</p>" for line in summary]
+    parts += [_html_table(table) for table in tables]
+    figure = _curve_figure({name: read_curves(folder) for name, folder in runs.items()})
+    if figure is not None:
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=110)
+        parts.append(f'<h2>Training</h2><img class="curves" alt="curves" src="{_data_uri(stream.getvalue())}">')
+    if images:
+        parts.append("<h2>Images</h2>")
+    for caption, file in images:
+        picture = f'<img alt="{html.escape(caption)}" src="{_data_uri(_read_png(file))}">'
+        parts.append(f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    if commands:
+        parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>")
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    out_html.write_text(page, encoding="utf-8")
+
+
+def write_report_png(
+    out_png: Path,
+    *,
+    title: str,
+    summary: Sequence[str],
+    tables: Sequence[Table],
+    runs: Mapping[str, Path],
+    images: Sequence[tuple[str, Path]],
+    commands: Sequence[str],
+) -> None:
+    """The content of `write_report` as one picture."""
+    import matplotlib.image
+
+    curves = {name: read_curves(folder) for name, folder in runs.items()}
+    names = _curve_names(curves)
+    lines = [*summary, *(["", "Commands:"] if commands else []), *(f"  {command}" for command in commands)]
+    wrapped = [piece for line in lines for piece in _wrap(line, 130)]
+    # heights in inches of each band, from top to bottom
+    bands: list[tuple[str, float]] = [("text", 0.2 * len(wrapped) + 0.2)] if wrapped else []
+    bands += [(f"table {number}", 0.3 * (len(table.rows) + 1) + 0.5) for number, table in enumerate(tables)]
+    bands += [(f"curves {row}", 2.6) for row in range(math.ceil(len(names) / 3))]
+    bands += [(f"images {row}", 4.2) for row in range(math.ceil(len(images) / 3))]
+    if not bands:
+        bands = [("empty", 1.0)]
+    height = sum(size for _, size in bands) + 0.8
+    figure = _figure(12, height)
+    figure.suptitle(title, fontsize=15, y=1 - 0.3 / height)
+    grid = figure.add_gridspec(
+        len(bands), 3, height_ratios=[size for _, size in bands], top=1 - 0.6 / height, bottom=0.2 / height,
+        left=0.06, right=0.97, hspace=0.3, wspace=0.28,
+    )  # fmt: skip
+    for row, (band, _) in enumerate(bands):
+        kind, _, number = band.partition(" ")
+        if kind == "curves":
+            for column, name in enumerate(names[int(number) * 3 : int(number) * 3 + 3]):
+                _draw_curve(figure.add_subplot(grid[row, column]), name, curves)
+        elif kind == "images":
+            for column, (caption, file) in enumerate(images[int(number) * 3 : int(number) * 3 + 3]):
+                axes = figure.add_subplot(grid[row, column])
+                axes.imshow(matplotlib.image.imread(io.BytesIO(_read_png(file)), format="png"), cmap="gray")
+                axes.set_title("\n".join(_wrap(caption, 50)), fontsize=9)
+                axes.axis("off")
+        else:
+            axes = figure.add_subplot(grid[row, :])
+            axes.axis("off")
+            if kind == "text":
+                axes.text(0, 1, "\n".join(wrapped), fontsize=9, va="top", family="monospace", transform=axes.transAxes)
+            elif kind == "table":
+                _draw_table(axes, tables[int(number)])
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out_png, dpi=100)
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """All numbers logged in metrics.jsonl of a run folder, by name; a step logged again (after a resume) counts once."""
+    file = Path(folder) / "metrics.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; is {folder} the folder of a training run?")
+    points: dict[str, dict[float, float]] = {}
+    lines = file.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            step = entry["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines):
+                continue  # a run that was killed, or still writes
+            raise ValueError(f"{file}, line {number}, is no JSON object with a step") from error
+        for name, value in entry.items():
+            if name in NOT_CURVES or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if math.isfinite(value):
+                points.setdefault(name, {})[step] = value
+    return {name: Curve(sorted(by_step), [by_step[s] for s in sorted(by_step)]) for name, by_step in points.items()}
+
+
+def _curve_names(curves: Mapping[str, Mapping[str, Curve]]) -> list[str]:
+    found = {name for run_curves in curves.values() for name in run_curves}
+    return [name for name in CURVES if name in found] + sorted(found - set(CURVES))
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))  # no pyplot: nothing global, no display
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _curve_figure(curves: Mapping[str, Mapping[str, Curve]]) -> "Figure | None":
+    names = _curve_names(curves)
+    if not names:
+        return None
+    rows = math.ceil(len(names) / 3)
+    figure = _figure(12, 2.7 * rows)
+    for place, name in enumerate(names, start=1):
+        _draw_curve(figure.add_subplot(rows, 3, place), name, curves)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_curve(axes: "Axes", name: str, curves: Mapping[str, Mapping[str, Curve]]) -> None:
+    for number, (run_name, run_curves) in enumerate(curves.items()):
+        if name in run_curves:
+            curve, colour = run_curves[name], COLOURS[number % len(COLOURS)]
+            few = len(curve.steps) < 30
+            axes.plot(
+                curve.steps, curve.values, color=colour, label=run_name, lw=1.3, marker="o" if few else None, ms=3
+            )
+    axes.set_title(name.replace("_", " "), fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.02)
+    if len(curves) > 1:
+        axes.legend(fontsize=7)
+
+
+def _draw_table(axes: "Axes", table: Table) -> None:
+    _check_table(table)
+    axes.set_title(table.title, fontsize=10, loc="left")
+    if not table.rows:
+        return
+    drawn = axes.table(cellText=[list(row) for row in table.rows], colLabels=list(table.header), loc="upper center")
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(9)
+    drawn.scale(1, 1.25)
+    drawn.auto_set_column_width(list(range(len(table.header))))
+
+
+def _check_table(table: Table) -> None:
+    for row in table.rows:
+        if len(row) != len(table.header):
+            raise ValueError(f"table {table.title!r}: a row has {len(row)} cells, the header {len(table.header)}")
+
+
+def _html_table(table: Table) -> str:
+    _check_table(table)
+    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in table.header)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in table.rows
+    )
+    return f"<table><caption>{html.escape(table.title)}</caption>\n<tr>{head}</tr>\n{body}</table>"
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width, subsequent_indent="    ", break_long_words=False) or [""]
+
+
+def _read_png(file: Path) -> bytes:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"image {file} does not exist")
+    return Path(file).read_bytes()
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    runs: tuple[Path, ...] = setting(help="run folders of train.py", group="report")
+    out: Path = setting(Path("report.html"), "HTML file; a PNG of it goes beside", group="report")
+    title: str = setting("Training report", "headline", group="report")
+    results: tuple[Path, ...] = setting((), "further results.json files for the table", group="report")
+
+
+def main() -> None:
+    settings = parse(ReportConfig, "Report on training runs.")
+    names = {str(folder): folder for folder in settings.runs}
+    if len({folder.name for folder in settings.runs}) == len(settings.runs):
+        names = {folder.name: folder for folder in settings.runs}
+    images, files = [], list(settings.results)
+    for name, folder in names.items():
+        files += sorted(folder.glob("**/results*.json"))
+        previews = sorted(folder.glob("previews/*.png"))
+        images += [(f"{name}, {previews[-1].stem.replace('_', ' ')}", previews[-1])] if previews else []
+        images += [(f"{name}, {grid.parent.name}", grid) for grid in sorted(folder.glob("**/grid.png"))]
+    tables = [_last_values(names)]
+    rows = [load(file) for file in dict.fromkeys(files)]
+    if rows:
+        keys = columns(rows)
+        cells = [
+            [row.name, str(row.protocol.get("n_samples", "-")), *sampler_cells(row.protocol)]
+            + [format_value(key, row.metrics.get(key)) for key in keys]
+            for row in rows
+        ]
+        tables.append(Table("Metrics", ["Samples", "n", "Sampler", "Guidance", *map(title, keys)], cells))
+    summary = [f"{name}: {folder}" for name, folder in names.items()]
+    content = {
+        "title": settings.title, "summary": summary, "tables": tables, "runs": names, "images": images, "commands": [],
+    }  # fmt: skip
+    write_report(settings.out, **content)
+    write_report_png(settings.out.with_suffix(".png"), **content)
+    print(f"wrote {settings.out} and {settings.out.with_suffix('.png')}")
+
+
+def _last_values(runs: Mapping[str, Path]) -> Table:
+    """The last logged value of every curve, one row for each run."""
+    curves = {name: read_curves(folder) for name, folder in runs.items()}
+    names = _curve_names(curves)
+    rows = []
+    for run_name, found in curves.items():
+        last = max((curve.steps[-1] for curve in found.values()), default=0)
+        rows.append([run_name, f"{last:g}", *(f"{found[n].values[-1]:.4g}" if n in found else "-" for n in names)])
+    return Table("Last logged values", ["Run", "Step", *(name.replace("_", " ") for name in names)], rows)
+
+
+if __name__ == "__main__":
+    run(main)
