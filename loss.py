@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models import philox
@@ -129,11 +128,17 @@ def alignment(projections: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tens
     projections, teachers: (N, T, E_k) for each encoder k => (N,). The normalisation runs in float32 whatever autocast
     does, because the square of a small half-precision token underflows to a zero norm.
     """
-    cosines = [
-        (F.normalize(p.float(), dim=-1) * F.normalize(z.float(), dim=-1)).sum(-1).mean(1)  # (N,)
-        for p, z in zip(projections, teachers, strict=True)
-    ]
+    cosines = [_cosine(p.float(), z.float()).mean(1) for p, z in zip(projections, teachers, strict=True)]  # (N,) each
     return -torch.stack(cosines).mean(0)
+
+
+def _cosine(p: Tensor, z: Tensor) -> Tensor:
+    """Cosine of (N, T, E) vectors => (N, T): reductions alone, so that no normalised copy of either is written."""
+    return (p * z).sum(-1) / (_length(p) * _length(z))
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12)  # as F.normalize
 
 
 def _mean_square(prediction: Tensor, target: Tensor) -> Tensor:

@@ -87,18 +87,25 @@ class SiTOutput(NamedTuple):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return x * (1 + scale) + shift  # (N, T, D), from (N, 1, D) shift and scale
 
 
 class PatchEmbedder(nn.Module):
-    """Cut the latent into patches and embed each one linearly."""
+    """Cut the latent into patches and embed each one linearly.
+
+    The weight has the shape of a convolution's, as in published checkpoints. A convolution whose stride is its size is
+    a matrix product of the flattened patches, and that is how it runs: backward as well, tokens come out contiguous.
+    """
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (N, P, D)
+        n, c, h, w = x.shape
+        p = self.proj.kernel_size[0]
+        patches = x.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)  # (N, P, C p^2)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (N, P, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -189,9 +196,9 @@ class SiTBlock(nn.Module):
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)  # (N, D) each
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)  # (N, 1, D) each
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -206,7 +213,7 @@ class FinalLayer(nn.Module):
             self.class_token_linear = nn.Linear(config.hidden_size, config.class_token_dim)
 
     def forward(self, x: Tensor, c: Tensor, *, with_class_token: bool) -> tuple[Tensor, Tensor | None]:
-        shift, scale = self.modulation(c).chunk(2, dim=-1)
+        shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
         x = modulate(self.norm(x), shift, scale)
         if not with_class_token:
             return self.linear(x), None
