@@ -43,7 +43,7 @@ def parse(cls: type[T], description: str, argv: Sequence[str] | None = None) -> 
         text = field.metadata["help"].replace("%", "%%")
         if field.default is dataclasses.MISSING:
             text += " (required)"
-        elif field.default not in (None, ""):
+        elif field.default not in (None, "", ()):
             text += f" (default: {_show(field.default)})"
         flag = "--" + field.name.replace("_", "-")
         if kind is bool:
