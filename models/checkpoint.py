@@ -1,6 +1,7 @@
 """Model files: what inference needs, in one safetensors file from which the network is rebuilt without any flag."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo, class
         tensors["class_means"] = class_means.contiguous().cpu()
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata={"reg": json.dumps(asdict(info))})
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
     temporary.rename(path)
 
 

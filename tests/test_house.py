@@ -9,10 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(
     path
-    for pattern in ("*.py", "models/*.py", "preprocessing/*.py", "evaluations/*.py", "benchmarks/*.py", "quickstart/*.py")
+    for pattern in ("*.py", "models/*.py", "training/*.py", "preprocessing/*.py", "evaluations/*.py", "benchmarks/*.py",
+                    "quickstart/*.py")
     for path in ROOT.glob(pattern)
 )
-OURS = {p.stem for p in ROOT.glob("*.py")} | {"models", "preprocessing", "evaluations", "benchmarks", "quickstart", "tests"}
+PACKAGES = {"models", "training", "preprocessing", "evaluations", "benchmarks", "quickstart", "tests"}
+OURS = {p.stem for p in ROOT.glob("*.py")} | PACKAGES
 
 
 def name(path: Path) -> str:
@@ -37,7 +39,7 @@ GRAPH = {name(path): imports(path) - {name(path)} for path in ROOMS}
 
 def test_the_rooms_are_seen():
     """The graph below is not empty for want of reading."""
-    assert "models.interpolant" in GRAPH["loss"] and "dataset" in GRAPH["train"] and len(GRAPH) > 20
+    assert "models.interpolant" in GRAPH["loss"] and "training.runner" in GRAPH["train"] and len(GRAPH) > 20
 
 
 def test_no_module_imports_the_programs():
@@ -45,6 +47,8 @@ def test_no_module_imports_the_programs():
     for module, found in GRAPH.items():
         if module.split(".")[0] not in ("quickstart", "benchmarks"):
             assert not found & {"train", "generate"}, module
+        if module != "train" and module.split(".")[0] not in ("training", "quickstart", "benchmarks"):
+            assert "training" not in {m.split(".")[0] for m in found}, module
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,8 @@ def test_the_core_imports_without_the_optional_packages():
     import sys
 
     absent = ["diffusers", "wandb", "safetensors", "yaml", "scipy", "sklearn", "matplotlib", "torch_fidelity", "PIL"]
-    modules = ["loss", "dataset", "train", "models.sit", "models.samplers", "models.ema", "models.cost", "models.checkpoint",
+    modules = ["loss", "dataset", "train", "training.step", "models.sit", "models.samplers", "models.ema", "models.cost",
+               "models.checkpoint",
                "models.encoder", "models.autoencoder"]  # fmt: skip
     code = (
         "import sys\n"

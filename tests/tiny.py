@@ -1,0 +1,76 @@
+"""Toy sizes for tests of training: a packed dataset of random numbers, a VAE, an encoder, and the flags of a tiny run."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset import EncoderInfo, Manifest, encode_moments, write_manifest, write_shard
+from models.autoencoder import LatentNormalization
+
+SIZE = 4  # latent; 8 pixels
+FLAGS = (
+    "--model", "SiT-S/2", "--depth", "2", "--hidden-size", "32", "--num-heads", "2", "--encoder-depth", "1",
+    "--projector-dim", "32", "--batch-size", "8", "--mixed-precision", "no", "--num-workers", "0", "--sampling-steps", "0",
+    "--log-every", "1",
+)  # fmt: skip
+
+
+def write_vae(folder: Path) -> Path:
+    """An AutoencoderKL, 8 x 8 pixels to 4 x 4 x 4 latents, with random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_encoder(folder: Path, dim: int = 16) -> Path:
+    """A timm ViT on 8 x 8 pixels in patches of 4, with random weights."""
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(1)
+    arguments = {"img_size": 8, "patch_size": 4, "embed_dim": dim, "depth": 1, "num_heads": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments)
+    vit.pretrained_cfg.update(mean=(0.5,) * 3, std=(0.5,) * 3, input_size=(3, 8, 8), num_classes=0)
+    save_for_hf(vit, folder, model_args=arguments)
+    return folder
+
+
+def write_dataset(
+    folder: Path, *, count: int = 20, dims: tuple[int, ...] = (16,), pixels: bool = False, vae: str | Path = "toy-vae"
+) -> Path:
+    """Random records in two shards and three classes; one encoder of each width in `dims`, on a 2 x 2 grid."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    moments = rng.normal(size=(count, 8, SIZE, SIZE)).astype(np.float32)
+    moments[:, 4:] = np.abs(moments[:, 4:]) * 0.1
+    arrays = {"moments": encode_moments(moments), "label": rng.integers(0, 3, count)}
+    for k, dim in enumerate(dims):
+        arrays[f"class_token.{k}"] = rng.normal(size=(count, dim)).astype(np.float16)
+        arrays[f"patch_tokens.{k}"] = rng.normal(size=(count, 4, dim)).astype(np.float16)
+    if pixels:
+        arrays["pixels"] = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    first = count - count // 3
+    shards = [
+        write_shard(folder, 0, {name: array[:first] for name, array in arrays.items()}),
+        write_shard(folder, 1, {name: array[first:] for name, array in arrays.items()}),
+    ]
+    means = None
+    if dims:
+        means = "class_means.npy"
+        labels, tokens = arrays["label"], arrays["class_token.0"].astype(np.float32)
+        np.save(folder / means, np.stack([tokens[labels == c].mean(0) for c in range(3)]))
+    write_manifest(folder, Manifest(
+        count=count, shard_size=first, resolution=8,
+        fields={n: {"dtype": str(a.dtype), "shape": list(a.shape[1:])} for n, a in arrays.items()},
+        classes=["ash", "birch", "cedar"],
+        vae={"name": str(vae), "normalization": asdict(LatentNormalization((1.0,))), "factor": 2},
+        encoders=[EncoderInfo(f"toy-{dim}", dim, 2) for dim in dims], shards=shards, class_means=means,
+    ))  # fmt: skip
+    return folder

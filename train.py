@@ -1,0 +1,134 @@
+"""Train SiT + REG (and, by flags, plain SiT, REPA, class token only) on a packed dataset.
+
+    accelerate launch --num_processes 8 train.py --config recipes/reg-b2.yaml --data-dir data/imagenet256 --exp-name reg-b2
+
+The same command again resumes from the newest checkpoint. See docs/training.md.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError, parse, run, setting
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    data_dir: Path = setting(help="packed dataset (preprocessing/pack.py)", group="run")
+    exp_name: str = setting(help="name of the run: its folder is OUTPUT_DIR/EXP_NAME", group="run")
+    output_dir: Path = setting(Path("runs"), "where run folders are", group="run")
+    seed: int = setting(0, "of weights, data order and all noise", group="run")
+    dry_run: bool = setting(False, "print the plan and stop", group="run")
+    accept_changes: bool = setting(False, "resume although settings differ from the run's", group="run")
+
+    model: str = setting("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}", group="model")
+    depth: int | None = setting(None, "blocks; default: the model's", group="model")
+    hidden_size: int | None = setting(None, "width; default: the model's", group="model")
+    num_heads: int | None = setting(None, "attention heads; default: the model's", group="model")
+    patch_size: int | None = setting(None, "latent pixels a patch side; default: the model's", group="model")
+    qk_norm: bool = setting(False, "normalise queries and keys", group="model")
+    class_token: bool = setting(True, "denoise the encoder's class token too (REG)", group="model")
+
+    resolution: int | None = setting(None, "check that the dataset has this resolution", group="data")
+    num_classes: int | None = setting(None, "check that the dataset has so many classes", group="data")
+    vae: str | None = setting(None, "decodes previews: ema, mse, hub id or folder; default: the dataset's", group="data")
+    num_workers: int = setting(4, "data loading processes", group="data")
+
+    enc_type: tuple[str, ...] = setting((), "encoders; default: the dataset's, or dinov2-vit-b on pixels", group="loss")
+    proj_coeff: float = setting(0.5, "lambda, weight of the alignment; 0: no projectors", group="loss")
+    class_coeff: float = setting(0.03, "beta, weight of the class token's velocity (published: --cls)", group="loss")
+    projector_dim: int = setting(2048, "hidden width of the projectors", group="loss")
+    encoder_depth: int | None = setting(None, "align after this block; default: S, B 4, L, XL 8", group="loss")
+    path_type: str = setting("linear", "interpolant", group="loss", choices=("linear", "cosine"))
+    weighting: str = setting("uniform", "distribution of t", group="loss", choices=("uniform", "lognormal"))
+    cfg_prob: float = setting(0.1, "label dropout", group="loss")
+
+    batch_size: int = setting(256, "images a step, over all processes", group="optimisation")
+    max_train_steps: int = setting(400_000, "optimiser steps in all", group="optimisation")
+    gradient_accumulation_steps: int = setting(1, "micro-batches a step", group="optimisation")
+    learning_rate: float = setting(1e-4, "constant", group="optimisation")
+    adam_beta1: float = setting(0.9, "", group="optimisation")
+    adam_beta2: float = setting(0.999, "", group="optimisation")
+    adam_weight_decay: float = setting(0.0, "", group="optimisation")
+    adam_epsilon: float = setting(1e-8, "", group="optimisation")
+    max_grad_norm: float = setting(1.0, "clip the gradient to this norm", group="optimisation")
+    ema_decay: float = setting(0.9999, "of the averaged weights", group="optimisation")
+
+    mixed_precision: str = setting("fp16", "over float32 weights", group="speed", choices=("no", "fp16", "bf16"))
+    allow_tf32: bool = setting(True, "TF32 matrix products", group="speed")
+    compile: bool = setting(False, "torch.compile the network", group="speed")
+    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory", group="speed")
+
+    report_to: str = setting(
+        "none", "tracker beside metrics.jsonl (WANDB_MODE=offline for wandb without network)", group="watching",
+        choices=("none", "wandb", "tensorboard"),
+    )  # fmt: skip
+    wandb_project: str = setting("REG", "wandb project", group="watching")
+    log_every: int = setting(100, "steps a log line", group="watching")
+    sampling_steps: int = setting(10_000, "steps between preview grids; 0: none", group="watching")
+    preview_steps: int = setting(50, "SDE steps of a preview", group="watching")
+    preview_scale: float = setting(2.3, "guidance scale of a preview", group="watching")
+
+    checkpointing_steps: int = setting(10_000, "steps between checkpoints", group="checkpoints")
+    keep_last: int = setting(3, "newest checkpoints to keep; 0: all", group="checkpoints")
+    keep_every: int = setting(50_000, "keep those at multiples of this too; 0: none", group="checkpoints")
+    on_save_error: str = setting(
+        "continue", "when the disk fails during a save", group="checkpoints", choices=("continue", "stop")
+    )
+    on_nonfinite: str = setting(
+        "stop", "when a loss or gradient is not finite; the weights never take part", group="checkpoints",
+        choices=("stop", "skip"),
+    )  # fmt: skip
+    max_hours: float | None = setting(None, "save and stop after this time, exit status 143", group="checkpoints")
+    requeue_command: str | None = setting(
+        None, "run after a stop by SIGUSR1, e.g. 'scontrol requeue $SLURM_JOB_ID'", group="checkpoints"
+    )
+
+
+def train(settings: TrainConfig) -> int:
+    """Run until max_train_steps, or until told to stop; returns the exit status."""
+    from training.runner import Runner
+
+    with Runner(settings) as run:
+        reason = None
+        while run.step < settings.max_train_steps and reason is None:
+            run.advance()
+            reason = run.interrupt.requested()
+            last = run.step == settings.max_train_steps
+            if last or run.step % settings.log_every == 0:
+                run.log()
+            if last or reason or run.step % settings.checkpointing_steps == 0:
+                run.save()
+            if settings.sampling_steps and (last or run.step % settings.sampling_steps == 0):
+                run.preview()
+    return run.conclude(reason)
+
+
+def check_values(settings: TrainConfig) -> None:
+    """Refuse numbers that cannot be meant. Raises UserError naming the flag."""
+    positive = ("batch_size", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "max_grad_norm",
+                "log_every", "checkpointing_steps", "preview_steps")  # fmt: skip
+    no_less = ("num_workers", "sampling_steps", "keep_last", "keep_every", "proj_coeff", "class_coeff", "adam_weight_decay")
+    for name in positive:
+        if not getattr(settings, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
+    for name in no_less:
+        if not getattr(settings, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}")
+    if "/" in settings.exp_name or settings.exp_name in ("", ".", ".."):
+        raise UserError(f"--exp-name {settings.exp_name!r} must be the name of a folder inside --output-dir")
+
+
+def main() -> None:
+    settings = parse(TrainConfig, "Train a diffusion transformer with representation entanglement (REG).")
+    check_values(settings)
+    if settings.dry_run:
+        from training.report import dry_run
+
+        print(dry_run(settings))
+        return
+    if status := train(settings):
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    run(main)

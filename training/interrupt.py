@@ -1,0 +1,63 @@
+"""Being told to stop: signals and --max-hours, agreed on by all processes without touching the device."""
+
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+
+EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "max-hours": 143}
+_REASONS = tuple(EXIT_STATUS)  # the greatest wins where processes were told different things
+
+
+class Interrupt:
+    """Use as a context manager around the training loop; the handlers that were there before come back at its end.
+
+    Each process notes what it was told. `requested()` is called by all of them after every step and gives all the same
+    answer: the notes of step s travel in the background over a CPU group while step s + 1 runs, and count after it.
+    A second signal of the same kind acts as it would without us.
+    """
+
+    def __init__(self, world: int, max_hours: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._deadline = None if max_hours is None else clock() + 3600 * max_hours
+        self._told = -1
+        self._group = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        self._pending: tuple[torch.distributed.Work, torch.Tensor] | None = None
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> "Interrupt":
+        for reason in _REASONS[:3]:
+            number = getattr(signal, reason)
+            self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+        self._restore()
+
+    def requested(self) -> str | None:
+        """The reason to stop now ("SIGTERM", "SIGUSR1", "SIGINT", "max-hours"), the same in every process, or None."""
+        if self._deadline is not None and self._clock() >= self._deadline:
+            self._told = max(self._told, _REASONS.index("max-hours"))
+        if self._group is None:
+            return _REASONS[self._told] if self._told >= 0 else None
+        before = self._pending
+        note = torch.tensor([self._told])
+        work = torch.distributed.all_reduce(note, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, note)
+        if before is None:
+            return None
+        before[0].wait()
+        return _REASONS[int(before[1])] if int(before[1]) >= 0 else None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._told = max(self._told, _REASONS.index(signal.Signals(number).name))
+        signal.signal(number, self._former[number])
+
+    def _restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,96 @@
+"""The processes of a run, over accelerate: DDP by default, FSDP where its config says so."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from config import UserError
+
+T = TypeVar("T")
+# Dense peak of the tensor cores, TFLOP/s: (half precision, TF32), from the vendor's data sheets.
+PEAKS = {
+    "A100": (312, 156), "H100": (989, 495), "H200": (989, 495), "B200": (2250, 1125), "L40S": (362, 183), "A10G": (70, 35),
+    "A6000": (155, 77), "RTX 4090": (165, 83), "V100": (125, 15.7),
+}  # fmt: skip
+
+
+class Processes:
+    """Rank, device and the few things processes do together. Runs on CUDA where there is a GPU, else on the CPU."""
+
+    def __init__(self, precision: str) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        cpu = not torch.cuda.is_available()
+        if cpu and precision == "fp16":
+            raise UserError("--mixed-precision fp16 needs a GPU: on the CPU use --mixed-precision no (or bf16)")
+        # Autocast and the gradient scaler are the training step's own; accelerate places, wraps and talks.
+        self.accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.is_main = self.rank == 0
+        self._wrapped: nn.Module | None = None
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network inside DDP, or itself for one process."""
+        with warnings.catch_warnings():  # newer torch renames broadcast_buffers
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+            self._wrapped = self.accelerator.prepare(network)
+        return self._wrapped
+
+    def no_sync(self) -> AbstractContextManager:
+        """Inside it a backward pass adds up gradients without exchanging them."""
+        return self.accelerator.no_sync(self._wrapped)
+
+    def gather(self, row: Tensor) -> Tensor:
+        """(K,) of each process => (world, K), in every process."""
+        if self.world == 1:
+            return row[None]
+        rows = [torch.empty_like(row) for _ in range(self.world)]
+        torch.distributed.all_gather(rows, row)
+        return torch.stack(rows)
+
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """Run `action` in the main process and give its result there, None elsewhere.
+
+        A ValueError or OSError in it ends all processes: as UserError in the main one, silently in the others.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except (ValueError, OSError) as caught:
+                error = caught
+        if self.share(error is not None):
+            if error is None:
+                raise SystemExit(2)
+            raise UserError(str(error)) from error
+        return result
+
+    def share(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        if self.world == 1:
+            return value
+        content = [value]
+        torch.distributed.broadcast_object_list(content, src=0)
+        return content[0]
+
+    def utilization(self, flops_per_second: float, precision: str) -> float | None:
+        """MFU: share of the GPUs' dense peak; None for hardware whose peak is not in the table."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peak = next((peaks[precision == "no"] for key, peaks in PEAKS.items() if key in name), None)
+        return None if peak is None else flops_per_second / (peak * 1e12 * self.world)
+
+    def close(self) -> None:
+        if self.world > 1:
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,282 @@
+"""The rooms of a training run, built once, and what the loop in train.py asks of them."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import UserError, as_dict
+from dataset import Batch, PackedDataset, StepSampler, read_manifest
+from models.autoencoder import Autoencoder, load_autoencoder
+from models.checkpoint import ModelInfo
+from models.cost import cost
+from models.ema import EMA
+from models.samplers import Guidance
+from models.sit import SiT
+from training import previews, state
+from training.folder import RunLock, record_settings
+from training.health import check_weights, describe
+from training.interrupt import EXIT_STATUS, Interrupt
+from training.launch import Processes
+from training.plan import make_plan
+from training.step import TrainStep, to_device
+from training.tracking import Tracker, Window, averages, first_fault, merge_windows, peak_memory
+
+PREVIEWS = 16
+
+
+class Runner:
+    """Everything of one run. Use as a context manager: it takes the folder's lock and gives it back."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+        self.folder = Path(settings.output_dir) / settings.exp_name
+        self.processes = Processes(settings.mixed_precision)
+        self.device = self.processes.device
+        self.plan = make_plan(settings, read_manifest(settings.data_dir))
+        self.lock = self.processes.on_main(self._claim)
+        self.autoencoder: Autoencoder | None = None
+        self.processes.on_main(self._load_previewer)
+        if settings.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+        torch.manual_seed(settings.seed)
+        self.network = SiT(self.plan.network).to(self.device)
+        self.network.gradient_checkpointing = settings.gradient_checkpointing
+        self.ema = EMA(self.network, SiT(self.plan.network).to(self.device), settings.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.adam_weight_decay, eps=settings.adam_epsilon, fused=True,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type) if settings.mixed_precision == "fp16" else None
+        self.window = Window(self.device)
+        self.step = self.saved_step = self._resume()  # optimiser steps taken, and how many of them are on disk
+        if settings.compile:
+            self.network.compile()
+        self.train_step = TrainStep(
+            self.network, self.plan.objective, self.optimizer, self.ema, self.plan.normalization,
+            seed=settings.seed, wrapped=self.processes.wrap(self.network), no_sync=self.processes.no_sync,
+            encoders=[encoder.to(self.device) for encoder in self.plan.online],
+            precision=settings.mixed_precision, scaler=self.scaler, max_grad_norm=settings.max_grad_norm,
+        )  # fmt: skip
+        self.batches = self._load_batches()
+        self.interrupt = Interrupt(self.processes.world, settings.max_hours)
+        self.tracker = self.processes.on_main(
+            lambda: Tracker(self.folder, settings.report_to, settings.wandb_project, as_dict(settings), self.step)
+        )
+        self.bar = tqdm(
+            total=settings.max_train_steps, initial=self.step, unit="step", disable=not self.processes.is_main
+        )
+        self._flops = cost(self.plan.network).train_flops
+        self._clock = self._start = time.monotonic()
+        self._waited, self._timed_steps = 0.0, 0
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def advance(self) -> None:
+        """Take one optimiser step."""
+        begin = time.monotonic()
+        batches = [(to_device(next(self.batches), self.device), p) for p in self.positions]
+        self._waited += time.monotonic() - begin
+        result = self.train_step(self.step, batches)
+        self.window.add(self.step, result, torch.cat(self.positions))
+        self.step += 1
+        self._timed_steps += 1
+        self.bar.update()
+
+    def log(self) -> None:
+        """One line of averages since the last one. The only place, beside a save, that waits for the device."""
+        rows = self.processes.gather(self.window.values).cpu()  # (world, WINDOW)
+        self._judge(rows)
+        seconds = time.monotonic() - self._clock
+        rate = self._timed_steps * self.settings.batch_size / seconds
+        values = averages(rows, self.plan.objective)
+        values |= {
+            "lr": self.settings.learning_rate,
+            "ema_distance": float(self.ema.distance(self.network)),
+            "images_per_second": rate,
+            "data_wait": self._waited / seconds,
+            "mfu": self.processes.utilization(rate * self._flops, self.settings.mixed_precision),
+            "peak_memory_gib": peak_memory(self.device),
+            "hours_left": (self.settings.max_train_steps - self.step) * self.settings.batch_size / rate / 3600,
+        }
+        if self.scaler is not None:
+            values["loss_scale"] = self.scaler.get_scale()
+        if self.tracker:
+            self.tracker.log(self.step, values)
+            self.bar.set_postfix(loss=f"{values['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
+        self.window.clear()
+        self._restart_clock()
+
+    def save(self) -> None:
+        """Write a checkpoint and rotate the older ones, unless this step is on disk already."""
+        if self.saved_step == self.step:
+            return
+        rows = self.processes.gather(self.window.values).cpu()
+        self._judge(rows)
+        check_weights(self.processes, self.network, self.ema, self.step)
+        if self.processes.share(self.processes.on_main(lambda: self._write(rows))):
+            self.saved_step = self.step
+        self._restart_clock()
+
+    def _write(self, rows: Tensor) -> bool:
+        """True if the checkpoint is on the disk. Raises UserError where a failing disk is to stop the run."""
+        content = state.TrainingState(
+            self.step, self.network.state_dict(), self.ema.average.state_dict(), self.optimizer.state_dict(),
+            {} if self.scaler is None else self.scaler.state_dict(), rows, as_dict(self.settings),
+        )  # fmt: skip
+        try:
+            state.save(self.folder / "checkpoints", content, self._model_info(), self._class_means())
+            state.rotate(self.folder / "checkpoints", self.settings.keep_last, self.settings.keep_every)
+        except (OSError, state.DamagedCheckpoint) as error:
+            if self.settings.on_save_error == "stop" or self.step >= self.settings.max_train_steps:
+                raise UserError(f"step {self.step} could not be saved: {error}") from error
+            self._say(f"step {self.step} could not be saved, training goes on: {error}")
+            return False
+        return True
+
+    def preview(self) -> None:
+        """Write previews/step_0000100.png from the EMA, in the main process."""
+        if not self.processes.is_main or self.autoencoder is None:
+            return
+        labels = previews.preview_labels(self.plan.network.num_classes, PREVIEWS).to(self.device)
+        index = torch.arange(PREVIEWS, device=self.device)
+        guidance = Guidance(self.settings.preview_scale, high=0.85)
+        sampled = previews.sample(
+            self.ema.average, self.plan.objective.interpolant, labels, index,
+            seed=self.settings.seed, steps=self.settings.preview_steps, guidance=guidance,
+        )  # fmt: skip
+        means = self._class_means()
+        nearest = None
+        if means is not None and sampled.class_token is not None:
+            nearest = previews.nearest_class(sampled.class_token, means)
+        file = self.folder / "previews" / f"step_{self.step:07d}.png"
+        pixels = previews.decode(self.autoencoder, sampled.latent)
+        previews.save_grid(file, pixels, labels, self.plan.manifest.classes, nearest)
+        self.tracker.picture(self.step, file)
+        self._restart_clock()
+
+    # ------------------------------------------------------------------------------------------------- beginning and end
+
+    def __enter__(self) -> "Runner":
+        self.interrupt.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.interrupt.__exit__(*exception)
+        self.bar.close()
+        if self.tracker:
+            self.tracker.close()
+        if self.lock:
+            self.lock.close()
+        if exception[0] is None:
+            self.processes.close()
+
+    def conclude(self, reason: str | None) -> int:
+        """After the run is closed: say how it ended, requeue if asked to; returns the exit status."""
+        if self.processes.is_main:
+            hours = (time.monotonic() - self._start) / 3600
+            ended = f"stopped by {reason}, the same command resumes" if reason else "done"
+            self._say(f"step {self.step} of {self.settings.max_train_steps}: {ended}; {hours:.2f} hours, {self.folder}")
+            if reason == "SIGUSR1" and self.settings.requeue_command:
+                subprocess.run(self.settings.requeue_command, shell=True, check=False)
+        return EXIT_STATUS[reason] if reason and self.step < self.settings.max_train_steps else 0
+
+    def _claim(self) -> RunLock:
+        """Lock the folder and compare the settings with those it was started with."""
+        lock = RunLock(self.folder)
+        facts = {
+            "network": asdict(self.plan.network), "encoders": list(self.plan.encoders), "images": self.plan.manifest.count,
+            "classes": self.plan.manifest.classes, "packed_vae": self.plan.manifest.vae["name"],
+        }  # fmt: skip
+        for change in record_settings(
+            self.folder, as_dict(self.settings), facts, accept_changes=self.settings.accept_changes
+        ):
+            self._say(f"continuing with another setting: {change}")
+        return lock
+
+    def _resume(self) -> int:
+        """Load the newest intact checkpoint; returns its step, 0 without one."""
+        folder = self.folder / "checkpoints"
+        found = self.processes.share(self.processes.on_main(lambda: state.newest(folder, self._say)))
+        if found is None:
+            return 0
+        loaded = state.load(found)
+        self.network.load_state_dict(loaded.model)
+        self.ema.average.load_state_dict(loaded.ema)
+        self.optimizer.load_state_dict(loaded.optimizer)
+        for group in self.optimizer.param_groups:  # a changed rate counts from here on (--accept-changes)
+            group["lr"] = self.settings.learning_rate
+        if self.scaler is not None and loaded.scaler:
+            self.scaler.load_state_dict(loaded.scaler)
+        if len(loaded.window) == self.processes.world:
+            self.window.values.copy_(loaded.window[self.processes.rank])
+        elif self.processes.is_main:  # another number of processes: the main one carries on all their sums
+            self.window.values.copy_(merge_windows(loaded.window))
+        if self.processes.is_main:
+            self._say(f"resuming from {found}")
+        return loaded.step
+
+    def _load_batches(self) -> Iterator[Batch]:
+        settings, processes = self.settings, self.processes
+        self.dataset = PackedDataset(settings.data_dir, self.plan.fields)
+        sampler = StepSampler(
+            len(self.dataset), settings.batch_size, seed=settings.seed, rank=processes.rank, world=processes.world,
+            micro=settings.gradient_accumulation_steps, start_step=self.step,
+        )  # fmt: skip
+        self.positions = [
+            torch.from_numpy(sampler.positions(m)).to(self.device) for m in range(settings.gradient_accumulation_steps)
+        ]
+        return iter(
+            DataLoader(
+                self.dataset, batch_size=None, sampler=sampler, num_workers=settings.num_workers,
+                pin_memory=self.device.type == "cuda", persistent_workers=settings.num_workers > 0,
+            )
+        )  # fmt: skip
+
+    def _load_previewer(self) -> None:
+        """The VAE for previews, at the start of the run: a missing one is told now and not after hours."""
+        if self.settings.sampling_steps:
+            self.autoencoder = load_autoencoder(self.plan.vae).to(self.device)
+
+    def _model_info(self) -> ModelInfo:
+        plan = self.plan
+        return ModelInfo(
+            network=plan.network, path=plan.objective.interpolant.path, resolution=plan.manifest.resolution, vae=plan.vae,
+            normalization=asdict(plan.normalization), encoders=plan.encoders, cfg_prob=plan.objective.cfg_prob,
+            step=self.step, classes=tuple(plan.manifest.classes), notes={"seed": self.settings.seed},
+        )  # fmt: skip
+
+    def _class_means(self) -> Tensor | None:
+        """(classes, E) mean class tokens of the dataset, for a network that makes class tokens of the same encoder."""
+        file = self.plan.manifest.class_means
+        if file is None or not self.plan.network.class_token_dim or self.plan.cached[:1] != (0,):
+            return None
+        return torch.from_numpy(np.load(self.dataset.directory / file, allow_pickle=False)).float()
+
+    def _judge(self, rows: Tensor) -> None:
+        """Stop at losses and gradients that were not finite, or tell of them, as --on-nonfinite says."""
+        fault = first_fault(rows)
+        if fault is None or (fault.position is None and self.scaler is not None and self.scaler.get_scale() >= 1):
+            return  # fp16 skips steps while its loss scale is too high; that is how it finds the right one
+        names = [name for name, p in self.network.named_parameters() if p.requires_grad]
+        text = describe(fault, self.dataset, self.settings.batch_size, self.settings.seed, names)
+        if self.settings.on_nonfinite == "stop":
+            raise UserError(f"{text}; the weights took no part (--on-nonfinite skip leaves such steps out)")
+        if self.processes.is_main:
+            self._say(f"left out: {text}")
+
+    def _restart_clock(self) -> None:
+        """Saves and previews do not count in the speed."""
+        self._clock, self._waited, self._timed_steps = time.monotonic(), 0.0, 0
+
+    def _say(self, text: str) -> None:
+        tqdm.write(text)

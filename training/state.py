@@ -1,0 +1,201 @@
+"""Training state on disk: written whole or not at all, read back before it gets its name, rotated only then.
+
+checkpoints/0000100/
+    model.safetensors  the weights            optimizer.pt  AdamW, gradient scaler, open log window (weights_only)
+    ema.safetensors    the model file         state.json    step, settings, and size and SHA-256 of the others; written last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import MODEL_FILE, ModelInfo, save_model
+
+SCHEMA = 1
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+FILES = (WEIGHTS, MODEL_FILE, OPTIMIZER, STATE)
+_TEMPORARY, _DELETED = ".writing-", ".deleting-"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is incomplete, altered or unreadable; the message names the file."""
+
+
+class FutureCheckpoint(ValueError):
+    """A checkpoint of a later version of this code."""
+
+
+@dataclass
+class TrainingState:
+    """Everything a run needs to continue. model, ema: state dicts. optimizer: AdamW's. scaler: GradScaler's or {}.
+    window: (world, K) float64, the open log window of each process. settings: of the run, for people."""
+
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    window: Tensor
+    settings: dict[str, Any]
+
+
+def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tensor | None = None) -> Path:
+    """Write folder/0000100 for step 100: into a hidden folder, fsync, re-read, rename. Returns its path.
+
+    Raises OSError when the disk fails, DamagedCheckpoint when what was written does not read back; either way earlier
+    checkpoints are untouched and nothing half-written has a valid name.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    final, temporary = folder / name(state.step), folder / (_TEMPORARY + name(state.step))
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_file({key: t.detach().contiguous().cpu() for key, t in state.model.items()}, temporary / WEIGHTS)
+        save_model(temporary / MODEL_FILE, state.ema, info, class_means)
+        content = {"optimizer": state.optimizer, "scaler": state.scaler, "window": state.window.cpu()}
+        torch.save(content, temporary / OPTIMIZER)
+        files = {}
+        for file in (WEIGHTS, MODEL_FILE, OPTIMIZER):
+            _sync(temporary / file)
+            files[file] = {"bytes": (temporary / file).stat().st_size, "sha256": _sha256(temporary / file)}
+        content = {"schema": SCHEMA, "step": state.step, "files": files, "settings": state.settings}
+        (temporary / STATE).write_text(json.dumps(content, indent=1))
+        _sync(temporary / STATE)
+        _sync(temporary)
+        verify(temporary)
+        if final.exists():  # a damaged one of the same step: resume fell back to the one before
+            _delete(final)
+        temporary.rename(final)
+        _sync(folder)
+    except (RuntimeError, SafetensorError) as error:  # the writers wrap the operating system's error
+        raise OSError(f"{temporary}: {str(error).splitlines()[0]}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Read every byte and compare with state.json; returns its content.
+
+    Raises DamagedCheckpoint naming the first file at fault, FutureCheckpoint for a later schema.
+    """
+    path = checkpoint / STATE
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] > SCHEMA:
+            raise FutureCheckpoint(f"{path} has schema {content['schema']}, this code reads up to {SCHEMA}: update the code")
+        for file, expected in content["files"].items():
+            part = checkpoint / file
+            if not part.is_file():
+                raise DamagedCheckpoint(f"{part} is missing")
+            if part.stat().st_size != expected["bytes"]:
+                raise DamagedCheckpoint(f"{part} has {part.stat().st_size} bytes instead of {expected['bytes']}")
+            if _sha256(part) != expected["sha256"]:
+                raise DamagedCheckpoint(f"{part} has changed since it was written (SHA-256 differs)")
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    return content
+
+
+def load(checkpoint: Path) -> TrainingState:
+    """Verify and read a checkpoint, on the CPU. Raises as `verify` does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    content = verify(checkpoint)
+    try:
+        rest = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+        ema = load_file(checkpoint / MODEL_FILE)
+        ema.pop("class_means", None)
+        return TrainingState(
+            content["step"], load_file(checkpoint / WEIGHTS), ema, rest["optimizer"], rest["scaler"], rest["window"],
+            content["settings"],
+        )  # fmt: skip
+    except (SafetensorError, RuntimeError, OSError, KeyError, EOFError, ValueError) as error:
+        raise DamagedCheckpoint(f"{checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest intact checkpoint of a run, None if it has none at all. Clears what a killed save left behind.
+
+    A damaged one is passed over with a warning. Raises ValueError when there are checkpoints and every one is damaged:
+    starting anew then has to be the user's decision.
+    """
+    for leftover in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_DELETED}*")]:
+        _remove_own_files(leftover)
+    candidates = list(reversed(listed(folder)))
+    for checkpoint in candidates:
+        try:
+            verify(checkpoint)
+            return checkpoint
+        except DamagedCheckpoint as error:
+            warn(f"checkpoint {checkpoint} is damaged and passed over: {error}")
+    if candidates:
+        raise ValueError(
+            f"every checkpoint in {folder} is damaged ({len(candidates)} of them); move the folder away to start from step 0"
+        )
+    return None
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run by their names, oldest first, intact or not."""
+    return sorted(path for path in folder.glob("[0-9]" * 7 + "*") if path.name.isdigit() and path.is_dir())
+
+
+def name(step: int) -> str:
+    return f"{step:07d}"
+
+
+def rotate(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all checkpoints but the newest `keep_last` (0: keep all) and those at multiples of `keep_every` (0: none).
+
+    Folders with anything in them that this code did not write stay. Call it after `save` has read the new one back.
+    """
+    if not keep_last:
+        return
+    for checkpoint in listed(folder)[:-keep_last]:
+        step = int(checkpoint.name)
+        if not (keep_every and step % keep_every == 0):
+            _delete(checkpoint)
+
+
+def _delete(checkpoint: Path) -> None:
+    """First take the valid name away, so that no half-deleted folder carries it."""
+    if {path.name for path in checkpoint.iterdir()} <= set(FILES):
+        hidden = checkpoint.with_name(_DELETED + checkpoint.name)
+        checkpoint.rename(hidden)
+        _remove_own_files(hidden)
+
+
+def _remove_own_files(folder: Path) -> None:
+    for file in FILES:
+        (folder / file).unlink(missing_ok=True)
+        (folder / f"{file}.tmp").unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+

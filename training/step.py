@@ -1,0 +1,141 @@
+"""One optimiser step: draws -> joint loss -> gradients -> clip -> AdamW -> EMA, without a word from the device to the
+host. Needs torch alone, so that benchmarks and tests drive it without a launcher."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dataset import Batch, decode_moments
+from loss import LossTerms, Objective, draw
+from models.autoencoder import LatentNormalization, sample_posterior
+from models.ema import EMA
+from models.encoder import VisionEncoder
+from models.sit import SiT
+from models.state import State
+
+PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class StepResult(NamedTuple):
+    """On the device, detached. terms: of all micro-batches of this process. grad_norm: scalar, before clipping.
+    gradient_norms: (parameters,) its parts; not finite where the gradient is not, and then nothing was updated."""
+
+    terms: LossTerms
+    grad_norm: Tensor
+    gradient_norms: Tensor
+
+
+class Targets(NamedTuple):
+    """class_token: (N, E) float32 or None. teachers: one (N, T, E_k) for each aligned encoder, as the network's tokens."""
+
+    class_token: Tensor | None
+    teachers: tuple[Tensor, ...]
+
+
+class TrainStep:
+    """Takes a network through one optimiser step of the joint objective.
+
+    network: the SiT itself. wrapped: it inside DDP or FSDP; its forward is what runs. encoders: run on the batch's pixels;
+    empty when the tokens are cached or not needed. precision: "no", "fp16" (give a GradScaler) or "bf16", by autocast over
+    float32 weights. A step whose gradient is not finite leaves weights and optimiser as they were, decided on the device.
+    """
+
+    def __init__(
+        self,
+        network: SiT,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA,
+        normalization: LatentNormalization,
+        *,
+        seed: int = 0,
+        wrapped: nn.Module | None = None,
+        encoders: Sequence[VisionEncoder] = (),
+        precision: str = "no",
+        scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float = 1.0,
+        no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.network, self.objective, self.optimizer, self.ema = network, objective, optimizer, ema
+        self.wrapped = network if wrapped is None else wrapped
+        self.normalization, self.seed, self.encoders = normalization, seed, tuple(encoders)
+        self.dtype, self.scaler = PRECISIONS[precision], scaler
+        self.max_grad_norm, self.no_sync = max_grad_norm, no_sync
+        self.device = next(network.parameters()).device
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+
+    def __call__(self, step: int, batches: Sequence[tuple[Batch, Tensor]]) -> StepResult:
+        """Take step number `step` (from 0).
+
+        batches: for each micro-batch the records and their positions (n,) int64 in the global batch; both on the device.
+        """
+        parts = []
+        for number, (batch, positions) in enumerate(batches, start=1):
+            with nullcontext() if number == len(batches) else self.no_sync():
+                terms = self.loss(step, batch, positions)
+                loss = self.objective.total(terms) / len(batches)
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            parts.append(LossTerms(*(term.detach() for term in terms)))
+        norms = self.update()
+        terms = parts[0] if len(parts) == 1 else LossTerms(*(torch.cat(term) for term in zip(*parts)))
+        return StepResult(terms, torch.linalg.vector_norm(norms), norms)
+
+    def loss(self, step: int, batch: Batch, positions: Tensor) -> LossTerms:
+        """The loss terms of one micro-batch on the device, with gradient."""
+        config = self.network.config
+        shape = (config.in_channels, config.input_size, config.input_size)
+        draws = draw(self.seed, step, positions, shape, config.class_token_dim, self.objective.weighting)
+        latent = sample_posterior(decode_moments(batch.moments), draws.posterior, self.normalization)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            targets = self.targets(batch)
+            return self.objective(
+                self.wrapped, State(latent, targets.class_token), batch.label, targets.teachers, draws,
+                null_label=config.num_classes,
+            )  # fmt: skip
+
+    def targets(self, batch: Batch) -> Targets:
+        """Tokens of the encoders, cached or computed from the pixels; the class token is the first encoder's, raw."""
+        config = self.network.config
+        class_tokens, patch_tokens = batch.class_token, batch.patch_tokens
+        if self.encoders:
+            pixels = batch.pixels.permute(0, 3, 1, 2)  # (N, 3, H, W)
+            tokens = [encoder(pixels) for encoder in self.encoders]
+            class_tokens, patch_tokens = [t.class_token for t in tokens], [t.patch_tokens for t in tokens]
+        class_token = class_tokens[0].float() if config.class_token_dim else None
+        if not config.align_dims:
+            return Targets(class_token, ())
+        if class_token is None:  # REPA: patches alone
+            return Targets(None, tuple(patch_tokens))
+        return Targets(
+            class_token, tuple(torch.cat([c.unsqueeze(1), p], dim=1) for c, p in zip(class_tokens, patch_tokens))
+        )
+
+    def update(self) -> Tensor:
+        """Clip the gradient to max_grad_norm, step the optimiser and the EMA; returns the norm of each gradient.
+
+        The fused optimiser reads `found_inf` on the device and then leaves weights and moments alone.
+        """
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = torch.linalg.vector_norm(norms)
+        torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        if self.scaler is None:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~norm.isfinite()).float()
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.network)
+        return norms
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch, asynchronously from pinned memory."""
+    move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
+    return Batch(*(tuple(map(move, x)) if isinstance(x, tuple | list) else move(x) for x in batch))
