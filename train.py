@@ -37,6 +37,7 @@ class TrainConfig:
     proj_coeff: float = setting(0.5, "lambda, weight of the alignment; 0: no projectors", group="loss")
     class_coeff: float = setting(0.03, "beta, weight of the class token's velocity (published: --cls)", group="loss")
     projector_dim: int = setting(2048, "hidden width of the projectors", group="loss")
+    projector_dim: int = setting(2048, "hidden width of the alignment heads", group="loss")
     encoder_depth: int | None = setting(None, "align after this block; default: S, B 4, L, XL 8", group="loss")
     path_type: str = setting("linear", "interpolant", group="loss", choices=("linear", "cosine"))
     weighting: str = setting("uniform", "distribution of t", group="loss", choices=("uniform", "lognormal"))
@@ -53,9 +54,12 @@ class TrainConfig:
     max_grad_norm: float = setting(1.0, "clip the gradient to this norm", group="optimisation")
     ema_decay: float = setting(0.9999, "of the averaged weights", group="optimisation")
 
-    mixed_precision: str = setting("fp16", "over float32 weights", group="speed", choices=("no", "fp16", "bf16"))
+    mixed_precision: str = setting(
+        "auto", "over float32 weights; auto: bf16 where the GPU has it, else fp16, no on the CPU (published: fp16)",
+        group="speed", choices=("auto", "no", "fp16", "bf16"),
+    )  # fmt: skip
     allow_tf32: bool = setting(True, "TF32 matrix products", group="speed")
-    compile: bool = setting(False, "torch.compile the network", group="speed")
+    compile: bool = setting(False, "torch.compile network and encoders, block by block", group="speed")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory", group="speed")
 
     report_to: str = setting(

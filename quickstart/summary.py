@@ -94,8 +94,9 @@ def _line(row: list[str], widths: list[int]) -> str:
 
 def _metrics(file: Path) -> dict:
     """Accuracy, FD and n of one results.json of evaluations/evaluate.py."""
-    results = json.loads(file.read_text())["metrics"]
-    return {"accuracy": results["class_accuracy"], "fd": results["fd"], "n": results["n"]}
+    results = json.loads(file.read_text())
+    metrics = results["metrics"]
+    return {"accuracy": metrics["class_accuracy"], "fd": metrics["fd_judge"], "n": results["protocol"]["n_samples"]}
 
 
 def _grid_of_real(out: Path) -> Path:
