@@ -37,7 +37,6 @@ class TrainConfig:
     proj_coeff: float = setting(0.5, "lambda, weight of the alignment; 0: no projectors", group="loss")
     class_coeff: float = setting(0.03, "beta, weight of the class token's velocity (published: --cls)", group="loss")
     projector_dim: int = setting(2048, "hidden width of the projectors", group="loss")
-    projector_dim: int = setting(2048, "hidden width of the alignment heads", group="loss")
     encoder_depth: int | None = setting(None, "align after this block; default: S, B 4, L, XL 8", group="loss")
     path_type: str = setting("linear", "interpolant", group="loss", choices=("linear", "cosine"))
     weighting: str = setting("uniform", "distribution of t", group="loss", choices=("uniform", "lognormal"))

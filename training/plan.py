@@ -38,7 +38,7 @@ def make_plan(settings: Any, manifest: Manifest) -> Plan:
     """
     channels, latent_size = manifest.fields["moments"]["shape"][0] // 2, manifest.fields["moments"]["shape"][1]
     _check_against(settings, manifest)
-    free = {name: getattr(settings, name) for name in ("depth", "hidden_size", "num_heads", "patch_size", "projector_dim")}
+    free = {name: getattr(settings, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
     changes = {name: value for name, value in free.items() if value is not None}
     changes |= {"input_size": latent_size, "in_channels": channels, "num_classes": len(manifest.classes),
                 "qk_norm": settings.qk_norm, "projector_dim": settings.projector_dim,
