@@ -88,6 +88,14 @@ def count_operations(function: Callable[[], Any]) -> int:
     return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
 
 
+def matmul_ceiling(device: str | torch.device, dtype: torch.dtype, size: int = 0) -> float:
+    """TFLOP/s that large square matrix products reach here: the ceiling a training step is compared with."""
+    size = size or (8192 if torch.device(device).type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = alternate({"product": lambda: a @ b}, rounds=9, warmup=3, repeats=5, device=device)["product"]
+    return 2 * size**3 / seconds.median / 1e12
+
+
 class Memory(NamedTuple):
     """GiB. peak: largest amount allocated. resident: what was allocated before the measured call."""
 

@@ -1,11 +1,15 @@
-"""What a network costs: parameters and floating-point operations, counted on the real module without memory for it."""
+"""What a network costs: parameters, operations and memory, counted on the real module without memory for it, and the time
+a training step should take on a named GPU."""
 
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.encoder import PUBLISHED
 from models.sit import SiT, SiTConfig
 
 
@@ -41,11 +45,145 @@ def cost(config: SiTConfig) -> Cost:
     )
 
 
+class Gpu(NamedTuple):
+    """tflops: dense bf16 matrix products, data sheet. bandwidth: of the memory, TB/s. memory: GiB. rent: dollars an hour
+    assumed for it; rents differ by provider and year."""
+
+    tflops: float
+    bandwidth: float
+    memory: float
+    rent: float
+
+
+GPUS = {
+    "RTX4090": Gpu(165, 1.01, 24, 0.5),
+    "L40S": Gpu(362, 0.86, 48, 1.0),
+    "A100": Gpu(312, 2.04, 80, 1.5),
+    "H100": Gpu(989, 3.35, 80, 2.5),
+    "H200": Gpu(989, 4.8, 141, 3.5),
+    "B200": Gpu(2250, 8.0, 180, 5.5),
+}
+REACHED = 0.8  # of both data-sheet figures is what large operations reach; H200: 790 of 989 TFLOP/s
+
+
+class StepCost(NamedTuple):
+    """One training step of one process. flops: of the network and of the encoders. traffic: bytes that fused elementwise
+    operations, optimiser and EMA must move. compute, memory: the seconds each of the two takes at what a GPU reaches."""
+
+    network_flops: int
+    encoder_flops: int
+    traffic: int
+    compute: float
+    memory: float
+
+    @property
+    def floor(self) -> float:
+        """Seconds if memory traffic hid behind the matrix products, or they behind it: no step is faster."""
+        return max(self.compute, self.memory)
+
+    @property
+    def expected(self) -> float:
+        """Seconds if nothing overlapped: what a well compiled step takes."""
+        return self.compute + self.memory
+
+
+def step_cost(config: SiTConfig, batch: int, gpu: Gpu, *, encoder_macs: int = 0, recompute: bool = False) -> StepCost:
+    """The roofline of a training step with `batch` images on one GPU, in half precision over float32 weights.
+
+    encoder_macs: multiply-adds an image of the encoders that run in the step. recompute: gradient checkpointing, which
+    runs each block's forward pass twice.
+    """
+    c = cost(config)
+    network = batch * (c.train_flops + (2 * c.flops if recompute else 0))
+    encoder = batch * 2 * encoder_macs
+    # Bytes a token and unit of width in one block's forward pass, residual stream in float32, the rest in half precision:
+    # twice (normalise: read 4, write 2; add: read 4 + 2, write 4), and GELU on four times the width: read and write 2.
+    forward = 2 * (4 + 2 + 4 + 2 + 4) + 4 * (2 + 2)
+    passes = 4 if recompute else 3  # backward reads and writes about twice as much as forward
+    elementwise = batch * config.num_tokens * config.hidden_size * config.depth * forward * passes
+    # Bytes a parameter, float32: AdamW reads 4 and writes 3 numbers; EMA 2 and 1; clipping reads twice and writes once; the
+    # gradient is written once; the half-precision copy is read and written.
+    weights = (c.parameters + c.projector_parameters) * (28 + 12 + 12 + 4 + 6)
+    traffic = elementwise + weights
+    return StepCost(
+        network, encoder, traffic, (network + encoder) / (REACHED * gpu.tflops * 1e12),
+        traffic / (REACHED * gpu.bandwidth * 1e12),
+    )  # fmt: skip
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes. state: weights, gradients, AdamW and EMA in float32. copies: half-precision weights kept for the backward
+    pass. activations: kept for the backward pass, of one image."""
+
+    state: int
+    copies: int
+    activations: int
+
+    def total(self, batch: int) -> int:
+        """Bytes with `batch` images on one GPU, without encoders, allocator slack and the CUDA context."""
+        return self.state + self.copies + batch * self.activations
+
+
+def training_memory(config: SiTConfig, *, half: bool = True, recompute: bool = False) -> TrainingMemory:
+    """Count what the backward pass keeps, on fake tensors, as an eager step does; a compiled one keeps less.
+
+    half: fp16 or bf16 by autocast. recompute: gradient checkpointing, which keeps the input of each block and recomputes
+    one block at a time.
+    """
+    c = cost(config)
+    state = (c.parameters + c.projector_parameters) * (4 + 4 + 8 + 4)
+    two, three = (_kept_bytes(config, n, half=half) for n in (2, 3))
+    activations, copies = three - two, max(0, 3 * two - 2 * three)
+    if recompute:
+        one_block = replace(config, depth=1, align_depth=1)
+        inside = _kept_bytes(one_block, 3, half=half) - _kept_bytes(one_block, 2, half=half)
+        activations = inside + config.depth * config.num_tokens * config.hidden_size * 4
+    return TrainingMemory(state, copies, activations)
+
+
+def encoder_macs(name: str, grid: int) -> int:
+    """Multiply-adds of a vision encoder (published or timm name) for one image on a grid x grid of patches."""
+    import timm
+
+    name = PUBLISHED.get(name, name)
+    with torch.device("meta"):
+        patch = timm.create_model(name, pretrained=False, num_classes=0).patch_embed.patch_size[0]
+        vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=grid * patch).eval()
+        with FlopCounterMode(display=False) as counter:
+            vit.forward_features(torch.empty(1, 3, grid * patch, grid * patch))
+    return counter.get_total_flops() // 2
+
+
+def _inputs(config: SiTConfig, n: int) -> tuple[Tensor, ...]:
+    """Empty x, t, y and, where there is a slot for it, the class token."""
+    x = torch.empty(n, config.in_channels, config.input_size, config.input_size)
+    token = (torch.empty(n, config.class_token_dim),) if config.class_token_dim else ()
+    return (x, torch.zeros(n), torch.zeros(n, dtype=torch.long), *token)
+
+
 def _forward_macs(config: SiTConfig, *, project: bool) -> dict[str, int]:
     """Multiply-adds of one image by operator name."""
     network = SiT(config).eval()
-    x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
-    token = torch.empty(1, config.class_token_dim) if config.class_token_dim else None
     with FlopCounterMode(display=False) as counter:
-        network(x, torch.zeros(1), torch.zeros(1, dtype=torch.long), token, project=project)
+        network(*_inputs(config, 1), project=project)
     return {str(operator): flops // 2 for operator, flops in counter.get_flop_counts()["Global"].items()}
+
+
+def _kept_bytes(config: SiTConfig, n: int, *, half: bool) -> int:
+    """Bytes that a forward pass of n images keeps for its backward pass, parameters apart."""
+    with FakeTensorMode():
+        network = SiT(config).train()
+        own = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                output = network(*_inputs(config, n), project=bool(config.align_dims))
+        del output
+        return sum(storage.nbytes() for storage in kept.values())

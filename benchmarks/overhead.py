@@ -1,0 +1,112 @@
+"""What the class-token slot costs: the same network with and without it, parameters, operations and time.
+
+    python -m benchmarks.overhead --model SiT-XL/2 --batch-size 256 --compile
+
+The paper's table for XL/2: parameters +0.30 %, operations +0.38 %, latency +0.49 %.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from config import parse, run, setting
+
+
+@dataclass(frozen=True)
+class OverheadBenchmark:
+    model: str = setting("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}", group="what")
+    depth: int | None = setting(None, "blocks; default: the model's", group="what")
+    input_size: int = setting(32, "side of the latent", group="what")
+    batch_size: int = setting(64, "images a forward pass and a training step", group="what")
+    train: bool = setting(True, "time the training step, too", group="what")
+    precision: str = setting("auto", "mixed precision", group="how", choices=("auto", "no", "fp16", "bf16"))
+    compile: bool = setting(False, "compile the networks' regions", group="how")
+    rounds: int = setting(25, "timed calls of each", group="how")
+    warmup: int = setting(3, "untimed calls of each before them", group="how")
+    device: str = setting("auto", "cpu, cuda or auto", group="how")
+    label: str = setting("run", "names the result files", group="how")
+
+
+def main() -> None:
+    settings = parse(OverheadBenchmark, (__doc__ or "").splitlines()[0])
+    import torch
+
+    from benchmarks import harness
+    from benchmarks.train_variants import OurStep
+    from models import acceleration
+    from models.cost import cost
+    from models.sit import preset
+
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    precision = acceleration.best_precision(device) if settings.precision == "auto" else settings.precision
+    acceleration.allow_tf32(True)
+    config = preset(settings.model, input_size=settings.input_size)
+    if settings.depth is not None:
+        config = replace(config, depth=settings.depth, align_depth=min(config.align_depth, settings.depth))
+    configs = {"without": replace(config, class_token_dim=0), "with": config}
+
+    def time_pair(make: Callable[[Any], Callable[[], Any]]) -> dict[str, harness.Spread]:
+        calls = {name: make(c) for name, c in configs.items()}
+        return harness.alternate(calls, rounds=settings.rounds, warmup=settings.warmup, device=device)
+
+    forward = time_pair(lambda c: forward_pass(c, settings, device, precision))
+    rows = []
+    for name, c in configs.items():
+        counted = cost(c)
+        rows.append({
+            "class token": name, "parameters": counted.parameters, "GFLOP (multiply-adds)": counted.flops / 1e9,
+            "ms forward": harness.spread([1e3 * s for s in forward[name].values]),
+        })  # fmt: skip
+    if settings.train:
+        training = time_pair(
+            lambda c: OurStep(c, settings.batch_size, device, precision=precision, compiled=settings.compile)
+        )
+        for row in rows:
+            row["ms training step"] = harness.spread([1e3 * s for s in training[row["class token"]].values])
+    rows.append(
+        {"class token": "overhead %"}
+        | {name: 100 * (rows[1][name] / rows[0][name] - 1) for name in ("parameters", "GFLOP (multiply-adds)")}
+        | {name: percent(rows[1][name], rows[0][name]) for name in ("ms forward", "ms training step") if name in rows[0]}
+    )
+    path = harness.write(
+        "overhead", settings.label,
+        {"model": settings.model, "depth": config.depth, "latent": config.input_size, "batch": settings.batch_size,
+         "precision": precision, "compiled": settings.compile, "rounds": settings.rounds}, rows, device=device,
+    )  # fmt: skip
+    print(path.with_name("overhead.md").read_text())
+
+
+def forward_pass(config: Any, settings: OverheadBenchmark, device: str, precision: str) -> Callable[[], Any]:
+    """One forward pass as the sampler makes it: no gradient, no projectors."""
+    import torch
+
+    from models import acceleration
+    from models.sit import SiT
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        network = SiT(replace(config, align_dims=())).eval()
+        n = settings.batch_size
+        x = torch.randn(n, config.in_channels, config.input_size, config.input_size)
+        token = torch.randn(n, config.class_token_dim) if config.class_token_dim else None
+        t, y = torch.rand(n), torch.randint(0, config.num_classes, (n,))
+    if settings.compile:
+        acceleration.compile_network(network)
+
+    @torch.no_grad()
+    def call() -> None:
+        with acceleration.autocast(device, precision):
+            network(x, t, y, token)
+
+    return call
+
+
+def percent(numerator: Any, denominator: Any) -> Any:
+    """Overhead in per cent, round by round."""
+    from benchmarks.harness import ratio, spread
+
+    return spread([100 * (value - 1) for value in ratio(numerator, denominator).values])
+
+
+if __name__ == "__main__":
+    run(main)

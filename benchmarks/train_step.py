@@ -1,0 +1,223 @@
+"""One training step, ours and the published code's, in turn in one process on the same weights' shapes and the same data.
+
+    python -m benchmarks.train_step --published PATH --model SiT-XL/2 --batch-size 256 --encoder dinov2-vit-b --compile
+
+Ours is training.step.TrainStep, what train.py runs. The published step is driven as its train.py does, with its own network,
+loss and EMA and torch's default AdamW: once as shipped (fp16 with a loss scaler, five values read back each step) and once
+at its best (bf16, nothing read back). A batch that does not fit is halved, for that variant alone; images/s are compared.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import parse, run, setting
+
+
+@dataclass(frozen=True)
+class TrainStepBenchmark:
+    published: Path | None = setting(None, "clone of the published code at 021ea2e to run beside ours", group="what")
+    model: str = setting("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}", group="what")
+    depth: int | None = setting(None, "blocks; default: the model's", group="what")
+    hidden_size: int | None = setting(None, "width; default: the model's", group="what")
+    num_heads: int | None = setting(None, "attention heads; default: the model's", group="what")
+    input_size: int = setting(32, "side of the latent", group="what")
+    batch_size: tuple[int, ...] = setting((256,), "images a step on this device, one or several", group="what")
+    encoder: str = setting("cached", "cached: tokens are given; or what runs in the step: dinov2-vit-b", group="what")
+    precision: str = setting("auto", "ours", group="how", choices=("auto", "no", "fp16", "bf16"))
+    compile: bool = setting(False, "also measure ours with its regions compiled", group="how")
+    stream: bool = setting(False, "also measure ours with the next batch encoded on a side stream (CUDA)", group="how")
+    gradient_checkpointing: bool = setting(False, "ours recomputes its blocks", group="how")
+    parts: bool = setting(False, "also say where the time of our step goes", group="how")
+    rounds: int = setting(9, "timed steps of each variant", group="how")
+    warmup: int = setting(2, "untimed steps of each variant before them", group="how")
+    device: str = setting("auto", "cpu, cuda or auto", group="how")
+    label: str = setting("run", "names the result files", group="how")
+
+
+class Variant(NamedTuple):
+    """step: runs one step. batch: images it takes. first: seconds of its first step, compilation included."""
+
+    step: Callable[[], Any]
+    batch: int
+    first: float
+
+
+def main() -> None:
+    settings = parse(TrainStepBenchmark, (__doc__ or "").splitlines()[0])
+    import torch
+
+    from benchmarks import harness, published
+    from models import acceleration
+    from models.cost import cost, encoder_macs
+    from models.sit import preset
+
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = torch.device(device).type == "cuda"
+    precision = acceleration.best_precision(device) if settings.precision == "auto" else settings.precision
+    acceleration.allow_tf32(True)  # the published launch script asks for it as well
+    sizes = {name: getattr(settings, name) for name in ("depth", "hidden_size", "num_heads")}
+    config = preset(settings.model, input_size=settings.input_size, **{k: v for k, v in sizes.items() if v is not None})
+    flops = cost(config).train_flops
+    if settings.encoder != "cached":
+        flops += 2 * encoder_macs(settings.encoder, config.input_size // config.patch_size)
+
+    builders = builders_of(settings, config, device, precision)
+    commit = published.check(settings.published) if settings.published else None
+    dtype = acceleration.DTYPES.get(precision, torch.float32)
+    ceiling = harness.matmul_ceiling(device, dtype) if cuda else None
+    model = settings.model if config == preset(settings.model) else f"{config.depth} x {config.hidden_size}"
+    rows, parts = [], {}
+    for batch in settings.batch_size:
+        memory = {name: alone(build, batch, device) for name, build in builders.items()} if cuda else {}
+        variants = {name: start(build, memory[name].batch if cuda else batch, device) for name, build in builders.items()}
+        timings = harness.alternate(
+            {name: v.step for name, v in variants.items()}, rounds=settings.rounds, warmup=settings.warmup, device=device
+        )
+        for name, variant in variants.items():
+            images = harness.spread([variant.batch / seconds for seconds in timings[name].values])
+            speed = None
+            if settings.published:
+                base = harness.ratio(timings["published"], timings[name])
+                speed = harness.spread([r * variant.batch / variants["published"].batch for r in base.values])
+            rows.append({
+                "model": model, "variant": name, "batch": variant.batch,
+                "ms a step": harness.spread([1e3 * s for s in timings[name].values]), "images/s": images,
+                "times published": speed, "share of ceiling": images.median * flops / (ceiling * 1e12) if cuda else None,
+                "ATen operations": harness.count_operations(variant.step), "first step s": variant.first,
+                "peak GiB": memory[name].peak if cuda else None,
+            })  # fmt: skip
+        if settings.parts:
+            parts[batch] = parts_of_step(settings, config, batch, device, precision)
+        del variants
+        free()
+    path = harness.write(
+        "train_step", settings.label,
+        {"encoder": settings.encoder, "latent": config.input_size, "precision": precision, "rounds": settings.rounds,
+         "published commit": commit, "gradient checkpointing": settings.gradient_checkpointing,
+         "ceiling TFLOP/s": ceiling and round(ceiling, 1), "training GFLOP an image": round(flops / 1e9, 2)},
+        rows, device=device, details={"ms by part of our step": parts},
+    )  # fmt: skip
+    print(path.with_name("train_step.md").read_text())
+    for batch, table in parts.items():
+        print(f"our step at batch {batch}, ms: " + ", ".join(f"{k} {v:.3g}" for k, v in table.items()))
+
+
+def builders_of(
+    settings: TrainStepBenchmark, config: Any, device: str, precision: str
+) -> dict[str, Callable[[int], Callable[[], Any]]]:
+    """What is compared: name => (batch size => a function that takes one step)."""
+    from benchmarks.train_variants import OurStep, encoded_ahead, published_step
+
+    def ours(n: int, compiled: bool) -> OurStep:
+        return OurStep(config, n, device, encoder=settings.encoder, precision=precision, compiled=compiled,
+                       gradient_checkpointing=settings.gradient_checkpointing)  # fmt: skip
+
+    def theirs(n: int, precision: str, read_back: bool) -> Callable[[], None]:
+        return published_step(settings.published, config, n, device, encoder=settings.encoder, precision=precision,
+                              read_back=read_back)  # fmt: skip
+
+    cuda = device.startswith("cuda")
+    builders: dict[str, Callable[[int], Callable[[], Any]]] = {}
+    if settings.published:
+        builders["published"] = lambda n: theirs(n, "fp16" if cuda else "no", True)
+        if cuda:
+            builders["published, best case"] = lambda n: theirs(n, "bf16", False)
+    builders["ours"] = lambda n: ours(n, False)
+    if settings.compile:
+        builders["ours, compiled"] = lambda n: ours(n, True)
+    if settings.stream and cuda and settings.encoder != "cached":
+        builders["ours, encoder on a stream"] = lambda n: encoded_ahead(ours(n, settings.compile))
+    return builders
+
+
+def start(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Variant:
+    """Build a variant and take its first step; a batch that does not fit is halved."""
+    import torch
+
+    from benchmarks.harness import synchronize
+
+    while True:
+        try:
+            step = build(n)
+            synchronize(device)
+            began = time.perf_counter()
+            step()
+            synchronize(device)
+            return Variant(step, n, time.perf_counter() - began)
+        except torch.OutOfMemoryError:
+            if n == 1:
+                raise
+        step = None
+        n //= 2
+        free()
+
+
+class Alone(NamedTuple):
+    batch: int
+    peak: float
+
+
+def alone(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Alone:
+    """Peak GPU memory of the second step with nothing else on the device, at the largest batch up to n that fits."""
+    from benchmarks.harness import peak_memory
+
+    variant = start(build, n, device)
+    memory = peak_memory(variant.step, device)
+    assert memory is not None
+    batch = variant.batch
+    del variant
+    free()
+    return Alone(batch, memory.peak)
+
+
+def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str, precision: str) -> dict[str, float]:
+    """Milliseconds of the parts of our step, by differences of medians of growing pieces."""
+    from benchmarks.harness import alternate
+    from benchmarks.train_variants import OurStep
+    from loss import draw
+    from models.acceleration import autocast
+
+    ours = OurStep(config, n, device, encoder=settings.encoder, precision=precision, compiled=settings.compile,
+                   gradient_checkpointing=settings.gradient_checkpointing)  # fmt: skip
+    step, batch, positions = ours.step, ours.batch, ours.positions
+    shape = (config.in_channels, config.input_size, config.input_size)
+
+    def targets() -> None:
+        with autocast(device, precision):
+            step.targets(batch)
+
+    def backward() -> None:
+        step.objective.total(step.loss(0, batch, positions)).backward()
+        step.optimizer.zero_grad(set_to_none=True)
+
+    pieces = {
+        "draws": lambda: draw(0, 1, positions, shape, config.class_token_dim, "uniform"),
+        "targets": targets,
+        "forward": lambda: step.loss(0, batch, positions),
+        "backward": backward,
+        "all": ours,
+        "EMA": lambda: step.ema.update(step.network),
+    }
+    ms = {k: 1e3 * v.median for k, v in alternate(pieces, rounds=settings.rounds, warmup=2, device=device).items()}
+    return {
+        "draws": ms["draws"], "encoder or tokens": ms["targets"],
+        "forward and loss": ms["forward"] - ms["draws"] - ms["targets"], "backward": ms["backward"] - ms["forward"],
+        "clip and AdamW": ms["all"] - ms["backward"] - ms["EMA"], "EMA": ms["EMA"], "whole step": ms["all"],
+    }  # fmt: skip
+
+
+def free() -> None:
+    """Give the allocator's memory back to the device."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    run(main)
