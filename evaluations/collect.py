@@ -21,9 +21,9 @@ from evaluations.statistics import Moments, Statistics
 class Collected(NamedTuple):
     """What one extractor gives for one set; on ranks other than 0 only the sums are whole.
 
-    `moments`: per feature kind ("pooled", "spatial") one Moments for each jackknife group. `pooled`: `keep` rows (K, D)
-    float32, the first ones or, of a grouped set, evenly spaced ones. `predictions`: (N,) most likely class of each
-    image, where there are logits.
+    `moments`: per feature kind ("pooled", "spatial") the jackknife groups; pooled features have one, since they are kept.
+    `pooled`: `keep` rows (K, D) float32, the first ones or, of a grouped set, evenly spaced ones. `predictions`: (N,)
+    most likely class of each image, where there are logits.
     """
 
     moments: dict[str, list[Moments]]
@@ -31,12 +31,15 @@ class Collected(NamedTuple):
     score: InceptionScore | None
     predictions: torch.Tensor | None
 
-    def statistics(self, kind: str) -> Statistics:
+    def whole(self, kind: str) -> Moments:
         """All groups together."""
         total = Moments(len(self.moments[kind][0].mean), self.moments[kind][0].mean.device)
         for group in self.moments[kind]:
             total.merge(group)
-        return total.statistics()
+        return total
+
+    def statistics(self, kind: str) -> Statistics:
+        return self.whole(kind).statistics()
 
 
 class Audit(NamedTuple):
@@ -85,10 +88,13 @@ def collect(
     auditor: Auditor | None = None,
     progress: str | None = None,
 ) -> Collected:
-    """Run `extractor` over `images`. groups: jackknife groups, image i in group i mod groups. keep: rows of pooled
+    """Run `extractor` over `images`. groups: of spatial features, image i in group i mod groups. keep: rows of pooled
     features to return (None: all). split: chunk of the Inception Score."""
     moments: dict[str, list[Moments]] = {}
-    kept, predictions, score = [], [], None
+    start, stop = _stretch(images)
+    wanted = kept_rows(images, keep, torch.arange(start, stop))
+    pooled, filled = torch.zeros(0, 0), 0  # allocated once: a list and its concatenation would take twice the memory
+    predictions, score = [], None
     for first, pixels in _batches(images, batch_size, progress):
         if auditor is not None:
             auditor.update(pixels)
@@ -100,12 +106,17 @@ def collect(
             if values is None:
                 continue
             if kind not in moments:
-                moments[kind] = [Moments(values.shape[1], values.device) for _ in range(groups)]
+                count = groups if kind == "spatial" else 1
+                moments[kind] = [Moments(values.shape[1], values.device) for _ in range(count)]
             for number, group in enumerate(moments[kind]):
-                chosen = values[rows % groups == number]
+                chosen = values[rows % len(moments[kind]) == number]
                 if len(chosen):
                     group.update(chosen)
-        kept.append(features.pooled[kept_rows(images, keep, rows)].float().cpu())
+        if filled == 0:
+            pooled = torch.empty(int(wanted.sum()), features.pooled.shape[1])
+        chosen = features.pooled[wanted[rows - start]]
+        pooled[filled : filled + len(chosen)] = chosen
+        filled += len(chosen)
         if features.logits is not None:
             if score is None:
                 score = InceptionScore(len(images), features.logits.shape[1], split, features.logits.device)
@@ -118,7 +129,7 @@ def collect(
             score.all_reduce()
     return Collected(
         moments,
-        gather_rows(torch.cat(kept)),
+        gather_rows(pooled),
         score,
         gather_rows(torch.cat(predictions)) if predictions else None,
     )
@@ -135,15 +146,22 @@ def kept_rows(images: ImageSet, keep: int | None, rows: torch.Tensor) -> torch.T
 
 def _batches(images: ImageSet, size: int, progress: str | None) -> Iterator[tuple[int, np.ndarray]]:
     """This process's images: (index of the first, uint8 (B, H, W, 3))."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    start, stop = len(images) * rank // world, len(images) * (rank + 1) // world
-    if start == stop:
-        raise ValueError(f"{images.name} has {len(images)} images, too few for {world} processes")
-    with tqdm(total=stop - start, desc=progress, unit="image", disable=progress is None or rank > 0) as bar:
+    start, stop = _stretch(images)
+    quiet = progress is None or (dist.is_initialized() and dist.get_rank() > 0)
+    with tqdm(total=stop - start, desc=progress, unit="image", disable=quiet) as bar:
         for first in range(start, stop, size):
             pixels = np.array(images.read(first, min(first + size, stop)))  # torch wants memory it may write
             yield first, pixels
             bar.update(len(pixels))
+
+
+def _stretch(images: ImageSet) -> tuple[int, int]:
+    """First and last + 1 of this process's images."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    start, stop = len(images) * rank // world, len(images) * (rank + 1) // world
+    if start == stop:
+        raise ValueError(f"{images.name} has {len(images)} images, too few for {world} processes")
+    return start, stop
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

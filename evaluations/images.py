@@ -146,12 +146,12 @@ class _Array:
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo):
         self.path, self.member = path, member.filename
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         with archive.open(member) as stream:
-            version = np.lib.format.read_magic(stream)
-            reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version not in reader:
-                raise ValueError(f"{path}: {member.filename} has npy version {version}, known are 1.0 and 2.0")
-            self.shape, fortran, self.dtype = reader[version](stream)
+            try:
+                self.shape, fortran, self.dtype = readers[np.lib.format.read_magic(stream)](stream)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{path}: {member.filename} is no array of a known version ({error})") from error
             self.header = stream.tell()
         if self.dtype.hasobject:
             raise ValueError(f"{path}: {member.filename} holds pickled objects, which are not read; save plain arrays")

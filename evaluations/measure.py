@@ -15,7 +15,7 @@ from evaluations.collect import Auditor, Collected, collect
 from evaluations.images import ImageSet, open_images
 from evaluations.reference import Reference, read_reference
 from evaluations.results import Metric, Results, sample_warnings
-from evaluations.statistics import Statistics, jackknife_error, leave_one_out
+from evaluations.statistics import Statistics, compute_moments, jackknife_error, without
 
 if TYPE_CHECKING:
     from evaluations.evaluate import EvaluateConfig
@@ -48,7 +48,7 @@ def measure(settings: "EvaluateConfig") -> Results | None:
             samples,
             extractor,
             batch_size=settings.batch_size,
-            groups=max(settings.error_groups, 1) if len(samples) >= 4 * settings.error_groups else 1,
+            groups=max(settings.error_groups, 1),
             split=settings.split,
             auditor=auditor if len(digests) == 1 else None,
             progress=f"samples, {extractor.space}",
@@ -136,7 +136,7 @@ def space_metrics(
         return values
     for name, kind in ((("fid", "pooled"), ("sfid", "spatial")) if plain else (("fd", "pooled"),)):
         if kind in known.statistics:
-            put(name, *frechet(known.statistics[kind], found, kind), known.statistics[kind].n)
+            put(name, *frechet(known.statistics[kind], found, kind, settings.error_groups), known.statistics[kind].n)
     device = next(iter(found.moments.values()))[0].mean.device
     reference, samples = known.pooled.to(device), found.pooled.to(device)
     shares: dict[str, tuple[float, int]] = {}  # value, and how many images it is a share of
@@ -157,12 +157,19 @@ def space_metrics(
     return values
 
 
-def frechet(reference: Statistics, found: Collected, kind: str) -> metrics.Estimate:
-    """Frechet distance, and its jackknife error over the groups of samples."""
-    value = metrics.frechet_distance(reference, found.statistics(kind))
-    if len(found.moments[kind]) < 2:
+def frechet(reference: Statistics, found: Collected, kind: str, groups: int) -> metrics.Estimate:
+    """Frechet distance, and its jackknife error over groups of samples (none for fewer than 4 samples a group)."""
+    whole = found.whole(kind)
+    value = metrics.frechet_distance(reference, whole.statistics())
+    if groups == 0 or whole.n < 4 * groups:
         return metrics.Estimate(value, None)
-    left = [metrics.frechet_distance(reference, rest) for rest in leave_one_out(found.moments[kind])]
+    left = []
+    for number in range(groups):
+        if kind == "pooled":
+            part = compute_moments(found.pooled[number::groups].to(whole.mean.device))
+        else:
+            part = found.moments[kind][number]
+        left.append(metrics.frechet_distance(reference, without(whole, part)))
     return metrics.Estimate(value, jackknife_error(left))
 
 

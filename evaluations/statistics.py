@@ -100,25 +100,32 @@ class Moments:
         return Statistics(self.n, self.mean.cpu().numpy().copy(), (self.scatter / (self.n - 1)).cpu().numpy())
 
 
-def compute_statistics(features: np.ndarray | torch.Tensor) -> Statistics:
-    """Statistics of features (N, D) held in memory."""
+def compute_moments(features: np.ndarray | torch.Tensor) -> Moments:
+    """Moments of features (N, D) held in memory."""
     features = torch.as_tensor(features)
     moments = Moments(features.shape[1], features.device)
     for rows in features.split(moments.chunk):
         moments.update(rows)
-    return moments.statistics()
+    return moments
 
 
-def leave_one_out(groups: list[Moments]) -> list[Statistics]:
-    """Statistics of all groups but one, for each group: the jackknife of anything computed from statistics."""
-    left = []
-    for skipped in range(len(groups)):
-        rest = Moments(len(groups[0].mean), groups[0].mean.device)
-        for index, group in enumerate(groups):
-            if index != skipped:
-                rest.merge(group)
-        left.append(rest.statistics())
-    return left
+def compute_statistics(features: np.ndarray | torch.Tensor) -> Statistics:
+    """Statistics of features (N, D) held in memory."""
+    return compute_moments(features).statistics()
+
+
+def without(whole: Moments, part: Moments) -> Statistics:
+    """Statistics of `whole` less the rows of `part`, which it holds: for leaving one group out at a time."""
+    whole._flush()
+    part._flush()
+    rest = Moments(len(whole.mean), whole.mean.device)
+    rest.n = whole.n - part.n
+    if rest.n < 2:
+        raise ValueError(f"leaving {part.n} of {whole.n} images out leaves too few for statistics")
+    shift = (part.mean - whole.mean) * (whole.n / rest.n)  # from the mean of the rest to that of the part
+    rest.mean = part.mean - shift
+    rest.scatter = (whole.scatter - part.scatter).addr_(shift, shift, alpha=-part.n * rest.n / whole.n)
+    return rest.statistics()
 
 
 def jackknife_error(values: list[float]) -> float:

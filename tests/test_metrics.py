@@ -12,7 +12,7 @@ from evaluations.coherence import token_metrics
 from evaluations.memorization import closest_pairs
 from evaluations.metrics import InceptionScore, clip_mmd, frechet_distance, inception_score, kernel_distance
 from evaluations.neighbours import density_coverage, nearest, neighbour_radii, precision_recall
-from evaluations.statistics import Moments, Statistics, compute_statistics, jackknife_error, leave_one_out
+from evaluations.statistics import Moments, Statistics, compute_moments, compute_statistics, jackknife_error, without
 from tests.reference_metrics import check
 
 
@@ -97,15 +97,16 @@ def test_jackknife_error_of_a_mean():
     assert jackknife_error(left_out) == pytest.approx(x.std().item() / 40**0.5, rel=1e-12)
 
 
-def test_leave_one_out_statistics():
-    """Each entry is the statistics of all rows but one group's."""
-    x = normal(90, 3)
-    groups = [Moments(3) for _ in range(3)]
-    for number, group in enumerate(groups):
-        group.update(x[number::3])
-    for number, stats in enumerate(leave_one_out(groups)):
+def test_statistics_without_a_group():
+    """Leaving a group out equals the statistics of the other rows, also where the group's mean lies apart."""
+    x = normal(90, 3) + torch.arange(3).repeat(30)[:, None] * 5.0
+    for number in range(3):
+        stats = without(compute_moments(x), compute_moments(x[number::3]))
         rest = torch.cat([x[other::3] for other in range(3) if other != number]).double().numpy()
-        np.testing.assert_allclose(stats.covariance, np.cov(rest, rowvar=False), atol=1e-13)
+        np.testing.assert_allclose(stats.covariance, np.cov(rest, rowvar=False), atol=1e-12)
+        np.testing.assert_allclose(stats.mean, rest.mean(0), atol=1e-13)
+    with pytest.raises(ValueError, match="leaving 89 of 90 images out"):
+        without(compute_moments(x), compute_moments(x[:89]))
 
 
 # ------------------------------------------------------------------------------------------------- Frechet distance
