@@ -1,0 +1,110 @@
+"""What training should take on a named GPU: operations, bytes, the time no step can beat, the expected one, and its cost.
+
+    python -m benchmarks.roofline --gpu H200 --gpus 8 --recipes recipes/*.yaml
+
+Nothing is measured here. Matrix products and memory traffic are counted (models/cost.py) and divided by 80 % of the data
+sheet's figures; "floor" lets the two overlap fully, "expected" not at all. Without --recipes: the paper's main rows.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import UserError, parse, run, setting
+
+GPU_NAMES = ("RTX4090", "L40S", "A100", "H100", "H200", "B200")
+
+
+@dataclass(frozen=True)
+class Roofline:
+    gpu: str = setting("H200", "which GPU", group="machine", choices=GPU_NAMES)
+    gpus: int = setting(1, "how many of them", group="machine")
+    rent: float | None = setting(None, "dollars a GPU and hour; default: the assumed one of models/cost.py", group="machine")
+    recipes: tuple[Path, ...] = setting((), "recipe files of train.py", group="what")
+    encoder: str = setting("dinov2-vit-b", "runs in the step; cached: it does not", group="what")
+    input_size: int = setting(32, "side of the latent", group="what")
+    label: str = setting("", "names the result files; default: the GPU", group="what")
+
+
+class Row(NamedTuple):
+    """name: of the recipe. network: SiTConfig. steps, batch: optimiser steps and images in each."""
+
+    name: str
+    network: Any
+    steps: int
+    batch: int
+    recompute: bool
+
+
+def main() -> None:
+    settings = parse(Roofline, (__doc__ or "").splitlines()[0])
+    from benchmarks import harness
+    from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
+
+    gpu = GPUS[settings.gpu]
+    rent = gpu.rent if settings.rent is None else settings.rent
+    rows = []
+    for row in rows_of(settings):
+        if row.batch % settings.gpus:
+            raise UserError(f"--gpus {settings.gpus}: {row.name} has batch size {row.batch}, which it does not divide")
+        local, config = row.batch // settings.gpus, row.network
+        uses_encoder = settings.encoder != "cached" and (config.class_token_dim or config.align_dims)
+        macs = encoder_macs(settings.encoder, config.input_size // config.patch_size) if uses_encoder else 0
+        step = step_cost(config, local, gpu, encoder_macs=macs, recompute=row.recompute)
+        memory = training_memory(config, recompute=row.recompute)
+        hours = row.steps * step.expected / 3600
+        counted = cost(config)
+        rows.append({
+            "recipe": row.name, "M parameters": round(counted.parameters / 1e6, 1),
+            "GFLOP an image": (step.network_flops + step.encoder_flops) / local / 1e9, "GB moved a step": step.traffic / 1e9,
+            "floor ms": 1e3 * step.floor, "expected ms": 1e3 * step.expected,
+            "images/s": round(row.batch / step.expected), "GiB a GPU": memory.total(local) / 2**30,
+            "largest batch a GPU": max(0, math.floor((gpu.memory * 2**30 * 0.93 - memory.state - memory.copies)
+                                                     / memory.activations)),
+            "steps": row.steps, "hours": hours, "dollars": round(hours * settings.gpus * rent),
+        })  # fmt: skip
+    path = harness.write(
+        "roofline", settings.label or f"{settings.gpu}x{settings.gpus}".lower(),
+        {"gpu": settings.gpu, "gpus": settings.gpus, "dollars a GPU hour": rent, "encoder": settings.encoder}, rows,
+    )  # fmt: skip
+    print(path.with_name("roofline.md").read_text())
+
+
+def rows_of(settings: Roofline) -> list[Row]:
+    """The recipes given, or the paper's main rows. Raises UserError for a recipe that cannot be read."""
+    from models.sit import preset
+
+    if settings.recipes:
+        return [recipe_row(path, settings.input_size) for path in settings.recipes]
+    paper = [("SiT-B/2", 400_000), ("SiT-L/2", 400_000), ("SiT-XL/2", 400_000), ("SiT-XL/2", 4_000_000)]
+    return [
+        Row(f"{name} {steps // 1000}K", preset(name, input_size=settings.input_size), steps, 256, False)
+        for name, steps in paper
+    ]
+
+
+def recipe_row(path: Path, input_size: int) -> Row:
+    """Read what matters here from a recipe of train.py."""
+    import yaml
+
+    from models.sit import preset
+    from train import TrainConfig
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--recipes {path}: cannot be read ({error})") from error
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    value = defaults | {str(key).replace("-", "_"): v for key, v in content.items()}
+    names = ("depth", "hidden_size", "num_heads", "patch_size", "qk_norm")
+    changes = {name: value[name] for name in names if value[name] is not None}
+    changes |= {"class_token_dim": 768 if value["class_token"] else 0, "align_dims": (768,) if value["proj_coeff"] else ()}
+    if value["encoder_depth"] is not None:
+        changes["align_depth"] = value["encoder_depth"]
+    network = preset(value["model"], input_size=input_size, **changes)
+    return Row(path.stem, network, value["max_train_steps"], value["batch_size"], value["gradient_checkpointing"])
+
+
+if __name__ == "__main__":
+    run(main)
