@@ -5,6 +5,7 @@
 The same command again resumes from the newest checkpoint. See docs/training.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,15 +122,19 @@ def check_values(settings: TrainConfig) -> None:
         raise UserError(f"--exp-name {settings.exp_name!r} must be the name of a folder inside --output-dir")
 
 
-def main() -> None:
-    settings = parse(TrainConfig, "Train a diffusion transformer with representation entanglement (REG).")
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(TrainConfig, "Train a diffusion transformer with representation entanglement (REG).", argv)
     check_values(settings)
     if settings.dry_run:
         from training.report import dry_run
 
         print(dry_run(settings))
         return
-    if status := train(settings):
+    status = train(settings)
+    from training.launch import leave
+
+    leave()
+    if status:
         raise SystemExit(status)
 
 

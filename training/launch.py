@@ -9,24 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from config import UserError
+from models.acceleration import best_precision
+from models.cost import GPUS
 
 T = TypeVar("T")
-# Dense peak of the tensor cores, TFLOP/s: (half precision, TF32), from the vendor's data sheets.
-PEAKS = {
-    "A100": (312, 156), "H100": (989, 495), "H200": (989, 495), "B200": (2250, 1125), "L40S": (362, 183), "A10G": (70, 35),
-    "A6000": (155, 77), "RTX 4090": (165, 83), "V100": (125, 15.7),
-}  # fmt: skip
-
-
 class Processes:
-    """Rank, device and the few things processes do together. Runs on CUDA where there is a GPU, else on the CPU."""
+    """Rank, device, precision ("no", "fp16" or "bf16") and the few things processes do together. On CUDA where there is a
+    GPU, else on the CPU."""
 
     def __init__(self, precision: str) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         cpu = not torch.cuda.is_available()
-        if cpu and precision == "fp16":
-            raise UserError("--mixed-precision fp16 needs a GPU: on the CPU use --mixed-precision no (or bf16)")
+        self.precision = best_precision("cpu" if cpu else "cuda") if precision == "auto" else precision
         # Autocast and the gradient scaler are the training step's own; accelerate places, wraps and talks.
         self.accelerator = Accelerator(
             cpu=cpu,
@@ -83,14 +78,18 @@ class Processes:
         torch.distributed.broadcast_object_list(content, src=0)
         return content[0]
 
-    def utilization(self, flops_per_second: float, precision: str) -> float | None:
+    def utilization(self, flops_per_second: float) -> float | None:
         """MFU: share of the GPUs' dense peak; None for hardware whose peak is not in the table."""
         if self.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.device)
-        peak = next((peaks[precision == "no"] for key, peaks in PEAKS.items() if key in name), None)
-        return None if peak is None else flops_per_second / (peak * 1e12 * self.world)
+        name = torch.cuda.get_device_name(self.device).replace(" ", "")
+        peak = next((gpu.tflops for key, gpu in GPUS.items() if key in name), None)
+        if peak is None:
+            return None
+        return flops_per_second / (peak * (0.5 if self.precision == "no" else 1) * 1e12 * self.world)  # TF32: half
 
-    def close(self) -> None:
-        if self.world > 1:
-            torch.distributed.destroy_process_group()
+
+def leave() -> None:
+    """End this process's part in the group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,46 +1,11 @@
 """`--dry-run`: what a run will be, in numbers, before it costs anything."""
 
 import os
-from typing import Any, NamedTuple
-
-import torch
-from torch.autograd.graph import saved_tensors_hooks
+from typing import Any
 
 from dataset import StepSampler, read_manifest
-from models.cost import cost
-from models.sit import SiT, SiTConfig
+from models.cost import cost, training_memory
 from training.plan import Plan, make_plan
-
-
-class Memory(NamedTuple):
-    """Bytes. fixed: weights, gradients, AdamW and EMA. per_image: what the backward pass keeps of one image."""
-
-    fixed: int
-    per_image: int
-
-
-def estimate_memory(config: SiTConfig, *, half: bool, checkpointing: bool) -> Memory:
-    """Count on the meta device what autograd saves, weights apart; half precision keeps about half of it."""
-    with torch.device("meta"):
-        network = SiT(config)
-        network.gradient_checkpointing = checkpointing
-        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
-        token = torch.empty(1, config.class_token_dim) if config.class_token_dim else None
-        weights = {id(p) for p in network.parameters()}
-        saved: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            base = tensor if tensor._base is None else tensor._base
-            if id(base) not in weights:
-                saved[id(base)] = base.numel() * base.element_size()
-                kept.append(base)  # or its id would be given to another
-            return tensor
-
-        kept: list[torch.Tensor] = []
-        with saved_tensors_hooks(note, lambda tensor: tensor):
-            network(x, torch.empty(1), torch.zeros(1, dtype=torch.long), token, project=bool(config.align_dims))
-        parameters = sum(p.numel() for p in network.parameters())
-    return Memory(20 * parameters, sum(saved.values()) // (2 if half else 1))
 
 
 def dry_run(settings: Any) -> str:
@@ -56,14 +21,13 @@ def dry_run(settings: Any) -> str:
 def _rows(settings: Any, plan: Plan, world: int, local: int) -> list[tuple[str, str]]:
     config, manifest = plan.network, plan.manifest
     counted = cost(config)
-    memory = estimate_memory(
-        config, half=settings.mixed_precision != "no", checkpointing=settings.gradient_checkpointing
-    )
+    memory = training_memory(config, half=settings.mixed_precision != "no", recompute=settings.gradient_checkpointing)
     images = settings.max_train_steps * settings.batch_size
     slot = f"class token of width {config.class_token_dim}" if config.class_token_dim else "no class token"
     aligned = f"aligned after block {config.align_depth}" if config.align_dims else "no alignment"
     where = "run in the step" if plan.online else "cached in the dataset" if plan.cached else "none needed"
-    gib, total = 2**30, memory.fixed + local * memory.per_image
+    gib, fixed = 2**30, memory.state + memory.copies
+    per_image = f"{memory.activations / 2**20:.1f} MiB an image" + (", and the encoders" if plan.online else "")
     return [
         ("dataset", f"{settings.data_dir}: {manifest.count:,} images of {manifest.resolution} px, {len(manifest.classes)} "
                     f"classes, latents {config.in_channels} x {config.input_size} x {config.input_size} of {plan.vae}"),
@@ -77,7 +41,7 @@ def _rows(settings: Any, plan: Plan, world: int, local: int) -> list[tuple[str, 
                   f"{images / manifest.count:.1f} epochs"),
         ("processes", f"{world}, with micro-batches of {local} images, {settings.gradient_accumulation_steps} a step, "
                       f"precision {settings.mixed_precision}"),
-        ("memory", f"about {total / gib:.2f} GiB a process: {memory.fixed / gib:.2f} GiB of weights, gradients, AdamW and "
-                   f"EMA, {memory.per_image / 2**20:.1f} MiB an image" + (", and the encoders" if plan.online else "")),
+        ("memory", f"about {memory.total(local) / gib:.2f} GiB a process: {fixed / gib:.2f} GiB of weights, gradients, "
+                   f"AdamW and EMA, {per_image}"),
         ("disk", f"{16 * (counted.parameters + counted.projector_parameters) / gib:.2f} GiB a checkpoint"),
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from config import UserError, as_dict
 from dataset import Batch, PackedDataset, StepSampler, read_manifest
+from models.acceleration import allow_tf32, compile_encoder, compile_network
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.checkpoint import ModelInfo
 from models.cost import cost
@@ -45,8 +46,7 @@ class Runner:
         self.lock = self.processes.on_main(self._claim)
         self.autoencoder: Autoencoder | None = None
         self.processes.on_main(self._load_previewer)
-        if settings.allow_tf32:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        allow_tf32(settings.allow_tf32)
 
         torch.manual_seed(settings.seed)
         self.network = SiT(self.plan.network).to(self.device)
@@ -56,16 +56,18 @@ class Runner:
             self.network.parameters(), lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
             weight_decay=settings.adam_weight_decay, eps=settings.adam_epsilon, fused=True,
         )  # fmt: skip
-        self.scaler = torch.amp.GradScaler(self.device.type) if settings.mixed_precision == "fp16" else None
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.processes.precision == "fp16" else None
         self.window = Window(self.device)
         self.step = self.saved_step = self._resume()  # optimiser steps taken, and how many of them are on disk
         if settings.compile:
-            self.network.compile()
+            compile_network(self.network)
+            for encoder in self.plan.online:
+                compile_encoder(encoder)
         self.train_step = TrainStep(
             self.network, self.plan.objective, self.optimizer, self.ema, self.plan.normalization,
             seed=settings.seed, wrapped=self.processes.wrap(self.network), no_sync=self.processes.no_sync,
             encoders=[encoder.to(self.device) for encoder in self.plan.online],
-            precision=settings.mixed_precision, scaler=self.scaler, max_grad_norm=settings.max_grad_norm,
+            precision=self.processes.precision, scaler=self.scaler, max_grad_norm=settings.max_grad_norm,
         )  # fmt: skip
         self.batches = self._load_batches()
         self.interrupt = Interrupt(self.processes.world, settings.max_hours)
@@ -104,7 +106,7 @@ class Runner:
             "ema_distance": float(self.ema.distance(self.network)),
             "images_per_second": rate,
             "data_wait": self._waited / seconds,
-            "mfu": self.processes.utilization(rate * self._flops, self.settings.mixed_precision),
+            "mfu": self.processes.utilization(rate * self._flops),
             "peak_memory_gib": peak_memory(self.device),
             "hours_left": (self.settings.max_train_steps - self.step) * self.settings.batch_size / rate / 3600,
         }
@@ -177,8 +179,6 @@ class Runner:
             self.tracker.close()
         if self.lock:
             self.lock.close()
-        if exception[0] is None:
-            self.processes.close()
 
     def conclude(self, reason: str | None) -> int:
         """After the run is closed: say how it ended, requeue if asked to; returns the exit status."""

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from dataset import Batch, decode_moments
 from loss import LossTerms, Objective, draw
+from models.acceleration import autocast
 from models.autoencoder import LatentNormalization, sample_posterior
 from models.ema import EMA
 from models.encoder import VisionEncoder
 from models.sit import SiT
 from models.state import State
-
-PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class StepResult(NamedTuple):
@@ -62,7 +61,7 @@ class TrainStep:
         self.network, self.objective, self.optimizer, self.ema = network, objective, optimizer, ema
         self.wrapped = network if wrapped is None else wrapped
         self.normalization, self.seed, self.encoders = normalization, seed, tuple(encoders)
-        self.dtype, self.scaler = PRECISIONS[precision], scaler
+        self.precision, self.scaler = precision, scaler
         self.max_grad_norm, self.no_sync = max_grad_norm, no_sync
         self.device = next(network.parameters()).device
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -89,8 +88,8 @@ class TrainStep:
         shape = (config.in_channels, config.input_size, config.input_size)
         draws = draw(self.seed, step, positions, shape, config.class_token_dim, self.objective.weighting)
         latent = sample_posterior(decode_moments(batch.moments), draws.posterior, self.normalization)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            targets = self.targets(batch)
+        targets = self.targets(batch)
+        with autocast(self.device, self.precision):
             return self.objective(
                 self.wrapped, State(latent, targets.class_token), batch.label, targets.teachers, draws,
                 null_label=config.num_classes,
@@ -102,7 +101,8 @@ class TrainStep:
         class_tokens, patch_tokens = batch.class_token, batch.patch_tokens
         if self.encoders:
             pixels = batch.pixels.permute(0, 3, 1, 2)  # (N, 3, H, W)
-            tokens = [encoder(pixels) for encoder in self.encoders]
+            with autocast(self.device, self.precision):
+                tokens = [encoder(pixels) for encoder in self.encoders]
             class_tokens, patch_tokens = [t.class_token for t in tokens], [t.patch_tokens for t in tokens]
         class_token = class_tokens[0].float() if config.class_token_dim else None
         if not config.align_dims:
