@@ -6,6 +6,7 @@ cannot give each row of a batch a stream of its own without a loop; here a batch
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,34 +39,42 @@ def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def _words(seed: int, purpose: int, step: int, index: Tensor, blocks: int) -> tuple[Tensor, ...]:
-    """Four (N, blocks) word tensors for the samples `index` (N,) int64; counter: (block, purpose, index, step)."""
-    if not 0 <= step <= _MASK:
-        raise ValueError(f"step must be in [0, 2**32), got {step}")
-    block = torch.arange(blocks, device=index.device).expand(len(index), -1)
-    row = index[:, None].expand_as(block)
-    return philox4x32((block, torch.full_like(block, purpose), row, torch.full_like(block, step)), seed)
+def _words(seed: int, purpose: int, steps: Sequence[int], index: Tensor, blocks: int) -> tuple[Tensor, ...]:
+    """Four (S, N, blocks) word tensors for the samples `index` (N,) int64; counter: (block, purpose, index, step).
+
+    The counters broadcast, so that the first two rounds run on tensors of one or two of the three axes.
+    """
+    if min(steps) < 0 or max(steps) > _MASK:
+        raise ValueError(f"step must be in [0, 2**32), got {min(steps)} to {max(steps)}")
+    block = torch.arange(blocks, device=index.device)[None, None, :]
+    step = torch.tensor(list(steps), dtype=torch.int64).to(index.device, non_blocking=True)[:, None, None]
+    return philox4x32((block, torch.full_like(block, purpose), index[None, :, None], step), seed)
+
+
+def normals(seed: int, purpose: int, steps: Sequence[int], index: Tensor, count: int) -> Tensor:
+    """Standard normal numbers, one row for each step and sample; on a GPU several steps cost hardly more than one.
+
+    index: (N,) int64, the samples' global numbers, each in [0, 2**32) => (S, N, count) float32. Box-Muller in float64,
+    so that rounding to float32 hides the last-bit differences between scalar and vector code.
+    """
+    w0, w1, w2, w3 = _words(seed, purpose, steps, index, -(-count // 4))
+    pairs = []
+    for a, b in ((w0, w1), (w2, w3)):
+        radius = _open_unit(a).log_().mul_(-2).sqrt_()
+        angle = _open_unit(b).mul_(2 * math.pi)
+        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack([x.float() for x in pairs], dim=-1).flatten(2)[:, :, :count]
 
 
 def normal(seed: int, purpose: int, step: int, index: Tensor, count: int) -> Tensor:
-    """Standard normal numbers, one row for each sample.
-
-    index: (N,) int64, the samples' global numbers, each in [0, 2**32) => (N, count) float32. Box-Muller in float64, so
-    that rounding to float32 hides the last-bit differences between scalar and vector code.
-    """
-    w0, w1, w2, w3 = _words(seed, purpose, step, index, -(-count // 4))
-    pairs = []
-    for a, b in ((w0, w1), (w2, w3)):
-        radius = torch.sqrt(-2 * torch.log(_open_unit(a)))
-        angle = 2 * math.pi * _open_unit(b)
-        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(pairs, dim=-1).flatten(1)[:, :count].float()
+    """Standard normal numbers of one step: index (N,) int64 => (N, count) float32. See `normals`."""
+    return normals(seed, purpose, [step], index, count)[0]
 
 
 def uniform(seed: int, purpose: int, step: int, index: Tensor, count: int) -> Tensor:
     """Uniform numbers in (0, 1), one row for each sample. index: (N,) int64 => (N, count) float64."""
-    words = _words(seed, purpose, step, index, -(-count // 4))
-    return torch.stack([_open_unit(w) for w in words], dim=-1).flatten(1)[:, :count]
+    words = _words(seed, purpose, [step], index, -(-count // 4))
+    return torch.stack([_open_unit(w) for w in words], dim=-1).flatten(2)[0, :, :count]
 
 
 def _open_unit(word: Tensor) -> Tensor:
