@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(
     path
-    for pattern in ("*.py", "models/*.py", "training/*.py", "preprocessing/*.py", "evaluations/*.py", "benchmarks/*.py",
+    for pattern in ("*.py", "models/*.py", "training/*.py", "sampling/*.py", "preprocessing/*.py", "evaluations/*.py", "benchmarks/*.py",
                     "quickstart/*.py")
     for path in ROOT.glob(pattern)
 )
-PACKAGES = {"models", "training", "preprocessing", "evaluations", "benchmarks", "quickstart", "tests"}
+PACKAGES = {"models", "training", "sampling", "preprocessing", "evaluations", "benchmarks", "quickstart", "tests"}
 OURS = {p.stem for p in ROOT.glob("*.py")} | PACKAGES
 
 

@@ -1,0 +1,143 @@
+"""Sample images from a model file: `torchrun --nproc_per_node=8 generate.py --checkpoint RUN --out DIR`.
+
+Sample i is a function of the settings, the seed and i: the same images on any number of processes, at any batch size and
+after any interruption. Writes samples.npz, samples.json, grid.png and gallery.html; see docs/sampling.md.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import UserError, parse, run, setting
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    checkpoint: Path = setting(help="model file, checkpoint folder, or run folder (its newest)", group="what")
+    out: Path = setting(help="folder to write; the same command again continues there", group="what")
+    num_fid_samples: int = setting(50_000, "number of samples", group="what")
+    seed: int = setting(0, "of noise and labels", group="what")
+    labels: tuple[str, ...] = setting(
+        (), "random, balanced, null (unconditional), class numbers, or a file of them; default: random", group="what"
+    )
+    classes: tuple[str, ...] = setting((), "draw from these classes only, numbers or names; default: all", group="what")
+
+    mode: str = setting("sde", "reverse SDE or probability-flow ODE", group="solver", choices=("sde", "ode"))
+    solver: str = setting(
+        "euler", "sde: euler (Euler-Maruyama), dpmpp; ode: euler, heun, ab2, ab3, dpmpp, dopri5", group="solver"
+    )
+    heun: bool = setting(False, "the same as --solver heun", group="solver")
+    num_steps: int = setting(250, "steps of the solver", group="solver")
+    time_grid: str = setting(
+        "uniform", "spacing of the steps", group="solver", choices=("uniform", "shifted", "quadratic", "cosine")
+    )
+    shift: float = setting(1.0, "of the shifted grid; above 1: more steps near noise", group="solver")
+    t_last: float = setting(0.04, "sde: the last time before 0", group="solver")
+    diffusion: str = setting(
+        "linear", "sde: diffusion coefficient", group="solver", choices=("linear", "sigma", "constant")
+    )
+    diffusion_scale: float = setting(1.0, "sde: factor on it", group="solver")
+    last_step: str = setting("drift", "sde: published, or along the velocity", group="solver", choices=("drift", "ode"))
+    rtol: float = setting(1e-3, "dopri5: relative tolerance", group="solver")
+    atol: float = setting(1e-3, "dopri5: absolute tolerance", group="solver")
+
+    cfg_scale: float = setting(1.0, "guidance scale; 1: none", group="guidance")
+    cls_cfg_scale: float | None = setting(
+        None, "the class token's; 0 means 1, as published; default: as --cfg-scale", group="guidance"
+    )
+    guidance_low: float = setting(0.0, "guide from this t on", group="guidance")
+    guidance_high: float = setting(1.0, "guide up to this t", group="guidance")
+    cls_guidance_low: float | None = setting(None, "the class token's; default: the same", group="guidance")
+    cls_guidance_high: float | None = setting(None, "the class token's; default: the same", group="guidance")
+    guidance_schedule: str = setting(
+        "constant", "scale over time, by mean scale", group="guidance", choices=("constant", "linear", "cosine")
+    )
+    guide_checkpoint: Path | None = setting(
+        None, "autoguidance: a weaker model instead of the null label", group="guidance"
+    )
+
+    class_tokens: bool = setting(False, "write class_tokens.npy and class_token_labels.npy", group="class token")
+    best_of: int = setting(1, "of so many candidates keep the one whose token fits its label best", group="class token")
+    like: tuple[str, ...] = setting(
+        (), "fix the class token: images, or .npy files of tokens (FILE.npy:ROW)", group="class token"
+    )
+    interpolate: int = setting(
+        0, "so many samples from the first to the second token of --like, per noise", group="class token"
+    )
+
+    png: bool = setting(False, "also write png/000000.png ...", group="files")
+    gallery: int = setting(200, "pictures in gallery.html; 0: no gallery", group="files")
+    keep_parts: bool = setting(False, "keep the folder of finished parts after the end", group="files")
+
+    per_proc_batch_size: int = setting(32, "samples at once in each process", group="machine")
+    device: str = setting("auto", "where to run", group="machine", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting(
+        "float32", "arithmetic of the network", group="machine", choices=("float32", "bfloat16", "float16")
+    )
+    tf32: bool = setting(True, "TF32 matrix products for float32 on GPUs, as published", group="machine")
+    compile: bool = setting(False, "torch.compile the network", group="machine")
+    vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="machine")
+    vae_dtype: str = setting(
+        "float32", "arithmetic of the decoder", group="machine", choices=("float32", "bfloat16", "float16")
+    )
+    vae_batch_size: int = setting(0, "latents decoded at once; 0: the whole batch", group="machine")
+    vae_tiling: bool = setting(False, "decode in tiles: less memory at large sizes", group="machine")
+
+
+def check(settings: SampleConfig) -> None:
+    """Raise UserError for what can be seen without the model."""
+    s = settings
+    for name, least in (
+        ("num_fid_samples", 1), ("per_proc_batch_size", 1), ("best_of", 1), ("gallery", 0), ("vae_batch_size", 0),
+        ("interpolate", 0), ("seed", 0),
+    ):  # fmt: skip
+        if getattr(s, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(s, name)}")
+    if s.heun and s.solver not in ("euler", "heun"):
+        raise UserError(f"--heun contradicts --solver {s.solver}")
+    if s.heun and s.mode == "sde":
+        raise UserError("--heun is a solver of --mode ode")
+    if s.interpolate == 1 or (s.interpolate and len(s.like) > 2):
+        raise UserError("--interpolate needs at least 2 samples on the way between the two tokens of --like")
+    if s.interpolate and not s.like:
+        raise UserError("--interpolate needs --like with the two tokens to go between")
+    if s.best_of > 1 and s.like:
+        raise UserError("--best-of chooses by the generated token, --like fixes it: give one of them")
+
+
+def main() -> None:
+    settings = parse(SampleConfig, "Sample images from a model file.")
+    check(settings)
+    from sampling.job import Request, generate
+
+    generate(Request(**requested(settings)))
+
+
+def requested(s: SampleConfig) -> dict[str, Any]:
+    """The fields of sampling.job.Request that the settings mean."""
+    from models.samplers import Diffusion, Guidance
+    from models.solvers import Solver
+    from sampling.networks import Precision
+
+    solver = Solver(
+        s.mode, "heun" if s.heun else s.solver, s.num_steps, s.time_grid, s.shift, s.t_last,
+        Diffusion(s.diffusion, s.diffusion_scale), s.last_step, s.rtol, s.atol,
+    )  # fmt: skip
+    class_scale = 1.0 if s.cls_cfg_scale == 0 else s.cls_cfg_scale
+    guidance = Guidance(
+        s.cfg_scale, class_scale, s.guidance_low, s.guidance_high, s.cls_guidance_low, s.cls_guidance_high,
+        s.guidance_schedule,
+    )  # fmt: skip
+    same = (
+        "checkpoint", "out", "seed", "labels", "classes", "guide_checkpoint", "class_tokens", "best_of", "like",
+        "interpolate", "png", "gallery", "keep_parts", "device", "vae",
+    )  # fmt: skip
+    return {
+        "solver": solver, "guidance": guidance, "count": s.num_fid_samples, "batch_size": s.per_proc_batch_size,
+        "precision": Precision(s.dtype, s.tf32, s.compile, s.vae_dtype, s.vae_batch_size, s.vae_tiling),
+        **{name: getattr(s, name) for name in same},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

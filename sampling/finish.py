@@ -1,0 +1,108 @@
+"""The end of a sampling job: parts => samples.npz, samples.json, grid.png, gallery.html, class tokens."""
+
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sampling.parts import Parts, refuse_mixing, write_json, write_rows, write_samples
+from sampling.pictures import Shown, columns_of, write_gallery, write_grid
+
+SCHEMA = 1
+SAMPLES, SIDECAR = "samples.npz", "samples.json"
+GRID = 100  # pictures in grid.png, at most
+_PACKAGES = ("torch", "numpy", "diffusers", "timm", "torchdiffeq")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What to write. columns: of the grid, if it is readable; names: of the classes, or empty."""
+
+    folder: Path
+    count: int
+    resolution: int
+    names: tuple[str, ...] = ()
+    columns: int | None = None
+    gallery: int = 200
+    class_tokens: bool = False
+    keep_parts: bool = False
+
+
+def is_finished(folder: Path, count: int, identity: dict[str, Any], wanted: list[str], *, have_parts: bool) -> bool:
+    """Whether the folder already holds these `count` samples and the `wanted` files; False: go on.
+
+    Raises ValueError when it holds finished samples of other settings, or fewer files or another number of samples with no
+    parts to continue from.
+    """
+    file = folder / SIDECAR
+    if not file.is_file() or not (folder / SAMPLES).is_file():
+        return False
+    sidecar = json.loads(file.read_text())
+    refuse_mixing(folder, {name: sidecar.get(name) for name in identity}, identity)
+    lacking = [name for name in wanted if not (folder / name).is_file()]
+    if sidecar["n"] == count and not lacking:
+        return True
+    if have_parts:
+        return False
+    problem = f"is finished without {lacking[0]}" if lacking else f"is finished with {sidecar['n']} samples"
+    raise ValueError(f"{folder} {problem} and its parts are gone; give another --out, or delete that folder")
+
+
+def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: dict[str, Any]) -> str:
+    """Write all files from the finished parts, one part in memory at a time; the sidecar last. Returns a line to print."""
+    folder, count, side = output.folder, output.count, output.resolution
+    (folder / SIDECAR).unlink(missing_ok=True)
+    write_samples(folder / SAMPLES, parts, count, (side, side, 3))
+    labels = np.concatenate(list(parts.rows(count, "label")))
+    names = parts.names()
+    nearest = np.concatenate(list(parts.rows(count, "nearest"))) if "nearest" in names else None
+    if output.class_tokens:
+        width = next(parts.rows(count, "class_token")).shape[1]
+        write_rows(folder / "class_tokens.npy", (count, width), np.float32, parts.rows(count, "class_token"))
+        if nearest is not None:
+            write_rows(folder / "class_token_labels.npy", (count,), np.int64, iter([nearest]))
+    seen = np.stack(list(islice(chain.from_iterable(parts.rows(count, "pixels")), max(GRID, output.gallery))))
+    columns = columns_of(min(count, GRID), output.columns)
+    whole = min(count, GRID) // columns * columns or count
+    write_grid(folder / "grid.png", seen[:whole], columns)
+    cost = {name: _mean(parts, count, name) for name in ("evaluations", "forwards")}
+    sidecar = {
+        "schema": SCHEMA,
+        "n": count,
+        **identity,
+        "nfe": cost["evaluations"],
+        "forwards": cost["forwards"],
+        "class_token_names_label": None if nearest is None else float((nearest == labels).mean()),
+        **measured,
+        "versions": _versions(),
+    }
+    if output.gallery:
+        shown = [
+            Shown(i, pixels, int(labels[i]), None if nearest is None else int(nearest[i]))
+            for i, pixels in enumerate(seen[: output.gallery])
+        ]
+        write_gallery(folder / "gallery.html", shown, output.names, sidecar)
+    write_json(folder / SIDECAR, sidecar)
+    if not output.keep_parts:
+        parts.remove()
+    return f"{folder / SAMPLES}: {count} samples of {side} x {side}, {cost['evaluations']:g} evaluations each"
+
+
+def _mean(parts: Parts, count: int, name: str) -> int | float:
+    """Mean cost of a sample; an integer when all cost the same."""
+    mean = float(np.concatenate(list(parts.rows(count, name))).mean())
+    return int(mean) if mean.is_integer() else round(mean, 3)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,329 @@
+"""One sampling job: load, agree on the work, sample and keep part after part, assemble."""
+
+import hashlib
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.checkpoint import Model, find_model
+from models.interpolant import Interpolant
+from models.samplers import Guidance
+from models.solvers import Solver
+from sampling import processes
+from sampling.draw import Drawn, Sampler
+from sampling.finish import Output, assemble, is_finished
+from sampling.networks import Decoder, Precision, file_sha256, load_decoder, load_guided, prepare, weights_sha256
+from sampling.parts import Parts, check_space
+from sampling.pictures import write_png
+from sampling.plan import Labels, batches, read_labels, share
+from sampling.processes import Process
+from sampling.tokens import between, nearest_class, read_tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make, of what, and where. Field by field what the flags of generate.py say."""
+
+    checkpoint: Path
+    out: Path
+    count: int = 50_000
+    seed: int = 0
+    labels: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    solver: Solver = field(default_factory=Solver)
+    guidance: Guidance = field(default_factory=Guidance)
+    guide_checkpoint: Path | None = None
+    class_tokens: bool = False
+    best_of: int = 1
+    like: tuple[str, ...] = ()
+    interpolate: int = 0
+    png: bool = False
+    gallery: int = 200
+    keep_parts: bool = False
+    batch_size: int = 32
+    device: str = "auto"
+    precision: Precision = field(default_factory=Precision)
+    vae: str | None = None
+
+
+@dataclass
+class Job:
+    """A request with everything loaded."""
+
+    request: Request
+    process: Process
+    model: Model
+    sampler: Sampler
+    decoder: Decoder
+    labels: Labels
+    tokens: Tensor | None  # (K, D) of --like
+    identity: dict[str, Any]  # all that the samples depend on
+
+    def noise_index(self, index: Tensor) -> Tensor:
+        """Which noise sample i starts from: its own, or that of its row of an interpolation."""
+        return index // self.request.interpolate if self.request.interpolate else index
+
+    def token(self, index: Tensor) -> Tensor | None:
+        """The given class token of each sample (N, D), if tokens were given."""
+        if self.tokens is None:
+            return None
+        steps = self.request.interpolate
+        if steps:
+            return between(self.tokens[0], self.tokens[1], (index % steps) / (steps - 1))
+        return self.tokens[index % len(self.tokens)]
+
+    def label(self, index: Tensor) -> Tensor:
+        """(N,) int64 on the CPU. Given tokens name their labels, unless labels were asked for."""
+        if self.tokens is not None and not (self.request.labels or self.request.classes):
+            return nearest_class(self.token(index), self.model.class_means)
+        return self.labels.at(self.request.seed, index)
+
+    def sample(self, samples: range) -> tuple[Tensor, Drawn]:
+        """Labels on the CPU and the States of the samples."""
+        index = torch.arange(samples.start, samples.stop)
+        label, token, device = self.label(index), self.token(index), self.process.device
+        drawn = self.sampler(
+            self.noise_index(index).to(device), label.to(device), None if token is None else token.to(device)
+        )
+        return label, drawn
+
+    def arrays(self, label: Tensor, drawn: Drawn) -> dict[str, np.ndarray]:
+        """What is kept of a batch: pixels, labels, tokens, the classes they name, and the cost of each sample."""
+        pixels = self.decoder(drawn.state.latent).permute(0, 2, 3, 1).cpu().numpy()
+        cost = {"evaluations": drawn.evaluations, "forwards": drawn.forwards}
+        arrays = {"pixels": pixels, "label": label.numpy()}
+        arrays |= {name: np.full(len(label), value, dtype=np.int64) for name, value in cost.items()}
+        token = drawn.state.class_token
+        if token is not None:
+            arrays["class_token"] = token.float().cpu().numpy()
+            if self.model.class_means is not None:
+                arrays["nearest"] = nearest_class(token, self.model.class_means).cpu().numpy()
+        return arrays
+
+
+def load(request: Request, process: Process) -> Job:
+    """Load and check everything a request needs. Raises ValueError or FileNotFoundError, one sentence each."""
+    torch.backends.cuda.matmul.allow_tf32 = request.precision.tf32
+    torch.backends.cudnn.allow_tf32 = request.precision.tf32
+    model, guide = load_guided(request.checkpoint, request.guide_checkpoint, process.device)
+    network, info = model.info.network, model.info
+    labels = read_labels(request.labels, request.classes, network.num_classes, info.classes)
+    needs_null = labels.kind == "null" or not (request.guidance.off or guide)
+    if needs_null and info.cfg_prob == 0:
+        raise ValueError(
+            f"{find_model(request.checkpoint)} was trained without label dropout (cfg-prob 0) and knows no null class: "
+            "sample with --cfg-scale 1 and labels, or give a --guide-checkpoint"
+        )
+    if guide and request.guidance.off:
+        raise ValueError("--guide-checkpoint does nothing at --cfg-scale 1")
+    for flag, wanted in (("--class-tokens", request.class_tokens), ("--best-of", request.best_of > 1),
+                         ("--like", bool(request.like))):  # fmt: skip
+        if wanted and not network.class_token_dim:
+            raise ValueError(f"{flag} needs a model with a class token; {find_model(request.checkpoint)} has none")
+    needs_means = request.best_of > 1 or (request.like and not request.labels and not request.classes)
+    if needs_means and model.class_means is None:
+        raise ValueError(
+            f"{find_model(request.checkpoint)} holds no mean class tokens (they come from a dataset packed with tokens): "
+            + ("--best-of cannot choose" if request.best_of > 1 else "say with --classes which label goes with --like")
+        )
+    tokens = None
+    if request.like:
+        if any(".npy" not in source for source in request.like) and not info.encoders:
+            raise ValueError("--like: the model file names no encoder; give tokens as .npy")
+        grid = network.input_size // network.patch_size
+        encoder = info.encoders[0] if info.encoders else ""
+        tokens = read_tokens(request.like, network.class_token_dim, encoder, info.resolution, grid)
+        if request.interpolate and len(tokens) != 2:
+            raise ValueError(f"--interpolate goes between two tokens, --like gives {len(tokens)}")
+    decoder = load_decoder(model, request.vae, request.precision, process.device)
+    identity = describe(request, model, guide, decoder, labels, tokens)
+    sampler = Sampler(
+        prepare(model.network, request.precision), Interpolant(info.path), request.solver, request.guidance,
+        prepare(guide.network, request.precision) if guide else None, getattr(torch, request.precision.dtype),
+        request.seed, request.best_of, model.class_means,
+    )  # fmt: skip
+    return Job(request, process, model, sampler, decoder, labels, tokens, identity)
+
+
+def describe(
+    request: Request, model: Model, guide: Model | None, decoder: Decoder, labels: Labels, tokens: Tensor | None
+) -> dict[str, Any]:
+    """Everything the samples depend on, as JSON: two jobs with the same description make the same samples."""
+    solver, guidance, precision = asdict(request.solver), asdict(request.guidance), request.precision
+    diffusion = solver.pop("diffusion")
+    adaptive = request.solver.name == "dopri5"
+    given = None
+    if tokens is not None:
+        given = {"sources": list(request.like), "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
+    label_values = None
+    if labels.kind == "list" or request.classes:
+        label_values = hashlib.sha256(labels.values.tobytes()).hexdigest()
+    return {
+        "checkpoint_sha256": file_sha256(find_model(request.checkpoint)),
+        "guide_sha256": file_sha256(find_model(request.guide_checkpoint)) if guide else None,
+        "step": model.info.step,
+        "seed": request.seed,
+        "labels": labels.kind,
+        "classes": list(request.classes),
+        "label_values_sha256": label_values,
+        "mode": solver.pop("mode"),
+        "solver": solver.pop("name"),
+        "steps": solver.pop("num_steps"),
+        "time_grid": solver.pop("grid"),
+        **solver,
+        "diffusion": diffusion["name"],
+        "diffusion_scale": diffusion["scale"],
+        "cfg_scale": guidance["scale"],
+        "cls_cfg_scale": guidance["scale"] if guidance["class_scale"] is None else guidance["class_scale"],
+        "guidance_low": guidance["low"],
+        "guidance_high": guidance["high"],
+        "cls_guidance_low": guidance["low"] if guidance["class_low"] is None else guidance["class_low"],
+        "cls_guidance_high": guidance["high"] if guidance["class_high"] is None else guidance["class_high"],
+        "guidance_schedule": guidance["schedule"],
+        "best_of": request.best_of,
+        "like": given,
+        "interpolate": request.interpolate,
+        "dtype": precision.dtype,
+        "tf32": precision.tf32,
+        "compile": precision.compile,
+        "vae_sha256": weights_sha256(decoder.autoencoder.vae),
+        "vae_dtype": precision.vae_dtype,
+        "vae_tiling": precision.vae_tiling,
+        "uint8_rule": "truncate",
+        # An adaptive solver's steps depend on who shares the batch.
+        "batches": [request.batch_size, request.count] if adaptive else None,
+    }
+
+
+def generate(request: Request) -> None:
+    """Do what is missing of a request, with all processes of the job, and let the first one assemble the files."""
+    process = processes.start(request.device)
+    try:
+        job, work = _agree(request, process)
+    finally:
+        processes.stop()  # from here on the processes meet only in the folder of parts
+    if job is None:
+        return
+    parts = Parts(request.out / "parts")
+    start = time.monotonic()
+    sample_parts(job, parts, share(work, process.rank, process.world))
+    if process.first:
+        seconds, made = time.monotonic() - start, sum(map(len, work))
+        measured = {
+            "vae": job.decoder.autoencoder.name,
+            "checkpoint": str(find_model(request.checkpoint)),
+            "per_proc_batch_size": request.batch_size,
+            "processes": process.world,
+            "device": torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu",
+            "seconds": round(seconds, 2),
+            "samples_per_second": round(made / seconds, 4) if made else None,
+        }
+        columns = request.interpolate or (len(job.labels.values) if job.labels.kind in ("balanced", "list") else None)
+        output = Output(request.out, request.count, job.model.info.resolution, job.model.info.classes, columns,
+                        request.gallery, request.class_tokens, request.keep_parts)  # fmt: skip
+        print(assemble(output, parts, job.identity, measured))
+
+
+def _agree(request: Request, process: Process) -> tuple[Job | None, list[range]]:
+    """Rank 0 loads first and says what there is to do, so that an error is told once. No job: everything is there."""
+    if not process.first:
+        work = processes.broadcast(None)
+        if work is None:
+            time.sleep(1)  # the first exit ends all processes, and rank 0 is still to tell why
+            raise SystemExit(2)
+        return (load(request, process) if work else None), work
+    try:
+        job = load(request, process)
+        work = _begin(job)
+    except (ValueError, FileNotFoundError):
+        processes.broadcast(None)
+        raise
+    processes.broadcast(work or [])
+    return (job if work is not None else None), work or []
+
+
+def _begin(job: Job) -> list[range] | None:
+    """What is still to be sampled, cut into batches; None when the job was finished before. Raises ValueError when the
+    folder belongs to other settings or the disk is too small."""
+    request, side = job.request, job.model.info.resolution
+    parts = Parts(request.out / "parts")
+    wanted = ["class_tokens.npy"] if request.class_tokens else []
+    if is_finished(request.out, request.count, job.identity, wanted, have_parts=bool(parts.done())):
+        print(f"{request.out} is complete: {request.count} samples with these settings are there")
+        return None
+    work = batches(parts.done(), request.count, request.batch_size, aligned=job.identity["batches"] is not None)
+    row = side * side * 3 + 4 * job.model.info.network.class_token_dim
+    needed = row * (request.count + sum(map(len, work)))
+    free = check_space(request.out, needed)
+    parts.begin(job.identity)
+    work = batches(parts.done(), request.count, request.batch_size, aligned=job.identity["batches"] is not None)
+    missing = sum(map(len, work))
+    print(f"{missing} of {request.count} samples to make; disk: {needed / 1e9:.3g} GB needed, {free / 1e9:.0f} GB free")
+    return work
+
+
+def sample_parts(job: Job, parts: Parts, work: list[range]) -> None:
+    """Sample the batches of this process. A second thread decodes and writes one batch while the next is sampled."""
+    request, first = job.request, job.process.first
+    if request.png:
+        (request.out / "png").mkdir(exist_ok=True)
+    stream = torch.cuda.Stream() if job.process.device.type == "cuda" else None
+    waiting: Future | None = None
+    with (
+        ThreadPoolExecutor(1) as pool,
+        tqdm(total=request.count, unit="image", disable=not first, initial=_count(parts)) as bar,
+    ):
+        for samples in work:
+            label, drawn = job.sample(samples)
+            ready = torch.cuda.Event() if stream else None
+            if ready:
+                ready.record()
+            if waiting:
+                waiting.result()
+            waiting = pool.submit(_keep, job, parts, samples, label, drawn, stream, ready)
+            _show(bar, parts)
+        if waiting:
+            waiting.result()
+        while first and bar.n < request.count:  # the others are still at it
+            _show(bar, parts)
+            if bar.n < request.count:
+                time.sleep(0.2)
+
+
+def _keep(
+    job: Job,
+    parts: Parts,
+    samples: range,
+    label: Tensor,
+    drawn: Drawn,
+    stream: torch.cuda.Stream | None,
+    ready: torch.cuda.Event | None,
+) -> None:
+    """Decode and write one batch, on a GPU in a stream of its own."""
+    with torch.no_grad(), torch.cuda.stream(stream) if stream else nullcontext():
+        if stream and ready:
+            stream.wait_event(ready)
+            drawn.state.map(lambda x: x.record_stream(stream) or x)
+        arrays = job.arrays(label, drawn)
+    if job.request.png:
+        for number, pixels in zip(samples, arrays["pixels"], strict=True):
+            write_png(job.request.out / "png" / f"{number:06d}.png", pixels)
+    parts.write(samples, arrays)
+
+
+def _count(parts: Parts) -> int:
+    return sum(map(len, parts.done()))
+
+
+def _show(bar: tqdm, parts: Parts) -> None:
+    """Bring the first process's bar to what all of them have finished."""
+    if not bar.disable:
+        bar.update(max(0, min(_count(parts), bar.total) - bar.n))

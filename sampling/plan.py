@@ -1,0 +1,160 @@
+"""What sample i is made of: its label and its noise, functions of (seed, i) alone; and who makes which samples."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import philox
+from models.sit import SiTConfig
+from models.state import State
+
+# philox purposes of sampling; training owns those below 16. Candidate k of --best-of adds k * 256.
+_START, _STEP, _LABEL = 16, 17, 18
+_STEPS_AT_ONCE = 8  # on a GPU: a step's noise is many small kernels, those of eight steps cost hardly more
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label of sample i, a function of i (and the seed) alone.
+
+    kind: random, balanced, list or null. values: the classes to draw from or to take in turn; the list itself for
+    list. Balanced takes the classes in turn, so that they interleave in the file.
+    """
+
+    kind: str
+    values: np.ndarray  # (K,) int64
+
+    def at(self, seed: int, index: Tensor) -> Tensor:
+        """index: (N,) int64 sample numbers => (N,) int64 labels on the CPU."""
+        index = index.cpu()
+        count = len(self.values)
+        if self.kind == "random":
+            chosen = (philox.uniform(seed, _LABEL, 0, index, 1)[:, 0] * count).long()
+        else:
+            chosen = index % count
+        return torch.from_numpy(self.values)[chosen]
+
+
+def read_labels(source: Sequence[str], classes: Sequence[str], num_classes: int, names: Sequence[str]) -> Labels:
+    """What --labels and --classes say.
+
+    source: one of random, balanced, null; numbers; or a file of numbers (.npy, .npz with arr_1, .json, or text). A list
+    is used in turn. classes: the classes to draw from, numbers or names; given alone they are balanced. Raises
+    ValueError naming the word that is no class.
+    """
+    chosen = [_class_number(word, num_classes, names, "--classes") for word in classes]
+    everything = np.array(chosen or range(num_classes), dtype=np.int64)
+    if not source:
+        return Labels("balanced" if chosen else "random", everything)
+    if tuple(source) in (("random",), ("balanced",)):
+        return Labels(source[0], everything)
+    if chosen:
+        raise ValueError("--classes goes with --labels random or balanced, not with a list of labels")
+    if tuple(source) == ("null",):
+        return Labels("null", np.array([num_classes], dtype=np.int64))
+    if len(source) == 1 and not source[0].isdecimal() and source[0] not in names:
+        return Labels("list", _read_label_file(Path(source[0]), num_classes))
+    numbers = [_class_number(word, num_classes, names, "--labels") for word in source]
+    return Labels("list", np.array(numbers, dtype=np.int64))
+
+
+def _class_number(word: str, num_classes: int, names: Sequence[str], flag: str) -> int:
+    """A number is an index; anything else is looked up among the class names."""
+    if word.isdecimal():
+        if int(word) < num_classes:
+            return int(word)
+        raise ValueError(f"{flag} {word}: the model has classes 0 to {num_classes - 1}")
+    if word in names:
+        return list(names).index(word)
+    raise ValueError(f"{flag} {word}: neither a class number below {num_classes} nor one of the model's class names")
+
+
+def _read_label_file(path: Path, num_classes: int) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"--labels {path}: neither random, balanced, null, class numbers nor an existing file")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as stream:
+                labels = stream["arr_1"]
+        elif path.suffix == ".npy":
+            labels = np.load(path, allow_pickle=False)
+        else:
+            text = path.read_text()
+            labels = np.array(json.loads(text) if path.suffix == ".json" else [int(word) for word in text.split()])
+    except (ValueError, KeyError, EOFError, OSError) as error:
+        raise ValueError(f"--labels {path}: not a list of class numbers ({error})") from error
+    if labels.ndim != 1 or len(labels) == 0 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"--labels {path}: holds {labels.dtype} {labels.shape}, not a list of class numbers")
+    bad = labels[(labels < 0) | (labels >= num_classes)]
+    if len(bad):
+        raise ValueError(f"--labels {path}: label {bad[0]}, but the model has classes 0 to {num_classes - 1}")
+    return labels.astype(np.int64)
+
+
+class NoiseSource:
+    """Standard normal States of the samples `index`, functions of (seed, index, step) alone."""
+
+    def __init__(self, config: SiTConfig, seed: int, index: Tensor, num_steps: int, candidate: int = 0) -> None:
+        """index: (N,) int64 on the device that samples; num_steps: steps that will be asked for, in order, at most."""
+        self.config, self.seed, self.index, self.num_steps = config, seed, index, num_steps
+        self.offset = candidate << 8
+        self.at_once = _STEPS_AT_ONCE if index.is_cuda else 1
+        self._ready: dict[int, Tensor] = {}
+
+    def start(self) -> State:
+        """The State at t = 1, float32."""
+        return self._split(philox.normal(self.seed, _START + self.offset, 0, self.index, self._size))
+
+    def __call__(self, step: int) -> State:
+        """The noise of one step of an SDE, float32."""
+        if step not in self._ready:
+            steps = range(step, min(step + self.at_once, max(self.num_steps, step + 1)))
+            drawn = philox.normals(self.seed, _STEP + self.offset, steps, self.index, self._size)
+            self._ready = dict(zip(steps, drawn, strict=True))
+        return self._split(self._ready.pop(step))
+
+    @property
+    def _size(self) -> int:
+        return self.config.in_channels * self.config.input_size**2 + self.config.class_token_dim
+
+    def _split(self, z: Tensor) -> State:
+        c = self.config
+        latent, token = z.split([self._size - c.class_token_dim, c.class_token_dim], dim=1)
+        return State(
+            latent.reshape(-1, c.in_channels, c.input_size, c.input_size), token if c.class_token_dim else None
+        )
+
+
+def batches(done: Sequence[range], count: int, size: int, *, aligned: bool = False) -> list[range]:
+    """Cut the samples of range(count) that are in no range of `done` into ranges of at most `size`, in order.
+
+    aligned: every range starts at a multiple of `size`, so that a sample always shares its batch with the same others.
+    """
+    found = []
+    edge = 0
+    for finished in [*sorted(done, key=lambda r: r.start), range(count, count)]:
+        found += list(_cut(range(edge, min(finished.start, count)), size, aligned))
+        edge = max(edge, finished.stop)
+    return found
+
+
+def _cut(gap: range, size: int, aligned: bool) -> Iterator[range]:
+    if not gap:
+        return
+    first = (gap.start // size + 1) * size if aligned else gap.start + size
+    edges = [gap.start, *range(first, gap.stop, size), gap.stop]
+    for start, stop in pairwise(edges):
+        yield range(start, stop)
+
+
+def share(ranges: Sequence[range], rank: int, world: int) -> list[range]:
+    """The ranges that process `rank` of `world` makes: every world-th."""
+    return list(ranges[rank::world])
+
+
