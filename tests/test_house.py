@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(
     path
-    for pattern in ("*.py", "models/*.py", "training/*.py", "sampling/*.py", "preprocessing/*.py", "evaluations/*.py", "benchmarks/*.py",
-                    "quickstart/*.py")
+    for pattern in ("*.py", "models/*.py", "training/*.py", "sampling/*.py", "preprocessing/*.py", "evaluations/*.py",
+                    "benchmarks/*.py", "quickstart/*.py")
     for path in ROOT.glob(pattern)
 )
 PACKAGES = {"models", "training", "sampling", "preprocessing", "evaluations", "benchmarks", "quickstart", "tests"}
