@@ -1,6 +1,7 @@
-"""The packed dataset: one schema, one writer, one reader, and the order in which training reads it.
+"""The packed dataset: its schema, its reader, and the order in which training reads it.
 
-A directory of fixed-size-record `.npy` files (memory-mapped by the reader) and a manifest, `dataset.json`, written last.
+A directory of fixed-size-record `.npy` files (memory-mapped by the reader) and a manifest, `dataset.json`, written
+last (shards.py).
 Record i of shard k is row i of each of its files. Fields:
 
     moments        (2C, h, w) float16   mean and scaled standard deviation of the VAE posterior (see MOMENTS_STD_SCALE)
@@ -10,11 +11,8 @@ Record i of shard k is row i of each of its files. Fields:
     patch_tokens.K (T, D_K)   float16   likewise
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +22,24 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from models import philox
+from shards import (
+    MANIFEST,
+    MOMENTS_STD_SCALE,
+    EncoderInfo,
+    Manifest,
+    npy_size,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
 
-SCHEMA = 1
-MANIFEST = "dataset.json"
-# SD-VAE's standard deviations go down to exp(-15) = 3e-7, below float16's smallest normal number (6e-5). Stored times
-# 2**10 they keep all 11 bits between 6e-8 and 64. The writer measures the error and puts it in the manifest.
-MOMENTS_STD_SCALE = 1024.0
+__all__ = [
+    "MANIFEST", "Batch", "EncoderInfo", "Manifest", "PackedDataset", "StepSampler", "decode_moments", "encode_moments",
+    "read_manifest", "write_manifest", "write_shard",
+]  # fmt: skip
 _SHUFFLE = 2  # philox purpose of the data order
+_LARGE_RECORD = 2048  # bytes: from here on copying record by record beats numpy's gather, which copies twice
+_MEND = "redo this shard with preprocessing/pack.py --repair"
 
 
 class Batch(NamedTuple):
@@ -44,34 +53,6 @@ class Batch(NamedTuple):
     pixels: Tensor | None
     class_token: tuple[Tensor, ...]
     patch_tokens: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class EncoderInfo:
-    """name: what `--enc-type` takes. dim: token width. grid: patch tokens form a grid x grid square."""
-
-    name: str
-    dim: int
-    grid: int
-
-
-@dataclass
-class Manifest:
-    """What `dataset.json` holds. shards: one {"count": n, "files": {field: {"file", "sha256"}}} each, in record order."""
-
-    count: int
-    shard_size: int  # records in every shard but the last
-    resolution: int  # pixels, H = W
-    fields: dict[str, dict[str, Any]]  # name => {"dtype": "float16", "shape": [8, 32, 32]}
-    classes: list[str]  # class names; a label is an index into them
-    vae: dict[str, Any]  # {"name", "normalization": {...}, "factor"}
-    encoders: list[EncoderInfo]
-    shards: list[dict[str, Any]]
-    moments: dict[str, Any] = field(default_factory=lambda: {"kind": "mean_std", "std_scale": MOMENTS_STD_SCALE})
-    crop: str = "adm_center"
-    source: dict[str, Any] = field(default_factory=dict)  # provenance and counts, for people
-    class_means: str | None = None  # `.npy` (classes, D) float32: mean class token of each class, encoder 0
-    schema: int = SCHEMA
 
 
 def encode_moments(moments: np.ndarray) -> np.ndarray:
@@ -94,78 +75,11 @@ def decode_moments(moments: Tensor) -> Tensor:
     return torch.cat([mean, std / MOMENTS_STD_SCALE], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
-def write_shard(directory: Path, number: int, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Write shard `number` so that it is either whole or absent; returns its manifest entry.
-
-    arrays: field => (n, ...) array. Each file appears by rename after fsync; the entry is kept beside them as
-    `shard-00000.json`, written last, so that an interrupted packing knows what is done.
-    """
-    counts = {len(array) for array in arrays.values()}
-    if len(counts) != 1:
-        raise ValueError(f"the fields of a shard must have equally many records, got {counts}")
-    entry: dict[str, Any] = {"count": counts.pop(), "files": {}}
-    for name, array in arrays.items():
-        file = directory / f"{name}-{number:05d}.npy"
-        temporary = file.with_suffix(".tmp")
-        with temporary.open("wb") as stream:
-            np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        entry["files"][name] = {"file": file.name, "sha256": sha256(temporary)}
-        temporary.rename(file)
-    write_json(directory / f"shard-{number:05d}.json", entry)
-    return entry
-
-
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `dataset.json`, which makes the directory a dataset."""
-    write_json(directory / MANIFEST, asdict(manifest))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either the old one or the new one, whole, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
-
-
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """Read `dataset.json`. Raises FileNotFoundError or ValueError, in one sentence with the mend."""
-    path = Path(directory) / MANIFEST
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"dataset folder {path.parent} does not exist")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is not a packed dataset: no {MANIFEST} (packing unfinished? run it again)")
-    try:
-        content = json.loads(path.read_text())
-        if content.get("schema") != SCHEMA:
-            raise ValueError(f"{path} has schema {content.get('schema')}, this code reads {SCHEMA}: pack the data again")
-        content["encoders"] = [EncoderInfo(**encoder) for encoder in content["encoders"]]
-        return Manifest(**content)
-    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); pack the data again") from error
-
-
 class PackedDataset(Dataset):
     """Random access to a packed dataset, a whole batch at a time: `dataset[indices]` => Batch.
 
     Use with DataLoader(dataset, sampler=StepSampler(...), batch_size=None). Files are mapped on first use, in the process
-    that uses them; a worker holds no copy of the manifest's records.
+    that uses them; what a process holds grows with the number of shards, never with that of records.
     """
 
     def __init__(self, directory: Path | str, fields: Sequence[str] | None = None) -> None:
@@ -178,25 +92,31 @@ class PackedDataset(Dataset):
             raise ValueError(
                 f"{self.directory} has no field {missing[0]!r}, only {', '.join(self.manifest.fields)}; pack it again"
             )
-        self._ends = np.cumsum([shard["count"] for shard in self.manifest.shards])
+        counts = np.array([shard["count"] for shard in self.manifest.shards], dtype=np.int64)
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
         if len(self._ends) == 0 or self._ends[-1] != self.manifest.count:
             raise ValueError(f"{self.directory / MANIFEST}: the shards do not add up to count {self.manifest.count}")
+        self._specs = {
+            name: (np.dtype(spec["dtype"]), tuple(spec["shape"])) for name, spec in self.manifest.fields.items()
+        }
         self._maps: dict[tuple[int, str], np.ndarray] = {}
-        for number in range(len(self.manifest.shards)):
-            for name in self.fields:
-                self._check_size(number, name)
+        self._check_sizes()
 
     def __len__(self) -> int:
         return self.manifest.count
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Gather records. indices: (N,) integers in [0, count)."""
+        """Gather records. indices: (N,) integers in [0, count). Raises IndexError outside of it."""
         indices = np.asarray(indices, dtype=np.int64)
-        get = {name: torch.from_numpy(self._gather(name, indices)) for name in self.fields}
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"record {indices.min()} or {indices.max()} is not in [0, {len(self)})")
+        places = self._places(indices)
+        get = {name: torch.from_numpy(self._gather(name, len(indices), places)) for name in self.fields}
         encoders = range(len(self.manifest.encoders))
         return Batch(
-            moments=get["moments"],
-            label=get["label"],
+            moments=get.get("moments"),
+            label=get.get("label"),
             index=torch.from_numpy(indices),
             pixels=get.get("pixels"),
             class_token=tuple(get[f"class_token.{k}"] for k in encoders if f"class_token.{k}" in get),
@@ -211,40 +131,60 @@ class PackedDataset(Dataset):
         return np.concatenate([self.map(number, "label") for number in range(len(self.manifest.shards))])
 
     def map(self, number: int, name: str) -> np.ndarray:
-        """The read-only memory map of one field of one shard."""
+        """The read-only memory map of one field of one shard. Raises ValueError if the file is not what it should be."""
         if (number, name) not in self._maps:
-            path = self.directory / self.manifest.shards[number]["files"][name]["file"]
-            self._maps[number, name] = np.load(path, mmap_mode="r", allow_pickle=False)
+            path, shard, (dtype, shape) = self._file(number, name), self.manifest.shards[number], self._specs[name]
+            try:
+                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError, SyntaxError) as error:
+                raise ValueError(f"shard file {path} is truncated or damaged ({error}); {_MEND}") from error
+            if mapped.shape != (shard["count"], *shape) or mapped.dtype != dtype:
+                raise ValueError(
+                    f"shard file {path} holds {mapped.dtype} {mapped.shape}, {MANIFEST} says {dtype} "
+                    f"{(shard['count'], *shape)}; {_MEND}"
+                )
+            self._maps[number, name] = mapped.view(np.ndarray)  # a memmap's own indexing is slow
         return self._maps[number, name]
 
-    def _gather(self, name: str, indices: np.ndarray) -> np.ndarray:
-        spec = self.manifest.fields[name]
-        out = np.empty((len(indices), *spec["shape"]), dtype=spec["dtype"])
+    def _places(self, indices: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Where records lie: (shard, positions in the batch, rows in the shard) for each shard that holds any."""
         shards = np.searchsorted(self._ends, indices, side="right")
-        for number in np.unique(shards):
-            rows = np.flatnonzero(shards == number)
-            start = self._ends[number] - self.manifest.shards[number]["count"]
-            out[rows] = self.map(number, name)[indices[rows] - start]
+        order = np.argsort(shards, kind="stable")
+        numbers, firsts = np.unique(shards[order], return_index=True)
+        return [
+            (int(number), positions, indices[positions] - self._starts[number])
+            for number, positions in zip(numbers, np.split(order, firsts[1:]))
+        ]
+
+    def _gather(self, name: str, count: int, places: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
+        dtype, shape = self._specs[name]
+        out = np.empty((count, *shape), dtype=dtype)
+        large = out.nbytes > _LARGE_RECORD * count
+        for number, positions, rows in places:
+            source = self.map(number, name)
+            if large or len(rows) == 1:  # one copy each, straight from the map
+                for position, row in zip(positions.tolist(), rows.tolist()):
+                    out[position] = source[row]
+            else:
+                out[positions] = source[rows]
         return out
 
-    def _check_size(self, number: int, name: str) -> None:
-        """A shard file must exist and be exactly as long as its header and records: catches truncation at start-up."""
-        shard, spec = self.manifest.shards[number], self.manifest.fields[name]
-        path = self.directory / shard["files"][name]["file"]
-        if not path.is_file():
-            raise FileNotFoundError(f"shard file {path} is missing; pack the data again (finished shards are kept)")
-        try:
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"shard file {path} is truncated or damaged ({error}); pack the data again") from error
-        expected = (shard["count"], *spec["shape"])
-        if mapped.shape != expected or mapped.dtype != np.dtype(spec["dtype"]):
-            raise ValueError(
-                f"shard file {path} holds {mapped.dtype} {mapped.shape}, {MANIFEST} says {spec['dtype']} {expected}"
-            )
+    def _file(self, number: int, name: str) -> Path:
+        return self.directory / self.manifest.shards[number]["files"][name]["file"]
 
-
-# ------------------------------------------------------------------------------------------------------------ order
+    def _check_sizes(self) -> None:
+        """Every shard file must be there and exactly as long as its records: tells truncation at start-up, without
+        opening thousands of files."""
+        for number, shard in enumerate(self.manifest.shards):
+            for name in self.fields:
+                path = self._file(number, name)
+                try:
+                    size = os.stat(path).st_size
+                except FileNotFoundError:
+                    raise FileNotFoundError(f"shard file {path} is missing; {_MEND}") from None
+                expected = npy_size(*self._specs[name], shard["count"])
+                if size != expected:
+                    raise ValueError(f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {_MEND}")
 
 
 class StepSampler(Sampler):
