@@ -75,7 +75,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
     if "reg" not in header:
-        raise ValueError(f"{path} is not a model file of this project: its header has no config (python -m models.convert)")
+        raise ValueError(f"{path} is no model file of this project, its header has no config (convert.py imports others)")
     content = json.loads(header["reg"])
     if content["schema"] != SCHEMA:
         raise ValueError(f"{path} has schema {content['schema']}, this code reads {SCHEMA}")

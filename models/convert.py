@@ -1,8 +1,25 @@
-"""Parameter names of the published checkpoints, and back."""
+"""Published checkpoints <=> model files (the program is convert.py).
 
+Reads the `.pt` files of REG and REPA (model, ema, opt, args, steps; REPA's legacy block names too) and the bare state dicts
+of SiT, through an allowlist of classes: nothing in such a file is executed. The network's config is derived from the shapes
+of its tensors.
+"""
+
+import argparse
+import math
+import pickle
 import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from config import UserError
+from models.autoencoder import LatentNormalization
+from models.checkpoint import ModelInfo, load_model, save_model
+from models.sit import PRESETS, SIZES, SiTConfig, preset
 
 _TO_PUBLISHED = (  # ours => published; applied in this order
     (r"^class_token_embedder\.proj\.", "cls_projectors2."),
@@ -18,6 +35,27 @@ _FROM_PUBLISHED = (
 )
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the user says of a file that does not say it itself; None: take it from the file, or the published default."""
+
+    num_heads: int | None = None
+    encoder_depth: int | None = None
+    path_type: str | None = None
+    cfg_prob: float | None = None
+    resolution: int | None = None
+    vae: str = "ema"
+    enc_type: tuple[str, ...] = ()
+
+
+class Published(NamedTuple):
+    """A published file. state_dict: published names. settings: its args, {} if it has none. step: 0 if unknown."""
+
+    state_dict: dict[str, Tensor]
+    settings: dict[str, Any]
+    step: int
+
+
 def from_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the entries of a published state dict to ours; tensors are untouched."""
     return {_rename(name, _FROM_PUBLISHED): tensor for name, tensor in state_dict.items()}
@@ -26,6 +64,159 @@ def from_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_published`."""
     return {_rename(name, _TO_PUBLISHED): tensor for name, tensor in state_dict.items()}
+
+
+def read_published(path: Path, weights: str = "ema") -> Published:
+    """Read a `.pt` file: tensors, plain values and argparse.Namespace, nothing else.
+
+    Raises FileNotFoundError, or ValueError for a file that holds other objects, is damaged, or lacks the weights.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {reason[1]}" if reason else str(error).splitlines()[0]
+        raise ValueError(f"{path} is refused: it holds more than tensors and settings ({what})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} instead of a checkpoint")
+    settings = content.get("args", {})
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings)
+    state_dict = content if "x_embedder.proj.weight" in content else content.get(weights)
+    if not isinstance(state_dict, dict) or not all(isinstance(t, Tensor) for t in state_dict.values()):
+        raise ValueError(f"{path} has no {weights!r} weights, only {', '.join(map(str, content))}")
+    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    return Published(_modern_names(state_dict), settings, int(content.get("steps", 0)) if state_dict is not content else 0)
+
+
+def _modern_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's first checkpoints call the blocks after the aligned one decoder_blocks, numbered anew."""
+    first = _count(state_dict, r"^blocks\.(\d+)\.")
+    return {
+        re.sub(r"^decoder_blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) + first}.", name): tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def derive_config(state_dict: dict[str, Tensor], settings: dict[str, Any], given: Given = Given()) -> SiTConfig:
+    """The network's config from the shapes of a published state dict; heads and alignment depth from args or `given`.
+
+    Raises ValueError when the tensors are no SiT's, UserError when a number is neither there nor given.
+    """
+    try:
+        hidden_size, channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
+        class_token_dim = state_dict["cls_projectors2.weight"].shape[1] if "cls_projectors2.weight" in state_dict else 0
+        patches = state_dict["pos_embed"].shape[1] - (class_token_dim > 0)
+        heads = _heads(state_dict, settings, given, hidden_size)
+        depth = _count(state_dict, r"^blocks\.(\d+)\.")
+        aligned = range(_count(state_dict, r"^projectors\.(\d+)\."))
+        return SiTConfig(
+            depth=depth,
+            hidden_size=hidden_size,
+            num_heads=heads,
+            patch_size=patch_size,
+            input_size=math.isqrt(patches) * patch_size,
+            in_channels=channels,
+            num_classes=state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
+            mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+            qk_norm="blocks.0.attn.q_norm.weight" in state_dict,
+            class_token_dim=class_token_dim,
+            align_dims=tuple(state_dict[f"projectors.{k}.4.weight"].shape[0] for k in aligned),
+            align_depth=_align_depth(settings, given, depth),
+            projector_dim=state_dict["projectors.0.0.weight"].shape[0] if aligned else 2048,
+        )
+    except KeyError as error:
+        raise ValueError(f"the weights are no SiT's: {error} is missing") from error
+
+
+def _heads(state_dict: dict[str, Tensor], settings: dict[str, Any], given: Given, hidden_size: int) -> int:
+    if given.num_heads is not None:
+        return given.num_heads
+    if "blocks.0.attn.q_norm.weight" in state_dict:
+        return hidden_size // state_dict["blocks.0.attn.q_norm.weight"].shape[0]
+    known = {width: heads for _, width, heads in SIZES.values()}
+    if settings.get("model") in PRESETS and preset(settings["model"]).hidden_size == hidden_size:
+        return preset(settings["model"]).num_heads
+    if hidden_size not in known:
+        raise UserError(f"the file does not say how many attention heads width {hidden_size} has: give --num-heads")
+    return known[hidden_size]
+
+
+def _align_depth(settings: dict[str, Any], given: Given, depth: int) -> int:
+    if given.encoder_depth is not None:
+        return given.encoder_depth
+    return int(settings.get("encoder_depth", min(depth, 4 if depth <= 12 else 8)))
+
+
+def unify_sit(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint of the original SiT, whose t runs from noise to data and which also predicts an unused variance => the
+    same network in the convention of REPA and REG: the negative of SiT's velocity, t counted from the other end. Other
+    checkpoints are returned as they are.
+
+    With frequencies w, the features of the mirrored time are those of t turned by the angle w, so the turn moves into the
+    first linear map of the time embedding; the sign and the unused half go into the last linear map.
+    """
+    patch = state_dict["x_embedder.proj.weight"]
+    channels, patch_area = patch.shape[1], patch.shape[2] ** 2
+    weight, bias = state_dict["final_layer.linear.weight"], state_dict["final_layer.linear.bias"]
+    if len(weight) != 2 * channels * patch_area:
+        return state_dict
+    first = state_dict["t_embedder.mlp.0.weight"].double()  # (D, 2F), cosines then sines
+    half = first.shape[1] // 2
+    w = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).double()
+    cos, sin = first.split(half, dim=1)
+    turned = torch.cat([cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()], dim=1)
+    return {
+        **state_dict,
+        "t_embedder.mlp.0.weight": turned.to(weight.dtype),
+        "final_layer.linear.weight": -weight.view(patch_area, 2, channels, -1)[:, 0].reshape(patch_area * channels, -1),
+        "final_layer.linear.bias": -bias.view(patch_area, 2, channels)[:, 0].reshape(-1),
+    }
+
+
+def import_published(source: Path, out: Path, weights: str = "ema", given: Given = Given()) -> ModelInfo:
+    """Read the published checkpoint `source`, write the model file `out`; returns what its header says."""
+    published = read_published(source, weights)
+    settings, state_dict = published.settings, unify_sit(published.state_dict)
+    network = derive_config(state_dict, settings, given)
+    encoders = given.enc_type or tuple(filter(None, str(settings.get("enc_type") or "").split(",")))
+    info = ModelInfo(
+        network=network,
+        path=given.path_type or settings.get("path_type", "linear"),
+        resolution=given.resolution or int(settings.get("resolution", 8 * network.input_size)),
+        vae=given.vae,
+        normalization=asdict(LatentNormalization()),
+        encoders=encoders if network.class_token_dim or network.align_dims else (),
+        cfg_prob=0.1 if given.cfg_prob is None else given.cfg_prob,  # what was trained with: --cfg-prob is not read there
+        step=published.step,
+        notes={"imported": source.name, "weights": weights},
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(out, from_published(state_dict), info)
+    load_model(out)  # strict: every tensor has its place
+    return info
+
+
+def export_published(source: Path, out: Path) -> ModelInfo:
+    """Read a model file, write the published layout: {"model", "ema", "args", "steps"}, names and shapes as published."""
+    model = load_model(source)
+    network, info = model.info.network, model.info
+    state_dict = to_published(model.network.state_dict())
+    args = argparse.Namespace(
+        path_type=info.path, resolution=info.resolution, num_classes=network.num_classes, encoder_depth=network.align_depth,
+        qk_norm=network.qk_norm, enc_type=",".join(info.encoders) or None, cfg_prob=info.cfg_prob,
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": state_dict, "ema": state_dict, "args": args, "steps": info.step}, out)
+    return info
+
+
+def _count(state_dict: dict[str, Tensor], pattern: str) -> int:
+    return len({match[1] for name in state_dict if (match := re.match(pattern, name))})
 
 
 def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:

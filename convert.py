@@ -1,0 +1,48 @@
+"""Convert published checkpoints (REG, REPA, SiT) to model files and back.
+
+    python convert.py --source last.pt --out reg-xl2.safetensors
+    python convert.py --to published --source runs/reg-b2 --out reg-b2.pt
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import parse, run, setting
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    source: Path = setting(help="a published .pt, or with --to published a model file, checkpoint or run", group="files")
+    out: Path = setting(help="file to write", group="files")
+    to: str = setting("ours", "direction", group="files", choices=("ours", "published"))
+    weights: str = setting("ema", "which weights of a .pt", group="files", choices=("ema", "model"))
+
+    num_heads: int | None = setting(None, "attention heads; default: by args or width", group="what the .pt lacks")
+    encoder_depth: int | None = setting(None, "aligned block; default: args', or the model's", group="what the .pt lacks")
+    path_type: str | None = setting(
+        None, "interpolant; default: args', or linear", group="what the .pt lacks", choices=("linear", "cosine")
+    )
+    cfg_prob: float | None = setting(None, "label dropout; default: 0.1", group="what the .pt lacks")
+    resolution: int | None = setting(None, "pixels; default: args', or 8 a latent pixel", group="what the .pt lacks")
+    vae: str = setting("ema", "VAE of the latents: ema, mse, hub id or folder", group="what the .pt lacks")
+    enc_type: tuple[str, ...] = setting((), "encoders; default: args'", group="what the .pt lacks")
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(ConvertConfig, "Convert published checkpoints to model files and back.", argv)
+    from models.convert import Given, export_published, import_published
+
+    if settings.to == "published":
+        info = export_published(settings.source, settings.out)
+    else:
+        given = {name: getattr(settings, name) for name in Given.__dataclass_fields__}
+        info = import_published(settings.source, settings.out, settings.weights, Given(**given))
+    network = info.network
+    print(
+        f"{settings.out}: {network.depth} blocks of width {network.hidden_size}, {network.num_heads} heads, patches of "
+        f"{network.patch_size}, class token {network.class_token_dim}, step {info.step}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
