@@ -24,7 +24,11 @@ def name(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     """Dotted names of our modules that a file imports, at any depth."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):  # what is imported for annotations alone is no dependency
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -67,7 +71,7 @@ def test_no_module_imports_the_programs():
         ("shards", set()),
         ("config", set()),
         ("evaluations.statistics", set()),
-        ("evaluations.metrics", set()),
+        ("evaluations.metrics", {"evaluations.statistics", "evaluations.neighbours"}),
         ("evaluations.features", set()),
     ],
 )
