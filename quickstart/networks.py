@@ -54,7 +54,8 @@ def train_vae(images: Tensor, labels: Tensor, out: Path) -> dict[str, float]:
 
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(24, 48), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=SIZE,
+        block_out_channels=(16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=SIZE,
+        mid_block_add_attention=False,
     )  # fmt: skip
 
     def loss(x: Tensor, _: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def train_vae(images: Tensor, labels: Tensor, out: Path) -> dict[str, float]:
         z = posterior.mean + posterior.std * torch.randn_like(posterior.std)
         return F.mse_loss(vae.decode(z).sample, x) + 1e-4 * posterior.kl().mean() / (4 * 8 * 8)
 
-    fit(vae, loss, images, labels, steps=500)
+    fit(vae, loss, images, labels, steps=400)
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mean
         error = F.mse_loss(vae.decode(latents).sample, images)
