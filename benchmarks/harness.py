@@ -21,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Spread(NamedTuple):
@@ -54,12 +55,15 @@ def alternate(
     warmup: int = 1,
     repeats: int = 1,
     device: str | torch.device = "cpu",
+    clock: str = "wall",
 ) -> dict[str, Spread]:
     """Seconds of one call of each variant, measured in turn in this process.
 
     Each round times every variant once (`repeats` calls, divided by their number), in the given order in even rounds and
     reversed in odd ones, so that a slow drift of the machine falls on all alike. `warmup` untimed calls of each come first.
+    clock: "wall", or "cpu" for the time this process was on the CPU, which other programs disturb less.
     """
+    now = CLOCKS[clock]
     for function in variants.values():
         for _ in range(warmup):
             function()
@@ -68,11 +72,11 @@ def alternate(
         names = list(variants) if number % 2 == 0 else list(reversed(variants))
         for name in names:
             synchronize(device)
-            start = time.perf_counter()
+            start = now()
             for _ in range(repeats):
                 variants[name]()
             synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / repeats)
+            seconds[name].append((now() - start) / repeats)
     return {name: spread(values) for name, values in seconds.items()}
 
 

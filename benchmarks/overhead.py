@@ -24,6 +24,7 @@ class OverheadBenchmark:
     rounds: int = setting(25, "timed calls of each", group="how")
     warmup: int = setting(3, "untimed calls of each before them", group="how")
     device: str = setting("auto", "cpu, cuda or auto", group="how")
+    clock: str = setting("wall", "cpu: time of this process alone, on a busy CPU", group="how", choices=("wall", "cpu"))
     label: str = setting("run", "names the result files", group="how")
 
 
@@ -47,7 +48,7 @@ def main() -> None:
 
     def time_pair(make: Callable[[Any], Callable[[], Any]]) -> dict[str, harness.Spread]:
         calls = {name: make(c) for name, c in configs.items()}
-        return harness.alternate(calls, rounds=settings.rounds, warmup=settings.warmup, device=device)
+        return harness.alternate(calls, rounds=settings.rounds, warmup=settings.warmup, device=device, clock=settings.clock)
 
     forward = time_pair(lambda c: forward_pass(c, settings, device, precision))
     rows = []
@@ -71,7 +72,8 @@ def main() -> None:
     path = harness.write(
         "overhead", settings.label,
         {"model": settings.model, "depth": config.depth, "latent": config.input_size, "batch": settings.batch_size,
-         "precision": precision, "compiled": settings.compile, "rounds": settings.rounds}, rows, device=device,
+         "precision": precision, "compiled": settings.compile, "clock": settings.clock, "rounds": settings.rounds},
+        rows, device=device,
     )  # fmt: skip
     print(path.with_name("overhead.md").read_text())
 

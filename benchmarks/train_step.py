@@ -35,6 +35,7 @@ class TrainStepBenchmark:
     rounds: int = setting(9, "timed steps of each variant", group="how")
     warmup: int = setting(2, "untimed steps of each variant before them", group="how")
     device: str = setting("auto", "cpu, cuda or auto", group="how")
+    clock: str = setting("wall", "cpu: time of this process alone, on a busy CPU", group="how", choices=("wall", "cpu"))
     label: str = setting("run", "names the result files", group="how")
 
 
@@ -75,8 +76,9 @@ def main() -> None:
         memory = {name: alone(build, batch, device) for name, build in builders.items()} if cuda else {}
         variants = {name: start(build, memory[name].batch if cuda else batch, device) for name, build in builders.items()}
         timings = harness.alternate(
-            {name: v.step for name, v in variants.items()}, rounds=settings.rounds, warmup=settings.warmup, device=device
-        )
+            {name: v.step for name, v in variants.items()},
+            rounds=settings.rounds, warmup=settings.warmup, device=device, clock=settings.clock,
+        )  # fmt: skip
         for name, variant in variants.items():
             images = harness.spread([variant.batch / seconds for seconds in timings[name].values])
             speed = None
@@ -96,7 +98,8 @@ def main() -> None:
         free()
     path = harness.write(
         "train_step", settings.label,
-        {"encoder": settings.encoder, "latent": config.input_size, "precision": precision, "rounds": settings.rounds,
+        {"encoder": settings.encoder, "latent": config.input_size, "precision": precision,
+         "clock": settings.clock, "rounds": settings.rounds,
          "published commit": commit, "gradient checkpointing": settings.gradient_checkpointing,
          "ceiling TFLOP/s": ceiling and round(ceiling, 1), "training GFLOP an image": round(flops / 1e9, 2)},
         rows, device=device, details={"ms by part of our step": parts},
@@ -202,7 +205,8 @@ def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str
         "all": ours,
         "EMA": lambda: step.ema.update(step.network),
     }
-    ms = {k: 1e3 * v.median for k, v in alternate(pieces, rounds=settings.rounds, warmup=2, device=device).items()}
+    seconds = alternate(pieces, rounds=settings.rounds, warmup=2, device=device, clock=settings.clock)
+    ms = {name: 1e3 * value.median for name, value in seconds.items()}
     return {
         "draws": ms["draws"], "encoder or tokens": ms["targets"],
         "forward and loss": ms["forward"] - ms["draws"] - ms["targets"], "backward": ms["backward"] - ms["forward"],

@@ -96,7 +96,7 @@ def encoded_ahead(ours: OurStep) -> Callable[[], None]:
 
     def encode() -> Batch:
         side.wait_stream(main)
-        with torch.cuda.stream(side), torch.autocast("cuda", ours.step.dtype, enabled=ours.step.dtype is not None):
+        with torch.cuda.stream(side), acceleration.autocast("cuda", ours.step.precision):
             tokens = encoder(ours.batch.pixels.permute(0, 3, 1, 2))
         return ours.batch._replace(class_token=(tokens.class_token,), patch_tokens=(tokens.patch_tokens,))
 
