@@ -34,12 +34,18 @@ Noise = Callable[[int], State]
 def adams_bashforth(velocity: Velocity, state: State, times: Tensor, order: int = 2) -> State:
     """Explicit multistep solver of the ODE on any grid: integrate the polynomial through the last `order` velocities.
 
-    One evaluation a step; the first steps have lower order. state at times[0] => state at times[-1], float64.
+    order: 2 or 3. One evaluation a step; order 3 takes a second one in the first step (Heun's), because an Euler step
+    there would leave it at order 2. state at times[0] => state at times[-1], float64.
     """
     state = state.map(lambda x: x.double())
     past: list[tuple[Tensor, State]] = []
     for t, t_next in pairwise(times):
         past = [(t, velocity(state, t)), *past[: order - 1]]
+        if order == 3 and len(past) == 1:
+            v, dt = past[0][1], t_next - t
+            ahead = velocity(state.map(lambda x, v: x + dt * v, v), t_next)
+            state = state.map(lambda x, a, b: x + dt * (a + b) / 2, v, ahead)
+            continue
         powers = torch.arange(len(past), dtype=torch.float64)
         nodes = torch.stack([s - t for s, _ in past])
         # Weights that integrate 1, s, s^2, ... exactly from 0 to dt.

@@ -69,6 +69,7 @@ def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: d
     columns = columns_of(min(count, GRID), output.columns)
     whole = min(count, GRID) // columns * columns or count
     write_grid(folder / "grid.png", seen[:whole], columns)
+    named = float((nearest == labels).mean()) if nearest is not None else None
     cost = {name: _mean(parts, count, name) for name in ("evaluations", "forwards")}
     sidecar = {
         "schema": SCHEMA,
@@ -76,7 +77,7 @@ def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: d
         **identity,
         "nfe": cost["evaluations"],
         "forwards": cost["forwards"],
-        "class_token_names_label": None if nearest is None else float((nearest == labels).mean()),
+        "class_token_names_label": None if identity["labels"] == "null" else named,
         **measured,
         "versions": _versions(),
     }

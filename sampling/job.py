@@ -81,8 +81,8 @@ class Job:
         return self.tokens[index % len(self.tokens)]
 
     def label(self, index: Tensor) -> Tensor:
-        """(N,) int64 on the CPU. Given tokens name their labels, unless labels were asked for."""
-        if self.tokens is not None and not (self.request.labels or self.request.classes):
+        """(N,) int64 on the CPU. A given token names its label, unless labels were asked for."""
+        if self.labels.kind == "token":
             return nearest_class(self.token(index), self.model.class_means)
         return self.labels.at(self.request.seed, index)
 
@@ -116,6 +116,8 @@ def load(request: Request, process: Process) -> Job:
     model, guide = load_guided(request.checkpoint, request.guide_checkpoint, process.device)
     network, info = model.info.network, model.info
     labels = read_labels(request.labels, request.classes, network.num_classes, info.classes)
+    if request.like and not request.labels and not request.classes:
+        labels = Labels("token", labels.values)
     needs_null = labels.kind == "null" or not (request.guidance.off or guide)
     if needs_null and info.cfg_prob == 0:
         raise ValueError(
@@ -128,8 +130,7 @@ def load(request: Request, process: Process) -> Job:
                          ("--like", bool(request.like))):  # fmt: skip
         if wanted and not network.class_token_dim:
             raise ValueError(f"{flag} needs a model with a class token; {find_model(request.checkpoint)} has none")
-    needs_means = request.best_of > 1 or (request.like and not request.labels and not request.classes)
-    if needs_means and model.class_means is None:
+    if (request.best_of > 1 or labels.kind == "token") and model.class_means is None:
         raise ValueError(
             f"{find_model(request.checkpoint)} holds no mean class tokens (they come from a dataset packed with tokens): "
             + ("--best-of cannot choose" if request.best_of > 1 else "say with --classes which label goes with --like")

@@ -23,8 +23,8 @@ _STEPS_AT_ONCE = 8  # on a GPU: a step's noise is many small kernels, those of e
 class Labels:
     """The label of sample i, a function of i (and the seed) alone.
 
-    kind: random, balanced, list or null. values: the classes to draw from or to take in turn; the list itself for
-    list. Balanced takes the classes in turn, so that they interleave in the file.
+    kind: random, balanced, list, null, or token (what the given class token names). values: the classes to draw from or to
+    take in turn; the list itself for list. Balanced takes the classes in turn, so that they interleave in the file.
     """
 
     kind: str
