@@ -71,6 +71,10 @@ class TrainConfig:
     sampling_steps: int = setting(10_000, "steps between preview grids; 0: none", group="watching")
     preview_steps: int = setting(50, "SDE steps of a preview", group="watching")
     preview_scale: float = setting(2.3, "guidance scale of a preview", group="watching")
+    eval_every: int = setting(0, "steps between measurements of the Frechet distance; 0: none", group="watching")
+    eval_samples: int = setting(2048, "samples of such a measurement, unguided", group="watching")
+    eval_reference: Path | None = setting(None, "npz, image folder or packed dataset to compare with", group="watching")
+    eval_features: str = setting("inception", "feature space, as for evaluate.py --features", group="watching")
 
     checkpointing_steps: int = setting(10_000, "steps between checkpoints", group="checkpoints")
     keep_last: int = setting(3, "newest checkpoints to keep; 0: all", group="checkpoints")
@@ -98,26 +102,37 @@ def train(settings: TrainConfig) -> int:
             run.advance()
             reason = run.interrupt.requested()
             last = run.step == settings.max_train_steps
-            if last or run.step % settings.log_every == 0:
-                run.log()
-            if last or reason or run.step % settings.checkpointing_steps == 0:
+            distance = run.evaluate() if _due(settings.eval_every, run.step, last) else {}
+            if distance or _due(settings.log_every, run.step, last):
+                run.log(**distance)
+            if reason or _due(settings.checkpointing_steps, run.step, last):
                 run.save()
-            if settings.sampling_steps and (last or run.step % settings.sampling_steps == 0):
+            if _due(settings.sampling_steps, run.step, last):
                 run.preview()
     return run.conclude(reason)
+
+
+def _due(every: int, step: int, last: bool) -> bool:
+    """Every so many steps and after the last one; 0 means never."""
+    return every > 0 and (last or step % every == 0)
 
 
 def check_values(settings: TrainConfig) -> None:
     """Refuse numbers that cannot be meant. Raises UserError naming the flag."""
     positive = ("batch_size", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "max_grad_norm",
-                "log_every", "checkpointing_steps", "preview_steps")  # fmt: skip
-    no_less = ("num_workers", "sampling_steps", "keep_last", "keep_every", "proj_coeff", "class_coeff", "adam_weight_decay")
+                "log_every", "checkpointing_steps", "preview_steps", "eval_samples")  # fmt: skip
+    no_less = ("num_workers", "sampling_steps", "eval_every", "keep_last", "keep_every", "proj_coeff", "class_coeff",
+               "adam_weight_decay")  # fmt: skip
     for name in positive:
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
     for name in no_less:
         if not getattr(settings, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}")
+    if settings.eval_every and settings.eval_reference is None:
+        raise UserError("--eval-every needs --eval-reference: the images to compare with")
+    if settings.max_hours is not None and not settings.max_hours > 0:
+        raise UserError(f"--max-hours must be positive, got {settings.max_hours}")
     if "/" in settings.exp_name or settings.exp_name in ("", ".", ".."):
         raise UserError(f"--exp-name {settings.exp_name!r} must be the name of a folder inside --output-dir")
 

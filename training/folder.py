@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from config import UserError
-from dataset import write_json
 
 CONFIG, LOCK = "config.json", "run.lock"
 # Settings that do not change what is learned; every other one is part of the run's identity.
@@ -71,5 +70,15 @@ def record_settings(folder: Path, settings: dict[str, Any], facts: dict[str, Any
             mend = "choose another --exp-name" if network else "repeat the former values, choose another --exp-name, or " \
                 "continue with the new ones by --accept-changes"  # fmt: skip
             raise UserError(f"{folder} was started with other settings ({'; '.join(changes)}): {mend}")
-    write_json(path, {"settings": settings, "facts": facts})
+    replace_text(path, json.dumps({"settings": settings, "facts": facts}, indent=1))
     return changes
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the new one, whole, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)

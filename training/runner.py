@@ -3,6 +3,7 @@
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from models.ema import EMA
 from models.samplers import Guidance
 from models.sit import SiT
 from training import previews, state
+from training.evaluation import FrechetProbe
 from training.folder import RunLock, record_settings
 from training.health import check_weights, describe
 from training.interrupt import EXIT_STATUS, Interrupt
@@ -45,7 +47,7 @@ class Runner:
         self.plan = make_plan(settings, read_manifest(settings.data_dir))
         self.lock = self.processes.on_main(self._claim)
         self.autoencoder: Autoencoder | None = None
-        self.processes.on_main(self._load_previewer)
+        self._load_autoencoder()
         allow_tf32(settings.allow_tf32)
 
         torch.manual_seed(settings.seed)
@@ -77,9 +79,9 @@ class Runner:
         self.bar = tqdm(
             total=settings.max_train_steps, initial=self.step, unit="step", disable=not self.processes.is_main
         )
-        self._flops = cost(self.plan.network).train_flops
-        self._clock = self._start = time.monotonic()
-        self._waited, self._timed_steps = 0.0, 0
+        self._flops = cost(self.plan.network).train_flops if self.device.type == "cuda" else None
+        self._start = time.monotonic()
+        self._restart_clock()
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -94,19 +96,20 @@ class Runner:
         self._timed_steps += 1
         self.bar.update()
 
-    def log(self) -> None:
-        """One line of averages since the last one. The only place, beside a save, that waits for the device."""
+    def log(self, **more: float) -> None:
+        """One line of averages since the last one, and `more`. Only this and a save wait for the device."""
         rows = self.processes.gather(self.window.values).cpu()  # (world, WINDOW)
         self._judge(rows)
-        seconds = time.monotonic() - self._clock
+        seconds = time.monotonic() - self._clock - self._paused
         rate = self._timed_steps * self.settings.batch_size / seconds
         values = averages(rows, self.plan.objective)
         values |= {
+            **more,
             "lr": self.settings.learning_rate,
             "ema_distance": float(self.ema.distance(self.network)),
             "images_per_second": rate,
             "data_wait": self._waited / seconds,
-            "mfu": self.processes.utilization(rate * self._flops),
+            "mfu": self.processes.utilization(rate * self._flops) if self._flops else None,
             "peak_memory_gib": peak_memory(self.device),
             "hours_left": (self.settings.max_train_steps - self.step) * self.settings.batch_size / rate / 3600,
         }
@@ -118,16 +121,19 @@ class Runner:
         self.window.clear()
         self._restart_clock()
 
+    def _restart_clock(self) -> None:
+        self._clock, self._paused, self._waited, self._timed_steps = time.monotonic(), 0.0, 0.0, 0
+
     def save(self) -> None:
         """Write a checkpoint and rotate the older ones, unless this step is on disk already."""
         if self.saved_step == self.step:
             return
-        rows = self.processes.gather(self.window.values).cpu()
-        self._judge(rows)
-        check_weights(self.processes, self.network, self.ema, self.step)
-        if self.processes.share(self.processes.on_main(lambda: self._write(rows))):
-            self.saved_step = self.step
-        self._restart_clock()
+        with self._pause():
+            rows = self.processes.gather(self.window.values).cpu()
+            self._judge(rows)
+            check_weights(self.processes, self.network, self.ema, self.step)
+            if self.processes.share(self.processes.on_main(lambda: self._write(rows))):
+                self.saved_step = self.step
 
     def _write(self, rows: Tensor) -> bool:
         """True if the checkpoint is on the disk. Raises UserError where a failing disk is to stop the run."""
@@ -147,24 +153,34 @@ class Runner:
 
     def preview(self) -> None:
         """Write previews/step_0000100.png from the EMA, in the main process."""
-        if not self.processes.is_main or self.autoencoder is None:
-            return
+        if self.processes.is_main:
+            with self._pause():
+                self._draw(self.folder / "previews" / f"step_{self.step:07d}.png")
+
+    def evaluate(self) -> dict[str, float]:
+        """The Frechet distance of samples of the EMA."""
+        with self._pause():
+            distance = self.probe.measure(
+                self.ema.average, self.plan.objective.interpolant, seed=self.settings.seed, steps=self.settings.preview_steps
+            )
+        return {"fd": distance, "fd_samples": self.settings.eval_samples}
+
+    def _draw(self, file: Path) -> None:
         labels = previews.preview_labels(self.plan.network.num_classes, PREVIEWS).to(self.device)
-        index = torch.arange(PREVIEWS, device=self.device)
         guidance = Guidance(self.settings.preview_scale, high=0.85)
         sampled = previews.sample(
-            self.ema.average, self.plan.objective.interpolant, labels, index,
+            self.ema.average, self.plan.objective.interpolant, labels, torch.arange(PREVIEWS, device=self.device),
             seed=self.settings.seed, steps=self.settings.preview_steps, guidance=guidance,
         )  # fmt: skip
-        means = self._class_means()
-        nearest = None
+        means, nearest = self._class_means(), None
         if means is not None and sampled.class_token is not None:
             nearest = previews.nearest_class(sampled.class_token, means)
-        file = self.folder / "previews" / f"step_{self.step:07d}.png"
-        pixels = previews.decode(self.autoencoder, sampled.latent)
-        previews.save_grid(file, pixels, labels, self.plan.manifest.classes, nearest)
-        self.tracker.picture(self.step, file)
-        self._restart_clock()
+        try:
+            pixels = previews.decode(self.autoencoder, sampled.latent)
+            previews.save_grid(file, pixels, labels, self.plan.manifest.classes, nearest)
+            self.tracker.picture(self.step, file)
+        except OSError as error:
+            self._say(f"preview {file} could not be written: {error}")
 
     # ------------------------------------------------------------------------------------------------- beginning and end
 
@@ -242,10 +258,18 @@ class Runner:
             )
         )  # fmt: skip
 
-    def _load_previewer(self) -> None:
-        """The VAE for previews, at the start of the run: a missing one is told now and not after hours."""
-        if self.settings.sampling_steps:
-            self.autoencoder = load_autoencoder(self.plan.vae).to(self.device)
+    def _load_autoencoder(self) -> None:
+        """The VAE for previews and evaluation, at the start of the run: a missing one is told now and not after hours."""
+        settings = self.settings
+        load = lambda: load_autoencoder(self.plan.vae).to(self.device)  # noqa: E731
+        if settings.eval_every:
+            self.autoencoder = load()
+            self.probe = FrechetProbe(
+                self.processes, self.autoencoder, reference=settings.eval_reference, space=settings.eval_features,
+                count=settings.eval_samples,
+            )  # fmt: skip
+        elif settings.sampling_steps:
+            self.autoencoder = self.processes.on_main(load)
 
     def _model_info(self) -> ModelInfo:
         plan = self.plan
@@ -274,9 +298,12 @@ class Runner:
         if self.processes.is_main:
             self._say(f"left out: {text}")
 
-    def _restart_clock(self) -> None:
-        """Saves and previews do not count in the speed."""
-        self._clock, self._waited, self._timed_steps = time.monotonic(), 0.0, 0
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """What is done inside does not count in the speed."""
+        begin = time.monotonic()
+        yield
+        self._paused += time.monotonic() - begin
 
     def _say(self, text: str) -> None:
         tqdm.write(text)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from training.folder import replace_text
 from training.step import StepResult
 
 METRICS, WANDB_ID = "metrics.jsonl", "wandb-id.txt"
@@ -171,9 +172,7 @@ class Tracker:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.rename(self.path)
+        replace_text(self.path, "".join(line + "\n" for line in kept))
 
 
 def peak_memory(device: torch.device) -> float:
