@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Autoencoder(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (N, 3, H, W) => posterior moments (N, 2C, h, w) float32: mean, then standard deviation."""
         dtype = next(self.vae.parameters()).dtype
-        posterior = self.vae.encode(pixels.to(dtype) / 127.5 - 1).latent_dist
+        posterior = self.vae.encode((pixels.float() / 127.5 - 1).to(dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     @torch.no_grad()
@@ -83,6 +84,22 @@ class Autoencoder(nn.Module):
         raw = self.normalization.denormalize(latent.float())
         image = self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float()
         return (255 * (image + 1) / 2).clamp(0, 255).to(torch.uint8)
+
+
+class LatentSpace(NamedTuple):
+    """What of a VAE one needs to use moments that it made before."""
+
+    normalization: LatentNormalization
+    factor: int
+    latent_channels: int
+
+
+def latent_space(name: str) -> LatentSpace:
+    """The latent space of a VAE that `load_autoencoder` knows by this name; for the published ones no weights are needed."""
+    if name in PUBLISHED or name in PUBLISHED.values():
+        return LatentSpace(LatentNormalization(order="bias_scale"), 8, 4)
+    vae = load_autoencoder(name)
+    return LatentSpace(vae.normalization, vae.factor, vae.latent_channels)
 
 
 def load_autoencoder(name: str) -> Autoencoder:

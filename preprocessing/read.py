@@ -1,0 +1,159 @@
+"""Crops, a batch at a time, from any source: what the worker processes of packing do."""
+
+import os
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from preprocessing.images import MAX_BYTES, BadImage, crop_file
+from preprocessing.index import Item
+from preprocessing.sources import LATENT_FOLDER, latent_name
+from preprocessing.tables import Table
+
+
+class Request(NamedTuple):
+    """A batch to read: consecutive items of one shard. last: whether they end it."""
+
+    shard: int
+    items: list[Item]
+    last: bool
+
+
+class Crops(NamedTuple):
+    """n images that could be read, of the request's. pixels: (n, S, S, 3) uint8. moments: (n, 2C, h, w) float32 mean and std
+    where the source has them. bad: (name, reason) of the others. enlarged: how many were smaller than the crop."""
+
+    request: Request
+    pixels: Tensor
+    label: Tensor
+    names: list[str]
+    moments: Tensor | None
+    bad: list[tuple[str, str]]
+    enlarged: int
+
+
+class Reader:
+    """Bytes of items. Files are opened on first use in the process that uses them; the most recent ones stay open."""
+
+    def __init__(self, kind: str, root: str, files: list[str]) -> None:
+        self.kind, self.root, self.files = kind, Path(root), files
+        self._open: OrderedDict[int, int | Table] = OrderedDict()
+
+    def read(self, item: Item) -> bytes:
+        """The encoded image. Raises BadImage if it cannot be had."""
+        try:
+            if self.kind in ("parquet", "arrow"):
+                return self._table(item.file).image_bytes(item.offset, item.size) or b""
+            if self.kind in ("folder", "published"):
+                return _read_file(self.root / self.files[item.file] / item.name)
+            if item.size > MAX_BYTES:
+                raise BadImage(f"a member of {item.size} bytes is no image to train on (limit {MAX_BYTES})")
+            descriptor = self._descriptor(item.file)
+            if self.kind == "tar":
+                return _read_range(descriptor, item.offset, item.size)
+            return _read_zip_member(descriptor, item)
+        except OSError as error:
+            raise BadImage(f"cannot be read ({error.strerror or error})") from error
+
+    def moments(self, item: Item) -> np.ndarray:
+        """(2C, h, w) float32 of the published layout. Raises BadImage if the file is not that."""
+        path = self.root / LATENT_FOLDER / latent_name(item.name)
+        try:
+            moments = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError, SyntaxError) as error:
+            raise BadImage(f"its moments {path.name} cannot be read ({error})") from error
+        if moments.ndim != 3 or moments.shape[0] % 2 or moments.dtype.kind != "f":
+            raise BadImage(f"its moments {path.name} are {moments.dtype} {moments.shape}, expected (2C, h, w)")
+        return moments.astype(np.float32)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def _descriptor(self, number: int) -> int:
+        if number not in self._open:
+            self._open[number] = os.open(self.root / self.files[number], os.O_RDONLY)
+        return self._open[number]
+
+    def _table(self, number: int) -> Table:
+        if number not in self._open:
+            while len(self._open) >= 2:  # a table keeps a group of rows in memory
+                self._open.popitem(last=False)
+            self._open[number] = Table(self.root / self.files[number])
+        return self._open[number]
+
+
+class CropDataset(Dataset):
+    """dataset[request] => Crops; with DataLoader(sampler=requests, batch_size=None, collate_fn=as_is)."""
+
+    def __init__(self, reader: Reader, resolution: int, max_pixels: int) -> None:
+        self.reader, self.resolution, self.max_pixels = reader, resolution, max_pixels
+
+    def __getitem__(self, request: Request) -> Crops:
+        pixels, labels, names, moments, bad, enlarged = [], [], [], [], [], 0
+        for item in request.items:
+            try:
+                crop = crop_file(self.reader.read(item), self.resolution, self.max_pixels)
+                if self.reader.kind == "published":
+                    moments.append(self.reader.moments(item))
+            except BadImage as error:
+                bad.append((item.name, str(error)))
+                continue
+            pixels.append(crop.pixels)
+            labels.append(item.label)
+            names.append(item.name)
+            enlarged += crop.enlarged
+        size = (0, self.resolution, self.resolution, 3)
+        return Crops(
+            request,
+            torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(size, dtype=torch.uint8),
+            torch.tensor(labels, dtype=torch.int64),
+            names,
+            torch.from_numpy(np.stack(moments)) if moments else None,
+            bad,
+            enlarged,
+        )
+
+
+def as_is(crops: Crops) -> Crops:
+    """Collate function: a batch is made by the dataset already."""
+    return crops
+
+
+def _read_file(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise BadImage(f"a file of {size} bytes is no image to train on (limit {MAX_BYTES})")
+    return path.read_bytes()
+
+
+def _read_range(descriptor: int, offset: int, size: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise BadImage("the archive ends within it")
+    return data
+
+
+def _read_zip_member(descriptor: int, item: Item) -> bytes:
+    """A member of a zip by its place alone: no process but the first needs the archive's directory in memory."""
+    header = _read_range(descriptor, item.offset, 30)
+    if header[:4] != b"PK\3\4":
+        raise BadImage("the zip is damaged: no member where its directory says")
+    start = item.offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    if item.stored < 0:
+        data = _read_range(descriptor, start, item.size)
+    elif item.stored > MAX_BYTES:
+        raise BadImage(f"a member of {item.stored} bytes is no image to train on (limit {MAX_BYTES})")
+    else:
+        try:
+            data = zlib.decompressobj(-15).decompress(_read_range(descriptor, start, item.stored), item.size + 1)
+        except zlib.error as error:
+            raise BadImage(f"the zip is damaged ({error})") from error
+    if len(data) != item.size or zlib.crc32(data) != item.crc:  # also a bomb that inflates to more than it says
+        raise BadImage("the zip is damaged: the member is not what its directory says")
+    return data

@@ -1,0 +1,215 @@
+"""What can be packed: a folder of class folders, the published layout, zip, tar, parquet and arrow => an Index."""
+
+import json
+import os
+import stat
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from config import UserError
+from preprocessing.index import WHOLE_FILE, Choice, Entry, Index, build, is_image
+
+ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+IMAGE_FOLDERS = ("imagenet_256_vae", "images")  # of the published layout: REG's, REPA's
+LATENT_FOLDER = "vae-sd"
+
+
+def list_source(source: Path, choice: Choice) -> Index:
+    """Find the images of `source` and their classes. Raises UserError, naming what is wrong."""
+    if not source.exists():
+        raise UserError(f"--source {source}: no such file or folder")
+    if source.is_dir():
+        from preprocessing import tables
+
+        if (source / LATENT_FOLDER / "dataset.json").is_file():
+            return _list_published(source, choice)
+        if tables.is_table_folder(source):
+            return tables.list_tables(source, choice)
+        return _list_folder(source, choice)
+    if zipfile.is_zipfile(source):
+        return _list_zip(source, choice)
+    if source.suffix in (".parquet", ".arrow"):
+        from preprocessing import tables
+
+        return tables.list_tables(source, choice)
+    if tarfile.is_tarfile(source):
+        return _list_tar(source, choice)
+    raise UserError(f"--source {source}: not a folder, zip, tar, parquet or arrow file")
+
+
+def _list_folder(root: Path, choice: Choice) -> Index:
+    entries, ignored = [], []
+    for name in _walk(root):
+        if is_image(name):
+            entries.append(Entry(name, None, WHOLE_FILE))
+        else:
+            ignored.append(name)
+    if not entries and any(name.endswith((".zip", ".tar")) for name in ignored):
+        archive = next(name for name in ignored if name.endswith((".zip", ".tar")))
+        raise UserError(f"--source {root}: no images, but an archive: give --source {root / archive}")
+    labels = root / "dataset.json"
+    entries = _label(entries, labels.read_bytes() if labels.is_file() else None, str(labels))
+    return build("folder", root, [""], entries, None, choice, ignored)
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Paths of all files below root, relative to it, with "/". Links are followed, but never in a circle."""
+    stack: list[tuple[str, frozenset[str]]] = [("", frozenset((os.path.realpath(root),)))]
+    while stack:
+        below, above = stack.pop()
+        with os.scandir(root / below) as found:
+            for entry in found:
+                name = f"{below}/{entry.name}" if below else entry.name
+                if entry.is_dir():
+                    real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                    if real not in above and not entry.name.startswith("."):
+                        stack.append((name, above | {real} if entry.is_symlink() else above))
+                elif entry.is_file():
+                    yield name
+
+
+def _label(entries: list[Entry], content: bytes | None, where: str) -> list[Entry]:
+    """Labels from a `dataset.json` of EDM's kind, {"labels": [[name, number], ...]}, where there is one."""
+    labels = _read_labels(content, where) if content else None
+    if labels is None:
+        return entries
+    missing = [entry.name for entry in entries if entry.name not in labels]
+    if missing:
+        raise UserError(f"{where}: has no label for {missing[0]}")
+    return [entry._replace(label=labels[entry.name]) for entry in entries]
+
+
+def _read_labels(content: bytes, where: str) -> dict[str, int] | None:
+    try:
+        labels = json.loads(content).get("labels")
+        return None if labels is None else {name.replace("\\", "/"): int(number) for name, number in labels}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: expected {{\"labels\": [[name, number], ...]}} ({error})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- archives
+
+
+def _safe(name: str, source: Path) -> str:
+    """A member's name, refused if it points out of the archive. (Nothing is ever extracted; such an archive is a trap.)"""
+    plain = name.replace("\\", "/")
+    if plain.startswith("/") or ".." in plain.split("/") or plain[1:3] == ":/":
+        raise UserError(f"--source {source}: member {name!r} points out of the archive; refused")
+    return plain.removeprefix("./")
+
+
+def _list_zip(source: Path, choice: Choice) -> Index:
+    entries, ignored, labels = [], [], None
+    try:
+        with zipfile.ZipFile(source) as archive:
+            for info in archive.infolist():
+                name = _safe(info.filename, source)
+                if stat.S_ISLNK(info.external_attr >> 16):
+                    raise UserError(f"--source {source}: member {name!r} is a link; refused")
+                if info.is_dir():
+                    continue
+                if name == "dataset.json":
+                    labels = archive.read(info)
+                if not is_image(name):
+                    ignored.append(name)
+                    continue
+                if info.flag_bits & 1:
+                    raise UserError(f"--source {source}: member {name!r} is encrypted")
+                if info.compress_type not in ZIP_METHODS:
+                    raise UserError(f"--source {source}: member {name!r} is compressed in an unusual way; use deflate")
+                stored = -1 if info.compress_type == zipfile.ZIP_STORED else info.compress_size
+                place = (0, info.header_offset, info.file_size, stored, info.CRC)
+                entries.append(Entry(name, None, place))
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise UserError(f"--source {source}: damaged zip ({error})") from error
+    entries = _label(entries, labels, f"{source}: dataset.json")
+    return build("zip", source.parent, [source.name], entries, None, choice, ignored)
+
+
+def _list_tar(source: Path, choice: Choice) -> Index:
+    """Images of a tar, and of the tars inside it (ILSVRC2012_img_train.tar: one for each class, named after it)."""
+    entries: list[Entry] = []
+    ignored: list[str] = []
+    try:
+        with tarfile.open(source, mode="r:") as archive:
+            _list_members(archive, source, "", 0, entries, ignored)
+    except tarfile.ReadError as error:
+        raise UserError(
+            f"--source {source}: damaged or compressed tar ({error}); decompress it once, since its images are read in "
+            "any order"
+        ) from error
+    return build("tar", source.parent, [source.name], entries, None, choice, ignored)
+
+
+def _list_members(
+    archive: tarfile.TarFile, source: Path, prefix: str, start: int, entries: list[Entry], ignored: list[str]
+) -> None:
+    for member in archive:
+        archive.members = []  # tarfile would keep every member it has seen
+        name = prefix + _safe(member.name, source)
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise UserError(f"--source {source}: member {name!r} is a link or no regular file; refused")
+        if name.endswith(".tar") and not prefix:
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                inner_prefix = name.removesuffix(".tar") + "/"
+                _list_members(inner, source, inner_prefix, member.offset_data, entries, ignored)
+        elif is_image(name):
+            entries.append(Entry(name, None, (0, start + member.offset_data, member.size, -1, -1)))
+        else:
+            ignored.append(name)
+    if archive.offset == 0 or archive.fileobj is None:
+        raise tarfile.ReadError("no members")
+
+
+# -------------------------------------------------------------------------------------------------- published layout
+
+
+def _list_published(root: Path, choice: Choice) -> Index:
+    """Crops as PNG and moments as npy, as the published preprocessing leaves them; pairs are matched by name."""
+    images = next((name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
+    if images is None:
+        wanted = " nor ".join(f"{name}/" for name in IMAGE_FOLDERS)
+        raise UserError(f"--source {root}: has {LATENT_FOLDER}/ but neither {wanted}")
+    crops = sorted(name for name in _walk(root / images) if is_image(name))
+    latents = sorted(name for name in _walk(root / LATENT_FOLDER) if name.endswith(".npy"))
+    labels = _read_published_labels(root / LATENT_FOLDER / "dataset.json")
+    unpaired = {latent_name(crop): crop for crop in crops}
+    unpaired = {name: unpaired.get(name, name) for name in unpaired.keys() ^ set(latents)}
+    if unpaired:
+        name = unpaired[min(unpaired)]
+        has, lacks = (LATENT_FOLDER, images) if name.endswith(".npy") else (images, LATENT_FOLDER)
+        raise UserError(
+            f"--source {root}: {name} of {has}/ has no partner in {lacks}/; the two folders do not belong together"
+        )
+    beside = root / images / "dataset.json"
+    crop_labels = _read_published_labels(beside) if beside.is_file() else {}
+    entries = []
+    for crop in crops:
+        latent = latent_name(crop)
+        if latent not in labels:
+            raise UserError(f"{root / LATENT_FOLDER / 'dataset.json'}: has no label for {latent}")
+        if crop_labels.get(crop, labels[latent]) != labels[latent]:
+            raise UserError(
+                f"--source {root}: {crop} has label {crop_labels[crop]} and {latent} has {labels[latent]}; the two folders "
+                "do not belong together"
+            )
+        entries.append(Entry(crop, labels[latent], WHOLE_FILE))
+    return build("published", root, [images], entries, None, choice)
+
+
+def latent_name(crop: str) -> str:
+    """Published naming: 00000/img00000000.png => 00000/img-mean-std-00000000.npy."""
+    folder, _, file = crop.rpartition("/")
+    stem = file.rpartition(".")[0]
+    return f"{folder}/img-mean-std-{stem.removeprefix('img')}.npy".removeprefix("/")
+
+
+def _read_published_labels(path: Path) -> dict[str, int]:
+    labels = _read_labels(path.read_bytes(), str(path))
+    if labels is None:
+        raise UserError(f"{path}: holds no labels; the published preprocessing had lost them")
+    return labels

@@ -1,0 +1,121 @@
+"""Hugging Face image datasets in a local folder: parquet files, or the arrow files of `save_to_disk`. Needs pyarrow."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from config import UserError
+from preprocessing.index import Choice, Entry, Index, build
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+
+
+def is_table_folder(folder: Path) -> bool:
+    """Whether parquet or arrow files lie in the folder or in its data/."""
+    return bool(_table_files(folder))
+
+
+def list_tables(source: Path, choice: Choice) -> Index:
+    """Rows of all files, in the order of the files' names. Raises UserError where there is no image or label column."""
+    root = source if source.is_dir() else source.parent
+    files = _table_files(source) if source.is_dir() else [source.name]
+    splits = {Path(file).name.split("-")[0] for file in files} if len(files) > 1 else set()
+    if len(splits) > 1 and splits & {"train", "training"}:
+        found = ", ".join(sorted(splits))
+        raise UserError(f"--source {source}: holds the splits {found}; move one of them to a folder of its own")
+    entries: list[Entry] = []
+    names: list[str] | None = None
+    for number, file in enumerate(files):
+        table = Table(root / file)
+        names = names or table.class_names
+        row = 0
+        for group in range(table.groups):
+            labels = table.labels(group)
+            if None in labels or any(not isinstance(label, int) for label in labels):
+                raise UserError(f"{root / file}: column {table.label!r} must hold class numbers, found {labels[:1]}")
+            for within, label in enumerate(labels):
+                entries.append(Entry(f"{file}#{row}", label, (number, group, within, -1, -1)))
+                row += 1
+    kind = "parquet" if files[0].endswith(".parquet") else "arrow"
+    return build(kind, root, files, entries, names, choice)
+
+
+class Table:
+    """One file, read a group of rows at a time: a row group of parquet, a record batch of arrow."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(f"{path}: reading it needs pyarrow; install it with `pip install pyarrow`") from error
+        self._batches: list[Any] | None = None
+        try:
+            if path.suffix == ".parquet":
+                self._parquet = pyarrow.parquet.ParquetFile(path)
+                schema, self.groups = self._parquet.schema_arrow, self._parquet.num_row_groups
+            else:
+                table = _open_arrow(pyarrow, path)
+                self._batches = table.to_batches()
+                schema, self.groups = table.schema, len(self._batches)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from error
+        self.image = _column(path, schema.names, IMAGE_COLUMNS)
+        self.label = _column(path, schema.names, LABEL_COLUMNS)
+        self.class_names = _class_names(schema, self.label, path.parent)
+        self._cached: tuple[int, Any] | None = None
+
+    def labels(self, group: int) -> list[Any]:
+        """Class numbers of one group of rows."""
+        return self._read(group, self.label).to_pylist()
+
+    def image_bytes(self, group: int, row: int) -> bytes:
+        """The encoded image of one row; the group is kept, since the next row is most often its neighbour."""
+        if self._cached is None or self._cached[0] != group:
+            self._cached = (group, self._read(group, self.image))
+        value = self._cached[1][row].as_py()
+        return value["bytes"] if isinstance(value, dict) else value
+
+    def _read(self, group: int, column: str) -> Any:
+        if self._batches is not None:
+            return self._batches[group].column(column)
+        return self._parquet.read_row_group(group, columns=[column]).column(column).combine_chunks()
+
+
+def _open_arrow(pyarrow: Any, path: Path) -> Any:
+    memory = pyarrow.memory_map(str(path))
+    try:
+        return pyarrow.ipc.open_stream(memory).read_all()  # what `datasets` writes
+    except pyarrow.ArrowInvalid:
+        return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+
+
+def _table_files(folder: Path) -> list[str]:
+    for below in ("", "data"):
+        for suffix in (".parquet", ".arrow"):
+            found = sorted(f"{below}/{p.name}".removeprefix("/") for p in (folder / below).glob(f"*{suffix}"))
+            if found:
+                return found
+    return []
+
+
+def _column(path: Path, present: list[str], wanted: tuple[str, ...]) -> str:
+    found = [name for name in wanted if name in present]
+    if not found:
+        raise UserError(f"{path}: no column {' or '.join(wanted)}, only {', '.join(present)}")
+    return found[0]
+
+
+def _class_names(schema: Any, label: str, folder: Path) -> list[str] | None:
+    """Names of the classes: in the schema's metadata, or in dataset_info.json beside the file."""
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    beside = folder / "dataset_info.json"
+    try:
+        if metadata:
+            features = json.loads(metadata)["info"]["features"]
+        else:
+            features = json.loads(beside.read_text())["features"]
+        return list(features[label]["names"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no names: the classes are called by their numbers

@@ -1,0 +1,164 @@
+"""Re-read every checksum of a packed dataset; say what is broken, down to the record, and clear it away for redoing."""
+
+import os
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from config import UserError
+from preprocessing.finish import MEANS, describe
+from preprocessing.index import Index
+from preprocessing.plan import INDEX, PLAN, Plan, read_plan
+from shards import CRC, MANIFEST, entry_file, npy_size, read_json, read_manifest, sha256
+
+_SHOWN = 5  # names of broken records in a line
+
+
+class Fault(NamedTuple):
+    """file: what is broken, relative to the folder. text: how. shard: the one to redo, None if it is no shard's file."""
+
+    file: str
+    text: str
+    shard: int | None
+
+
+def verify(out: Path, *, repair: bool) -> None:
+    """Print the faults of a dataset. Without `repair`, raises UserError if there are any; with it, deletes what is broken,
+    so that packing does it again."""
+    if not out.is_dir():
+        raise UserError(f"--out {out}: no such folder")
+    if repair and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--repair: runs as one process; finish with the same command under torchrun without --repair")
+    if int(os.environ.get("RANK", "0")):
+        return
+    faults = find_faults(out)
+    for fault in faults:
+        sys.stdout.write(f"{out / fault.file}: {fault.text}\n")
+    if not faults:
+        sys.stdout.write(f"{out}: every checksum is right\n")
+    elif repair:
+        clear(out, faults)
+    else:
+        raise UserError(f"{out}: {len(faults)} broken files, the first is {faults[0].file}; --repair redoes only those")
+
+
+def clear(out: Path, faults: list[Fault]) -> None:
+    """Delete broken files and the entries of their shards; the manifest first, as there is no dataset until it is whole."""
+    (out / MANIFEST).unlink(missing_ok=True)
+    for fault in faults:
+        if fault.shard is not None:
+            entry_file(out, fault.shard).unlink(missing_ok=True)
+        (out / fault.file).unlink(missing_ok=True)
+
+
+def find_faults(out: Path) -> list[Fault]:
+    """All faults of a packed dataset. Raises UserError if nothing was packed here."""
+    if not (out / PLAN).is_file() and not (out / MANIFEST).is_file():
+        raise UserError(f"--out {out}: holds neither {MANIFEST} nor {PLAN}; nothing was packed here")
+    faults: list[Fault] = []
+    try:
+        plan = read_plan(out)
+    except (ValueError, FileNotFoundError) as error:
+        return [Fault(PLAN, str(error), None), *_faults_without_plan(out)]
+    index = None
+    if not (out / INDEX).is_file() or sha256(out / INDEX) != plan.index:
+        faults.append(Fault(INDEX, "is missing or does not match its checksum", None))
+    else:
+        index = Index.from_file(out / INDEX)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter's lock
+        for found in pool.map(lambda number: _shard_faults(out, plan, index, number), range(plan.shards)):
+            faults += found
+    if index is not None and not any(fault.shard is not None for fault in faults):
+        faults += _manifest_faults(out, plan, index)
+    return faults
+
+
+def _shard_faults(out: Path, plan: Plan, index: Index | None, number: int) -> list[Fault]:
+    path = entry_file(out, number)
+    try:
+        entry = read_json(path)
+    except FileNotFoundError:
+        return [Fault(path.name, "is missing: this shard was never finished", number)]
+    except ValueError:
+        return [Fault(path.name, "does not match its checksum", number)]
+    if entry["plan"] != plan.id:
+        return [Fault(path.name, f"was written by a packing other than that of {PLAN}", number)]
+    faults = []
+    for name, file in entry["files"].items():
+        if not (out / file["file"]).is_file():
+            faults.append(Fault(file["file"], "is missing", number))
+        elif sha256(out / file["file"]) != file["sha256"]:
+            faults.append(Fault(file["file"], _say(out, plan, index, number, entry, name), number))
+    return faults
+
+
+def _say(out: Path, plan: Plan, index: Index | None, number: int, entry: dict[str, Any], name: str) -> str:
+    """Which records of a file are broken, by their own checksums."""
+    if name == CRC:
+        return "does not match its checksum (checksums of single records; the records may be whole)"
+    spec, path = plan.fields[name], out / entry["files"][name]["file"]
+    expected = npy_size(np.dtype(spec["dtype"]), tuple(spec["shape"]), entry["count"])
+    if path.stat().st_size != expected:
+        return f"is truncated or longer than it was: {path.stat().st_size} bytes, not {expected}"
+    try:
+        records = np.load(path, mmap_mode="r", allow_pickle=False)
+        checksums = np.load(out / entry["files"][CRC]["file"], allow_pickle=False)
+    except Exception as error:  # numpy fails in many ways at a flipped bit of a header
+        return f"does not match its checksum ({error})"
+    fields = sorted(field for field in entry["files"] if field != CRC)
+    wanted = checksums[:, fields.index(name)]
+    if len(records) != len(wanted):
+        return "does not match its checksum; its header is broken"
+    broken = [row for row in range(len(records)) if zlib.crc32(np.ascontiguousarray(records[row]).tobytes()) != wanted[row]]
+    if not broken:
+        return "does not match its checksum; its header is broken"
+    start = _first_record(out, number)
+    skipped = {image for image, _ in entry["skipped"]}
+    images = [image for image in index.names[slice(*plan.range(number))] if image not in skipped] if index else None
+    shown = [f"record {start + row}" + (f" ({images[row]})" if images else "") for row in broken[:_SHOWN]]
+    more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+    return f"{', '.join(shown)}{more} of {len(records)} do not match their checksums"
+
+
+def _first_record(out: Path, number: int) -> int:
+    """Number of a shard's first record, by the entries of the shards before it (as planned where one is broken)."""
+    first = 0
+    for before in range(number):
+        try:
+            first += read_json(entry_file(out, before))["count"]
+        except (FileNotFoundError, ValueError):
+            first += read_plan(out).shard_size
+    return first
+
+
+def _manifest_faults(out: Path, plan: Plan, index: Index) -> list[Fault]:
+    faults = []
+    try:
+        manifest = read_manifest(out)
+    except (ValueError, FileNotFoundError) as error:
+        manifest, faults = None, [Fault(MANIFEST, str(error), None)]
+    wanted = manifest.files.get(MEANS) if manifest is not None else None
+    if "class_token.0" in plan.fields and (not (out / MEANS).is_file() or (wanted and sha256(out / MEANS) != wanted)):
+        return [*faults, Fault(MEANS, "is missing or does not match its checksum", None)]
+    if manifest is not None and asdict(manifest) != asdict(describe(out, plan, index)):
+        faults.append(Fault(MANIFEST, "does not describe the shards that are here", None))
+    return faults
+
+
+def _faults_without_plan(out: Path) -> list[Fault]:
+    """The plan is broken, the shards can be checked against the manifest's copy of their entries."""
+    try:
+        manifest = read_manifest(out)
+    except (ValueError, FileNotFoundError) as error:
+        return [Fault(MANIFEST, str(error), None)]
+    return [
+        Fault(file["file"], "is missing or does not match its checksum", int(file["file"].split("-")[-1].split(".")[0]))
+        for shard in manifest.shards
+        for file in shard["files"].values()
+        if not (out / file["file"]).is_file() or sha256(out / file["file"]) != file["sha256"]
+    ]
