@@ -171,13 +171,15 @@ def write(
     *,
     device: str | torch.device = "cpu",
     details: Any = None,
-    folder: Path = RESULTS,
+    folder: Path | None = None,
 ) -> Path:
-    """Write `folder/BENCHMARK-LABEL.json` and bring `folder/BENCHMARK.md` up to date; returns the JSON's path.
+    """Write `BENCHMARK-LABEL.json` in benchmarks/results/ (or `folder`) and bring `BENCHMARK.md` there up to date; returns
+    the JSON's path.
 
     rows: the figures, flat, column => number, text or Spread. They become one Markdown row each, beside the hardware and
     versions. details: anything else JSON can hold. A second run with the same label replaces the first.
     """
+    folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}-{label}.json"
     record = {

@@ -7,6 +7,7 @@ sheet's figures; "floor" lets the two overlap fully, "expected" not at all. With
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +38,8 @@ class Row(NamedTuple):
     recompute: bool
 
 
-def main() -> None:
-    settings = parse(Roofline, (__doc__ or "").splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(Roofline, (__doc__ or "").splitlines()[0], argv)
     from benchmarks import harness
     from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
 

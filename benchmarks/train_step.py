@@ -9,8 +9,8 @@ at its best (bf16, nothing read back). A batch that does not fit is halved, for 
 
 import gc
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +47,8 @@ class Variant(NamedTuple):
     first: float
 
 
-def main() -> None:
-    settings = parse(TrainStepBenchmark, (__doc__ or "").splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(TrainStepBenchmark, (__doc__ or "").splitlines()[0], argv)
     import torch
 
     from benchmarks import harness, published
@@ -56,18 +56,18 @@ def main() -> None:
     from models.cost import cost, encoder_macs
     from models.sit import preset
 
+    commit = published.check(settings.published) if settings.published else None
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     cuda = torch.device(device).type == "cuda"
     precision = acceleration.best_precision(device) if settings.precision == "auto" else settings.precision
     acceleration.allow_tf32(True)  # the published launch script asks for it as well
     sizes = {name: getattr(settings, name) for name in ("depth", "hidden_size", "num_heads")}
-    config = preset(settings.model, input_size=settings.input_size, **{k: v for k, v in sizes.items() if v is not None})
+    config = sized(preset(settings.model, input_size=settings.input_size), sizes)
     flops = cost(config).train_flops
     if settings.encoder != "cached":
         flops += 2 * encoder_macs(settings.encoder, config.input_size // config.patch_size)
 
     builders = builders_of(settings, config, device, precision)
-    commit = published.check(settings.published) if settings.published else None
     dtype = acceleration.DTYPES.get(precision, torch.float32)
     ceiling = harness.matmul_ceiling(device, dtype) if cuda else None
     model = settings.model if config == preset(settings.model) else f"{config.depth} x {config.hidden_size}"
@@ -107,6 +107,12 @@ def main() -> None:
     print(path.with_name("train_step.md").read_text())
     for batch, table in parts.items():
         print(f"our step at batch {batch}, ms: " + ", ".join(f"{k} {v:.3g}" for k, v in table.items()))
+
+
+def sized(config: Any, sizes: dict[str, int | None]) -> Any:
+    """The config with the sizes that are given; alignment no deeper than the network."""
+    given = {name: value for name, value in sizes.items() if value is not None}
+    return replace(config, **given, align_depth=min(config.align_depth, given.get("depth", config.depth)))
 
 
 def builders_of(

@@ -1,0 +1,306 @@
+"""The step does no needless work: operations, synchronisation, attention kernels; and the benchmarks tell the truth."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import harness, overhead, published, roofline, train_step
+from benchmarks.train_variants import OurStep, encoded_ahead
+from config import UserError
+from models import acceleration
+from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
+from models.sit import SiTConfig, preset
+
+SIX_BLOCKS = SiTConfig(
+    depth=6, hidden_size=64, num_heads=2, patch_size=2, input_size=4, num_classes=10, class_token_dim=32,
+    align_dims=(32,), align_depth=4, projector_dim=32,
+)  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Notes every operation that Python hands to torch, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket._qualified_op_name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_operations_of_a_step_do_not_grow_with_the_batch():
+    """At most 6,000 ATen operations for six blocks at batch 256, and at batch 8 hardly fewer: small tensors are zeroed
+    without a call of their own (published: 68 a sample)."""
+    counts = []
+    for n in (8, 256):
+        step = OurStep(SIX_BLOCKS, n, "cpu")
+        step()  # the first step creates the optimiser's state
+        counts.append(harness.count_operations(step))
+    assert 1000 < counts[1] <= 6000
+    assert counts[1] - counts[0] < 0.01 * counts[1]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_quiet_step_reads_nothing_back(precision):
+    """No value travels from the device to the host in a step: no item(), no nonzero, no comparison in Python."""
+    step = OurStep(SIX_BLOCKS, 8, "cpu", precision=precision)
+    step()
+    with Watch() as watch:
+        step()
+    reading = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal",
+               "aten::is_nonzero", "aten::unique", "aten::_unique2"}  # fmt: skip
+    assert len(watch.names) > 300 and "aten::_fused_adamw_" in watch.names
+    assert not reading & set(watch.names)
+
+
+def test_the_watch_sees_a_value_that_is_read():
+    """The test above can fail."""
+    with Watch() as watch:
+        float(torch.ones(3).sum())
+    assert "aten::_local_scalar_dense" in watch.names
+
+
+def test_attention_is_fused():
+    """Each block calls one fused attention kernel, and nothing materialises the attention matrix."""
+    step = OurStep(SIX_BLOCKS, 4, "cpu")
+    with Watch() as watch:
+        step()
+    forward = [name for name in watch.names if "flash_attention" in name and "backward" not in name]
+    assert len(forward) == SIX_BLOCKS.depth
+    assert "aten::_softmax" not in watch.names and "aten::bmm" not in watch.names
+
+
+def test_bf16_loss_follows_fp32():
+    """On the same data and noise, 40 steps in bf16 and fp32 end at the same loss within 1 %."""
+    final = []
+    for precision in ("no", "bf16"):
+        ours = OurStep(SIX_BLOCKS, 16, "cpu", precision=precision)
+        ours.step.optimizer.param_groups[0]["lr"] = 3e-3
+        totals = []
+        for number in range(40):
+            terms = ours.step(number, [(ours.batch, ours.positions)]).terms
+            totals.append(float(ours.step.objective.total(terms)))
+        assert sum(totals[-5:]) < 0.95 * sum(totals[:5])
+        final.append(sum(totals[-5:]))
+    assert abs(final[0] - final[1]) < 0.01 * abs(final[0])
+
+
+def test_training_flops_of_the_largest_network():
+    """XL/2: about 712 GFLOP an image and 15 for its projectors; DINOv2-B about 46."""
+    assert cost(preset("SiT-XL/2")).train_flops == pytest.approx(727e9, rel=0.01)
+    assert 2 * encoder_macs("dinov2-vit-b", 16) == pytest.approx(46.3e9, rel=0.01)
+
+
+def test_step_cost_is_a_roofline():
+    """Compute grows with the batch, weights' traffic does not; no step is faster than its slower half."""
+    config, gpu = preset("SiT-B/2"), GPUS["H200"]
+    one, two = (step_cost(config, n, gpu) for n in (32, 64))
+    assert two.network_flops == 2 * one.network_flops and one.traffic < two.traffic < 2 * one.traffic
+    for step in (one, two):
+        assert step.floor == max(step.compute, step.memory) < step.expected
+    encoder = encoder_macs("vit_tiny_patch16_224", 14)
+    assert step_cost(config, 32, gpu, encoder_macs=encoder).encoder_flops == 32 * 2 * encoder
+    assert step_cost(config, 32, gpu, recompute=True).compute > one.compute
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_counted_memory_is_what_autograd_keeps(half):
+    """The count on fake tensors equals the bytes that a real forward pass saves, and recomputation keeps less."""
+    from models.sit import SiT
+
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    sizes = []
+    for n in (2, 3):
+        kept.clear()
+        network = SiT(SIX_BLOCKS).train()
+        own = {p.untyped_storage().data_ptr() for p in [*network.parameters(), *network.buffers()]}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                inputs = torch.randn(n, 4, 4, 4), torch.rand(n), torch.zeros(n).long(), torch.randn(n, 32)
+                output = network(*inputs, project=True)
+        sizes.append(sum(size for pointer, (size, _) in kept.items() if pointer not in own))
+        del output
+    counted = training_memory(SIX_BLOCKS, half=half)
+    assert counted.activations == pytest.approx(sizes[1] - sizes[0], rel=1e-3)
+    assert counted.copies == pytest.approx(max(0, 3 * sizes[0] - 2 * sizes[1]), rel=1e-3)
+    assert training_memory(SIX_BLOCKS, half=half, recompute=True).activations < counted.activations
+    c = cost(SIX_BLOCKS)
+    assert counted.state == 20 * (c.parameters + c.projector_parameters)
+
+
+def test_best_precision_and_autocast():
+    """The CPU keeps float32 unless asked; an unknown precision is named."""
+    assert acceleration.best_precision("cpu") == "no"
+    with acceleration.autocast("cpu", "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with acceleration.autocast("cpu", "no"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    with pytest.raises(ValueError, match="fp8"):
+        acceleration.autocast("cpu", "fp8")
+
+
+# --------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def test_alternate_takes_turns():
+    """Every round runs each variant once, the order reversed in odd rounds, after the warm-up."""
+    calls = []
+    timings = harness.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=2)
+    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
+    assert all(len(t.values) == 3 for t in timings.values())
+
+
+def test_ratio_of_two_timings():
+    """A function that sleeps four times as long takes about four times as long."""
+    timings = harness.alternate({"a": lambda: time.sleep(0.01), "b": lambda: time.sleep(0.04)}, rounds=5)
+    assert 2.5 < harness.ratio(timings["b"], timings["a"]).median < 4.5
+
+
+def test_spread_is_median_and_quartiles():
+    assert harness.spread([4.0, 1.0, 2.0, 3.0, 5.0])[:3] == (3.0, 2.0, 4.0)
+    assert harness.spread([7.0])[:3] == (7.0, 7.0, 7.0)
+
+
+def test_results_are_written_and_replaced(tmp_path):
+    """JSON with hardware and versions, one Markdown table for each label; the same label replaces its rows."""
+    for value in (1.0, 2.5):
+        path = harness.write("demo", "a", {"rounds": 3}, [{"ms": harness.spread([value]), "batch": 8}], folder=tmp_path)
+    harness.write("demo", "b", {}, [{"ms": 7.0}], folder=tmp_path)
+    record = json.loads(path.read_text())
+    assert record["rows"][0]["ms"]["median"] == 2.5
+    assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    text = (tmp_path / "demo.md").read_text()
+    assert "| 2.5 (2.5 to 2.5) | 8 |" in text and "## b" in text and "| 1 (" not in text
+
+
+def test_single_functions_are_taken_from_a_clone(tmp_path):
+    """A function comes out of a file whose other lines cannot run; what is missing is named."""
+    (tmp_path / "train.py").write_text("import absent_package\ndef double(x):\n    return FACTOR * x\n")
+    taken = published.functions(tmp_path, "train.py", ["double"], {"FACTOR": 2})
+    assert taken["double"](21) == 42
+    with pytest.raises(ValueError, match="no triple"):
+        published.functions(tmp_path, "train.py", ["triple"], {})
+    with pytest.raises(FileNotFoundError, match="021ea2e"):
+        published.check(tmp_path)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The folder the benchmarks write to in a test."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    return tmp_path
+
+
+TOY = ("--model", "SiT-S/2", "--depth", "2", "--input-size", "4", "--rounds", "2", "--warmup", "1", "--device", "cpu")
+
+
+def test_train_step_benchmark_runs(results):
+    """It writes a row for ours; with a clone of the published code named by REG_PUBLISHED also theirs."""
+    clone = os.environ.get("REG_PUBLISHED")
+    flags = ("--published", clone) if clone else ()
+    train_step.main([*TOY, "--batch-size", "4", "--label", "toy", *flags])
+    rows = json.loads((results / "train_step-toy.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == (["published", "ours"] if clone else ["ours"])
+    assert all(row["images/s"]["median"] > 0 and row["ATen operations"] > 1000 for row in rows)
+
+
+def test_overhead_benchmark_runs(results):
+    """The slot's overhead is counted and measured."""
+    overhead.main([*TOY, "--batch-size", "4", "--label", "toy", "--no-train"])
+    rows = json.loads((results / "overhead-toy.json").read_text())["rows"]
+    assert rows[1]["parameters"] > rows[0]["parameters"] and rows[2]["parameters"] > 0
+
+
+def test_roofline_reads_recipes(results):
+    """A recipe of train.py becomes a row with its network, steps and price."""
+    (results / "small.yaml").write_text("model: SiT-S/2\ndepth: 4\nmax-train-steps: 3600\nclass-token: false\n")
+    flags = ("--gpu", "A100", "--gpus", "2", "--rent", "10", "--encoder", "cached", "--label", "toy")
+    roofline.main(["--recipes", str(results / "small.yaml"), *flags])
+    (row,) = json.loads((results / "roofline-toy.json").read_text())["rows"]
+    network = preset("SiT-S/2", depth=4, class_token_dim=0)
+    assert row["recipe"] == "small" and row["M parameters"] == round(cost(network).parameters / 1e6, 1)
+    assert row["expected ms"] == pytest.approx(1e3 * step_cost(network, 128, GPUS["A100"]).expected)
+    assert row["hours"] == pytest.approx(row["expected ms"] / 1e3) and row["dollars"] == round(row["hours"] * 20)
+
+
+def test_wrong_flags_are_one_sentence(results):
+    """An indivisible batch, or a folder that is no clone of the published code, is named."""
+    with pytest.raises(UserError, match="--gpus 3"):
+        roofline.main(["--gpus", "3"])
+    with pytest.raises(FileNotFoundError, match="--published"):
+        train_step.main([*TOY, "--published", str(results)])
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+XL_BLOCKS = replace(preset("SiT-XL/2"), depth=2, align_depth=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_quiet_step_does_not_wait_for_the_gpu(precision, compiled):
+    """set_sync_debug_mode("error") raises at any synchronisation; a step passes under it."""
+    step = OurStep(XL_BLOCKS, 8, "cuda", precision=precision, compiled=compiled)
+    step()
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_flash_attention_is_taken_on_the_gpu(precision):
+    """With the network's head width (72) and 257 tokens SDPA takes a flash kernel, forward and backward."""
+    step = OurStep(XL_BLOCKS, 8, "cuda", precision=precision)
+    with Watch() as watch:
+        step()
+    taken = [n for n in watch.names if "flash_attention" in n or "cudnn_attention" in n]
+    assert len(taken) == 2 * XL_BLOCKS.depth
+    assert "aten::_softmax" not in watch.names
+
+
+@pytest.mark.gpu
+def test_the_encoder_may_run_ahead():
+    """Encoding the next batch on a side stream changes no number."""
+    results = []
+    for make in (lambda step: step, encoded_ahead):
+        torch.manual_seed(0)
+        ours = OurStep(XL_BLOCKS, 8, "cuda", encoder="dinov2-vit-b", precision="bf16")
+        step = make(ours)
+        for _ in range(3):
+            step()
+        results.append(torch.cat([p.detach().flatten() for p in ours.step.network.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_step_equals_cpu_step():
+    """Three steps in float32 without TF32 reach the same weights on both."""
+    acceleration.allow_tf32(False)
+    weights = []
+    for device in ("cpu", "cuda"):
+        ours = OurStep(SIX_BLOCKS, 8, "cpu")  # same initial weights; the step is built again for the device
+        state = ours.step.network.state_dict()
+        ours = OurStep(SIX_BLOCKS, 8, device)
+        ours.step.network.load_state_dict(state)
+        for _ in range(3):
+            ours()
+        weights.append(torch.cat([p.detach().cpu().flatten() for p in ours.step.network.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
