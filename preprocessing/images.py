@@ -52,6 +52,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bombs are refused below; the rest is about metadata
         try:
+            Image.init()  # register every format; done once, later calls return at once
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Exception as error:  # whatever a malformed file drives a decoder into
             raise BadImage(f"not a readable image ({_reason(error)})") from error
