@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models import acceleration
 from models.checkpoint import Model, find_model
 from models.interpolant import Interpolant
 from models.samplers import Guidance
@@ -111,8 +112,7 @@ class Job:
 
 def load(request: Request, process: Process) -> Job:
     """Load and check everything a request needs. Raises ValueError or FileNotFoundError, one sentence each."""
-    torch.backends.cuda.matmul.allow_tf32 = request.precision.tf32
-    torch.backends.cudnn.allow_tf32 = request.precision.tf32
+    acceleration.allow_tf32(request.precision.tf32)
     model, guide = load_guided(request.checkpoint, request.guide_checkpoint, process.device)
     network, info = model.info.network, model.info
     labels = read_labels(request.labels, request.classes, network.num_classes, info.classes)

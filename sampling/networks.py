@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models import acceleration
 from models.autoencoder import Autoencoder, LatentNormalization, load_autoencoder
 from models.checkpoint import Model, find_model, load_model
 
@@ -56,15 +57,17 @@ def load_guided(checkpoint: Path, guide_checkpoint: Path | None, device: torch.d
 
 
 def prepare(network: nn.Module, precision: Precision) -> nn.Module:
-    """Ready to sample: frozen; for a reduced precision the weights of the matrix products are stored in it, so that
-    autocast has nothing to convert at each step; compiled if asked for."""
+    """Ready to sample, in place: frozen; for a reduced precision the weights of the matrix products are stored in it, so
+    that autocast has nothing to convert at each step; compiled if asked for."""
     network.eval().requires_grad_(False)
     dtype = getattr(torch, precision.dtype)
     if dtype != torch.float32:
         for module in network.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
-    return torch.compile(network) if precision.compile else network
+    if precision.compile:
+        acceleration.compile_network(network)
+    return network
 
 
 @dataclass

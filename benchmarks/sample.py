@@ -1,0 +1,225 @@
+"""Sampling by the published code and by ours: same weights, same noise, same machine, in turn in one process.
+
+    python -m benchmarks.sample --published PATH --model SiT-XL/2 --batch-size 64 --steps 50 --compile
+
+Measures the sampler alone (networks, guidance, solver, noise), without VAE and files: images a second, peak memory, and how
+far our latents are from the published sampler's when both are given the same noise. The published sampler runs as its
+generate.py calls it: float32 with TF32, attention not fused; and once with fused attention, its best case.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from config import UserError, parse, run, setting
+
+
+@dataclass(frozen=True)
+class SampleBenchmark:
+    published: Path | None = setting(None, "clone of the published code at 021ea2e to run beside ours", group="what")
+    model: str = setting("SiT-B/2", "SiT-{S,B,L,XL}/{2,4,8}", group="what")
+    depth: int | None = setting(None, "blocks; default: the model's", group="what")
+    input_size: int = setting(32, "side of the latent", group="what")
+    batch_size: int = setting(64, "samples at once", group="what")
+    steps: int = setting(50, "steps of the SDE that are run; the result is extrapolated to --full-steps", group="what")
+    full_steps: int = setting(250, "steps of the published evaluation", group="what")
+    cfg_scale: float = setting(2.3, "guidance scale, of latent and class token", group="what")
+    guidance_high: float = setting(0.85, "guide up to this t", group="what")
+    dtypes: tuple[str, ...] = setting(("float32", "bfloat16"), "arithmetic of our variants", group="how")
+    compile: bool = setting(False, "also measure our variants compiled", group="how")
+    rounds: int = setting(3, "timed runs of each variant", group="how")
+    deviation: bool = setting(True, "compare latents under the same noise", group="how")
+    device: str = setting("auto", "cpu, cuda or auto", group="how")
+    clock: str = setting("wall", "cpu: time of this process alone, on a busy CPU", group="how", choices=("wall", "cpu"))
+    label: str = setting("run", "names the result files", group="how")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(SampleBenchmark, (__doc__ or "").splitlines()[0], argv)
+    if settings.steps < 3:
+        raise UserError(f"--steps must be at least 3, got {settings.steps}")
+    import torch
+
+    from benchmarks import harness, published
+    from models import acceleration
+
+    commit = published.check(settings.published) if settings.published else None
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    acceleration.allow_tf32(True)
+    bench = Bench(settings, device)
+    variants: dict[str, Callable[[], Any]] = {}
+    if settings.published:
+        variants["published"] = bench.theirs(fused=False)
+        variants["published, fused attention"] = bench.theirs(fused=True)
+    for dtype in settings.dtypes:
+        variants[f"ours, {dtype}"] = bench.ours(dtype, compiled=False)
+        if settings.compile:
+            variants[f"ours, {dtype}, compiled"] = bench.ours(dtype, compiled=True)
+    deviations = bench.deviations(variants) if settings.deviation else {}
+    memory = {name: harness.peak_memory(function, device) for name, function in variants.items()}
+    timings = harness.alternate(variants, rounds=settings.rounds, device=device, clock=settings.clock)
+    rows = []
+    for name, seconds in timings.items():
+        full = [settings.full_steps / settings.steps * s for s in seconds.values]
+        peak = memory[name]
+        rows.append({
+            "model": settings.model, "variant": name, "batch": settings.batch_size,
+            "ms a step": harness.spread([1e3 * s / settings.steps for s in seconds.values]),
+            f"images/s at {settings.full_steps} steps": harness.spread([settings.batch_size / s for s in full]),
+            "times published": harness.ratio(timings["published"], seconds) if settings.published else None,
+            "max deviation": deviations.get(name, (None, None))[0],
+            "rms deviation": deviations.get(name, (None, None))[1],
+            "GiB above all weights": peak and peak.peak - peak.resident,
+        })  # fmt: skip
+    noise = harness.alternate({"noise": bench.draw_noise}, rounds=5, device=device, clock=settings.clock)["noise"]
+    share = noise.median / timings[f"ours, {settings.dtypes[-1]}"].median
+    path = harness.write(
+        "sample", settings.label,
+        {"latent": settings.input_size, "steps": settings.steps, "cfg scale": settings.cfg_scale,
+         "guidance high": settings.guidance_high, "rounds": settings.rounds, "clock": settings.clock,
+         "published commit": commit, "depth": settings.depth, "noise share of a step": f"{share:.2%}"},
+        rows, device=device, details={"noise ms a step": 1e3 * noise.median / settings.steps},
+    )  # fmt: skip
+    print(path.with_name("sample.md").read_text())
+
+
+class Bench:
+    """The variants, all on the same weights, labels and noise. Each is a function that samples one batch of latents."""
+
+    def __init__(self, settings: SampleBenchmark, device: str) -> None:
+        import torch
+
+        from benchmarks import published
+        from models.convert import from_published, to_published
+        from models.sit import SiT, preset
+
+        self.settings, self.device = settings, device
+        sizes = {} if settings.depth is None else {"depth": settings.depth}
+        config = preset(settings.model, input_size=settings.input_size)
+        if sizes:
+            config = preset(settings.model, input_size=settings.input_size, **sizes,
+                            align_depth=min(config.align_depth, settings.depth))  # fmt: skip
+        self.config = config
+        torch.manual_seed(0)
+        network = SiT(config)
+        with torch.no_grad():  # the zero-initialised outputs would make every velocity 0
+            for parameter in network.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        self.weights = network.state_dict()
+        self.their_weights = to_published(self.weights)
+        assert from_published(self.their_weights).keys() == self.weights.keys()
+        self.index = torch.arange(settings.batch_size, device=device)
+        self.label = self.index * 37 % config.num_classes
+        self.modules = {
+            name: published.module(settings.published, f"{name}.py") for name in ("models/sit", "samplers")
+        } if settings.published else {}  # fmt: skip
+
+    def noise(self) -> Any:
+        from sampling.plan import NoiseSource
+
+        return NoiseSource(self.config, 0, self.index, self.settings.steps)
+
+    def draw_noise(self) -> None:
+        """All the noise of one run."""
+        noise = self.noise()
+        noise.start()
+        for step in range(self.settings.steps - 1):
+            noise(step)
+
+    def ours(self, dtype: str, *, compiled: bool) -> Callable[[], Any]:
+        """What generate.py runs between the noise and the VAE."""
+        import torch
+
+        from models.interpolant import Interpolant
+        from models.samplers import Guidance
+        from models.sit import SiT
+        from models.solvers import Solver
+        from sampling.draw import Sampler
+        from sampling.networks import Precision, prepare
+
+        network = SiT(self.config)
+        network.load_state_dict(self.weights)
+        sampler = Sampler(
+            prepare(network.to(self.device), Precision(dtype, compile=compiled)), Interpolant(),
+            Solver("sde", "euler", self.settings.steps),
+            Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high), dtype=getattr(torch, dtype),
+        )  # fmt: skip
+        return lambda: sampler(self.index, self.label).state
+
+    def theirs(self, *, fused: bool) -> Callable[[], Any]:
+        """The published sampler, with its own network and random numbers."""
+        import torch
+
+        c, s = self.config, self.settings
+        network = self.modules["models/sit"].SiT(
+            input_size=c.input_size, patch_size=c.patch_size, hidden_size=c.hidden_size,
+            decoder_hidden_size=c.hidden_size, depth=c.depth, num_heads=c.num_heads, encoder_depth=c.align_depth,
+            num_classes=c.num_classes, use_cfg=True, z_dims=list(c.align_dims), fused_attn=fused, qk_norm=False,
+        )  # fmt: skip
+        network.load_state_dict(self.their_weights)
+        network.to(self.device).eval()
+
+        def sample() -> Any:
+            latents = torch.randn(len(self.index), c.in_channels, c.input_size, c.input_size, device=self.device)
+            tokens = torch.randn(len(self.index), c.class_token_dim, device=self.device)
+            return self.run_published(network, latents, tokens, s)
+
+        sample.network = network
+        return sample
+
+    def run_published(self, network: Any, latents: Any, tokens: Any, s: SampleBenchmark) -> Any:
+        """Its latents, float64; it does not return the class token."""
+        return self.modules["samplers"].euler_maruyama_sampler(
+            network, latents, self.label, num_steps=s.steps, cfg_scale=s.cfg_scale, guidance_low=0.0,
+            guidance_high=s.guidance_high, path_type="linear", cls_latents=tokens,
+            args=SimpleNamespace(cls_cfg_scale=s.cfg_scale),
+        )  # fmt: skip
+
+    def deviations(self, variants: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:
+        """Variant => largest and root mean square deviation of its latents, over the standard deviation of the reference:
+        the published sampler (ours in float32 without it), all in plain float32 without TF32 and given our noise."""
+        import torch
+
+        from models import acceleration
+
+        acceleration.allow_tf32(False)
+        first = next(iter(variants.values()))
+        with torch.no_grad():
+            reference = self._with_our_noise(first.network) if self.modules else first().latent
+        found = {}
+        for name, function in variants.items():
+            if name.startswith("published"):
+                continue
+            difference = (function().latent - reference) / reference.std()
+            found[name] = difference.abs().max().item(), difference.square().mean().sqrt().item()
+        acceleration.allow_tf32(True)
+        gc.collect()
+        return found
+
+    def _with_our_noise(self, network: Any) -> Any:
+        """The published sampler with its calls of randn_like answered from our noise source."""
+        noise = self.noise()
+        rows = (part for step in range(self.settings.steps) for part in noise(step))
+
+        class Torch(ModuleType):
+            randn_like = staticmethod(lambda x: next(rows).to(x.dtype))
+
+            def __getattr__(self, name: str) -> Any:
+                import torch
+
+                return getattr(torch, name)
+
+        module = self.modules["samplers"]
+        original, module.torch = module.torch, Torch("torch")
+        try:
+            start = noise.start()
+            return self.run_published(network, start.latent, start.class_token, self.settings)
+        finally:
+            module.torch = original
+
+
+if __name__ == "__main__":
+    run(main)
