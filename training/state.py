@@ -8,6 +8,7 @@ checkpoints/0000100/
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +96,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
         if content["schema"] > SCHEMA:
             raise FutureCheckpoint(f"{path} has schema {content['schema']}, this code reads up to {SCHEMA}: update the code")
+        if checkpoint.name.isdigit() and content["step"] != int(checkpoint.name):
+            raise DamagedCheckpoint(f"{path} says step {content['step']}")
         for file, expected in content["files"].items():
             part = checkpoint / file
             if not part.is_file():
@@ -122,7 +125,7 @@ def load(checkpoint: Path) -> TrainingState:
             content["step"], load_file(checkpoint / WEIGHTS), ema, rest["optimizer"], rest["scaler"], rest["window"],
             content["settings"],
         )  # fmt: skip
-    except (SafetensorError, RuntimeError, OSError, KeyError, EOFError, ValueError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, KeyError, EOFError, ValueError) as error:
         raise DamagedCheckpoint(f"{checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
 
 

@@ -1,0 +1,72 @@
+"""Processes that the tests of kills, faults and signals start, fork-quick, through a fork server."""
+
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from training import runner, state  # noqa: F401 (loaded once, in the fork server)
+
+# Every part of a save, in order: (module or class, name of the function, how many calls of it to let pass).
+STAGES = {
+    "before the weights": (state, "save", 0),
+    "model file": (state, "save_model", 0),
+    "optimiser": (torch, "save", 0),
+    "first fsync": (state, "_sync", 0),
+    "second fsync": (state, "_sync", 1),
+    "before the manifest": (Path, "write_text", 0),
+    "after the manifest": (state, "_sync", 3),
+    "read back": (state, "verify", 0),
+    "rename": (Path, "rename", 1),  # the first is the model file's
+    "after the rename": (state, "_sync", 5),
+    "rotation": (state, "rotate", 0),
+    "deletion": (state, "_delete", 0),
+    "half deleted": (state, "_remove_own_files", 0),
+}
+
+
+def at_stage(stage: str, act: Any) -> None:
+    """Call `act` instead of the chosen function, at the chosen call during the save of the fourth step from now."""
+    place, name, skip = STAGES[stage]
+    original_save, original, calls = state.save, getattr(place, name), {"saves": 0, "here": 0}
+
+    def counted_save(*args: Any, **kwargs: Any) -> Any:
+        calls["saves"] += 1
+        if calls["saves"] == 4 and (place, name) == (state, "save"):
+            act()
+        return original_save(*args, **kwargs)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        if calls["saves"] == 4:
+            calls["here"] += 1
+            if calls["here"] == skip + 1:
+                act()
+        return original(*args, **kwargs)
+
+    if (place, name) != (state, "save"):
+        setattr(place, name, replaced)
+    state.save = counted_save
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def run(flags: list[str], log: str, stage: str | None = None) -> None:
+    """Train with these flags; output goes to the file `log`; kill -9 at `stage`."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    if stage is not None:
+        at_stage(stage, kill)
+    train.run(lambda: train.main(flags))
