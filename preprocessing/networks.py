@@ -1,7 +1,6 @@
 """VAE and encoders of packing: crops on the CPU => arrays to store, with the next batch on the GPU while one is fetched."""
 
 import hashlib
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,8 +52,11 @@ class Networks:
         self.names = settings.enc_type if settings.tokens else ()
         self.encoders = [load_encoder(name, self.grid) for name in self.names]
         self.vae_info = {
-            "name": settings.vae, "normalization": asdict(self.normalization), "factor": self.factor,
-            "weights": _digest(self.vae),
+            "name": settings.vae, "factor": self.factor, "weights": _digest(self.vae),
+            "normalization": {
+                "scale": list(self.normalization.scale), "bias": list(self.normalization.bias),
+                "order": self.normalization.order,
+            },
         }  # fmt: skip
         self.encoder_infos = [
             EncoderInfo(name, encoder.dim, encoder.grid, _digest(encoder))

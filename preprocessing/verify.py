@@ -122,7 +122,7 @@ def _say(out: Path, plan: Plan, index: Index | None, number: int, entry: dict[st
     images = [image for image in index.names[slice(*plan.range(number))] if image not in skipped] if index else None
     shown = [f"record {start + row}" + (f" ({images[row]})" if images else "") for row in broken[:_SHOWN]]
     more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
-    return f"{', '.join(shown)}{more} of {len(records)} do not match their checksums"
+    return f"{len(broken)} of {len(records)} records do not match their checksums: {', '.join(shown)}{more}"
 
 
 def _first_record(out: Path, number: int) -> int:
