@@ -17,14 +17,16 @@ from typing import Any
 from config import UserError, parse, run, setting
 from evaluations.results import Results, columns, format_value, larger_is_better, load, markdown, sampler_cells, title
 
-# What decides a number besides the model. Left out: seed, package versions, checkpoint and number of training steps.
+# What decides a number besides the model and the sampler.
 MEASUREMENT = (
     "n_samples", "image_size", "reference_sha256", "networks", "pr_dtype", "pr_reference", "split", "dtype",
 )  # fmt: skip
-SAMPLING = (
-    "mode", "solver", "steps", "nfe", "last_step", "cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high",
-    "labels", "vae", "uint8_rule", "dtype",
-)  # fmt: skip
+# Of the samples' own description all counts but this: which model and seed, on which machine, how fast.
+NOT_PROTOCOL = frozenset({
+    "schema", "n", "seed", "checkpoint", "checkpoint_sha256", "guide_sha256", "step", "versions", "seconds",
+    "samples_per_second", "processes", "device", "per_proc_batch_size", "batches", "compile", "tf32", "vae_tiling",
+    "class_token_names_label", "label_values_sha256", "vae_sha256",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def differences(rows: list[Results], across: tuple[str, ...] = ()) -> dict[str, 
 
     Raises UserError for a name in `across` that is no protocol key.
     """
-    known = {*MEASUREMENT, *(f"sampling.{key}" for key in SAMPLING)}
+    sampling = {key for row in rows for key in row.protocol.get("sampling", {})} - NOT_PROTOCOL
+    known = {*MEASUREMENT, *(f"sampling.{key}" for key in sampling)}
     allowed = set()
     for key in across:
         full = key if key in known else f"sampling.{key}"
@@ -78,6 +81,9 @@ def differences(rows: list[Results], across: tuple[str, ...] = ()) -> dict[str, 
 
 def _value(row: Results, key: str) -> str:
     content: Any = row.protocol
+    if key == "sampling.vae":  # two names may stand for the same weights
+        sampling = content.get("sampling", {})
+        content = {"sampling": {"vae": sampling.get("vae_sha256", sampling.get("vae"))}}
     for part in key.split("."):
         content = content.get(part) if isinstance(content, dict) else None
     return json.dumps(content, sort_keys=True)

@@ -68,11 +68,11 @@ def load(
     if kind == "inception" and not weights:
         return load_inception(inception_weights, sha256=inception_sha256, device=device, dtype=dtype)
     if kind == "dinov2":
-        network = _timm_network(weights or DINOV2, architecture=DINOV2)
+        network = _timm_network(weights or DINOV2, "dinov2=", DINOV2)
         _position_like_dinov2(network, 224)
         return _extractor("dinov2", network, _Input(224, True, *_statistics(network)), device, dtype)
     if kind == "clip":
-        network = _timm_network(weights or CLIP, architecture=CLIP)
+        network = _timm_network(weights or CLIP, "clip=", CLIP)
         return _extractor("clip", network, _Input(336, False, *_statistics(network)), device, dtype, embed=network)
     if spec.startswith("timm:") and spec != "timm:":
         return load_timm(spec.removeprefix("timm:"), device=device, dtype=dtype)
@@ -178,26 +178,26 @@ def _extractor(
     return Extractor(space, digest, compute, torch.device(device), classes=network.num_classes)
 
 
-def _timm_network(source: str, architecture: str | None = None) -> nn.Module:
-    """`source`: timm name or local folder; with `architecture` also a checkpoint file of it."""
+def _timm_network(source: str, prefix: str = "timm:", architecture: str | None = None) -> nn.Module:
+    """`source`: timm name or local folder; with `architecture` also a checkpoint file of it. prefix: of the flag's value
+    that names a folder instead."""
     import timm
 
     path = Path(source).expanduser()
-    where = "the cache or the hub"
+    if source.startswith(("/", "./", "../", "~")) and not path.exists():
+        raise FileNotFoundError(f"{source} does not exist (a folder with config.json and model.safetensors is expected)")
     try:
         if path.is_dir():
-            where = f"folder {path}"
             return timm.create_model(f"local-dir:{path}", pretrained=True)
         if architecture is not None and path.is_file():
-            where = f"file {path}"
             return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-        if source.startswith(("/", "./", "../", "~")):
-            raise FileNotFoundError(f"{source} does not exist")
         return timm.create_model(source, pretrained=True)
     except OSError as error:
+        if path.exists():
+            raise FileNotFoundError(f"{path} cannot be read as a timm network: {_first_line(error)}") from error
         raise FileNotFoundError(
-            f"the weights of timm network {source} cannot be had from {where} ({_first_line(error)}); on a machine with "
-            f"network run `hf download timm/{architecture or source} --local-dir FOLDER` and name that folder"
+            f"the weights of {source} are not cached and could not be downloaded; on a machine with network run "
+            f"`hf download timm/{source} --local-dir FOLDER`, then give {prefix}FOLDER"
         ) from error
     except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(f"timm network {source} cannot be loaded: {_first_line(error)}") from error

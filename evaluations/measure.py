@@ -16,6 +16,7 @@ from evaluations.images import ImageSet, open_images
 from evaluations.reference import Reference, read_reference
 from evaluations.results import Metric, Results, sample_warnings
 from evaluations.statistics import Statistics, compute_moments, jackknife_error, without
+from models.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
     from evaluations.evaluate import EvaluateConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def measure(settings: "EvaluateConfig") -> Results | None:
     """Everything the settings ask for, written to `settings.out`; None on ranks other than 0."""
     device = start(settings.device)
+    go_offline_if_unreachable()
     samples = open_images(settings.samples, settings.num_samples)
     reference = open_images(settings.reference) if settings.reference else None
     out = settings.out or _beside(settings.samples[0]) / "results.json"

@@ -138,10 +138,9 @@ def markdown(results: list[Results]) -> str:
 
 
 def sampler_cells(protocol: Mapping[str, Any]) -> tuple[str, str]:
-    """("sde 250", "2.3 / 2.3 in [0, 0.85]") from the sidecar's settings; "-" where it does not say."""
+    """("sde euler 250", "2.3 / 2.3 in [0, 0.85]") from the sidecar's settings; "-" where it does not say."""
     sampling = protocol.get("sampling", {})
-    solver = sampling.get("mode", sampling.get("solver"))
-    sampler = "-" if solver is None else f"{solver} {sampling.get('steps', '')}".strip()
+    sampler = " ".join(str(sampling[key]) for key in ("mode", "solver", "steps") if sampling.get(key) is not None) or "-"
     scale = sampling.get("cfg_scale")
     if scale is None:
         return sampler, "-"

@@ -703,6 +703,7 @@ def test_different_protocols_are_not_ranked_unless_told():
     assert set(compare.differences(rows)) == {"n_samples", "sampling.steps"}
     assert set(compare.differences(rows, ("steps",))) == {"n_samples"}
     assert compare.differences(rows, ("steps", "n_samples")) == compare.differences(rows, ("all",)) == {}
+    assert compare.differences([result("a", 3.0), result("b", 2.0, sampling={"vae": "x"})]).keys() >= {"sampling.vae"}
     assert "Rank" not in compare.table(rows, ranked=False)
     with pytest.raises(UserError, match="no protocol key of that name"):
         compare.differences(rows, ("stepps",))
