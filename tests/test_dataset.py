@@ -1,0 +1,228 @@
+"""The packed dataset: what was written is read back, damage is told at once, the order of training is a function."""
+
+import json
+import pickle
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dataset import (
+    Manifest,
+    PackedDataset,
+    StepSampler,
+    decode_moments,
+    encode_moments,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
+from shards import ShardWriter, fingerprint, npy_header, read_json, write_json
+from tests.tiny import write_dataset
+
+
+def test_moments_survive_storage():
+    """Mean and std come back to 11 bits, stds far below float16's smallest normal number included."""
+    rng = np.random.default_rng(0)
+    std = np.exp(rng.uniform(np.log(1e-6), np.log(60), (4, 4, 3, 3)))
+    exact = np.concatenate([rng.normal(0, 10, std.shape), std], axis=1).astype(np.float32)
+    back = decode_moments(torch.from_numpy(encode_moments(exact))).numpy()
+    assert np.abs(back - exact)[:, :4].max() <= 50 * 2.0**-11
+    assert (np.abs(back - exact)[:, 4:] / exact[:, 4:]).max() <= 2.0**-11
+    least = np.full((1, 2, 1, 1), np.exp(-15), np.float32)  # what the SD-VAE clamps to
+    assert decode_moments(torch.from_numpy(encode_moments(least)))[0, 1] == pytest.approx(np.exp(-15), rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 7e4])
+def test_moments_that_do_not_fit_are_refused(value):
+    """A value that float16 cannot hold is an error, not an infinity."""
+    moments = np.ones((3, 2, 1, 1), np.float32)
+    moments[2, 0] = value
+    with pytest.raises(ValueError, match="record 2"):
+        encode_moments(moments)
+
+
+def test_round_trip(tmp_path):
+    """Any records, in any order and twice, come back as they were written, across shards."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "moments": rng.normal(size=(20, 8, 4, 4)).astype(np.float16), "label": rng.integers(0, 3, 20),
+        "pixels": rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8),
+    }  # fmt: skip
+    shards = [write_shard(tmp_path, k, {n: a[s] for n, a in arrays.items()}) for k, s in enumerate(_slices(7, 9, 20))]
+    write_manifest(tmp_path, _manifest(arrays, shards, 20))
+    dataset = PackedDataset(tmp_path)
+    for indices in ([0], [19, 0, 7, 6, 8, 8, 9], list(range(20)), rng.permutation(20)):
+        batch = dataset[indices]
+        for name in arrays:
+            assert np.array_equal(getattr(batch, name).numpy(), arrays[name][indices]), name
+        assert batch.index.tolist() == list(indices) and batch.class_token == ()
+    assert np.array_equal(dataset.labels(), arrays["label"])
+    assert PackedDataset(tmp_path, ("moments", "label"))[[3]].pixels is None
+    with pytest.raises(IndexError, match="20"):
+        dataset[[20]]
+
+
+def test_appended_shard_equals_one_written_at_once(tmp_path):
+    """A shard written batch by batch has the bytes, checksums and entry of one written in one go."""
+    arrays = {"label": np.arange(9), "pixels": np.arange(108, dtype=np.uint8).reshape(9, 2, 2, 3)}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = write_shard(tmp_path / "a", 3, arrays)
+    writer = ShardWriter(tmp_path / "b", 3)
+    for part in _slices(4, 5, 9):
+        writer.append({name: array[part] for name, array in arrays.items()})
+    assert writer.finish() == whole
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
+    }
+    assert np.array_equal(np.load(tmp_path / "b" / "pixels-00003.npy"), arrays["pixels"])
+
+
+def test_header_room():
+    """The header of a file has the same length for every count: it is written before the count is known."""
+    lengths = {len(npy_header(np.dtype("float16"), (256, 768), count)) for count in (0, 1, 10**6, 10**12)}
+    assert len(lengths) == 1 and lengths.pop() % 64 == 0
+
+
+def test_unequal_counts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="equally many"):
+        write_shard(tmp_path, 0, {"label": np.zeros(2), "pixels": np.zeros((3, 1))})
+
+
+def test_workers_read_the_same(tmp_path):
+    """Worker processes give the batches that the process itself gives, and a pickled dataset carries no data."""
+    dataset = PackedDataset(write_dataset(tmp_path / "data"))
+    dataset[[0]]
+    assert len(pickle.dumps(dataset)) < 8000
+
+    def batches(workers):
+        loader = DataLoader(dataset, batch_size=None, sampler=StepSampler(20, 6, seed=1), num_workers=workers)
+        stream = iter(loader)
+        return [next(stream) for _ in range(5)]
+
+    for a, b in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(a.index, b.index) and torch.equal(a.moments, b.moments)
+        assert torch.equal(a.patch_tokens[0], b.patch_tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: (f / "moments-00001.npy").unlink(), r"moments-00001\.npy is missing"),
+        (lambda f: _cut(f / "class_token.0-00000.npy"), r"class_token\.0-00000\.npy is truncated"),
+        (lambda f: _replace(f / "dataset.json", '"count": 20', '"count": 21'), "edited or damaged"),
+        (lambda f: _cut(f / "dataset.json"), r"dataset\.json is damaged"),
+        (lambda f: (f / "dataset.json").unlink(), "not a packed dataset"),
+        (lambda f: (f / "dataset.json").write_text('"text"'), r"dataset\.json is damaged"),
+    ],
+    ids=["missing", "truncated", "edited manifest", "truncated manifest", "no manifest", "no object"],
+)
+def test_damage_is_told_at_the_start(tmp_path, harm, message):
+    """A missing or truncated file, or an edited manifest, is named before any batch is read."""
+    folder = write_dataset(tmp_path / "data")
+    harm(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        PackedDataset(folder)
+
+
+def test_wrong_header_is_told(tmp_path):
+    """A file of the right length that holds something else is named when it is first read."""
+    folder = write_dataset(tmp_path / "data")
+    path = folder / "label-00000.npy"
+    labels = np.load(path)
+    np.save(path, labels.view(np.float64))
+    with pytest.raises(ValueError, match=r"label-00000\.npy holds float64"):
+        PackedDataset(folder)[[0]]
+
+
+def test_shards_must_add_up(tmp_path):
+    folder = write_dataset(tmp_path / "data")
+    manifest = read_manifest(folder)
+    manifest.count += 1
+    write_manifest(folder, manifest)
+    with pytest.raises(ValueError, match="add up"):
+        PackedDataset(folder)
+    with pytest.raises(ValueError, match="schema"):
+        write_json(folder / "dataset.json", {**asdict(manifest), "schema": 99})
+        read_manifest(folder)
+
+
+def test_absent_field_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no field 'pixels'"):
+        PackedDataset(write_dataset(tmp_path / "data"), ("pixels",))
+
+
+def test_json_checks_itself(tmp_path):
+    """JSON files are read back, in any order of keys, and any change of a character is told."""
+    path = tmp_path / "x.json"
+    write_json(path, {"b": [1, 2.5], "a": "text"})
+    assert read_json(path) == {"a": "text", "b": [1, 2.5]}
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content))  # laid out differently, the same content
+    assert read_json(path)["a"] == "text"
+    for old, new in (("text", "test"), ("2.5", "2.6"), ('"a"', '"c"')):
+        path.write_text(json.dumps(content).replace(old, new))
+        with pytest.raises(ValueError, match=r"x\.json"):
+            read_json(path)
+
+
+def test_every_record_once_an_epoch():
+    """Each epoch holds every record once, whatever the batch size, and epochs differ."""
+    sampler = StepSampler(10, 4, seed=3)
+    row = np.concatenate([sampler.indices(step, 0) for step in range(10)])
+    epochs = row.reshape(4, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
+    assert not np.array_equal(epochs[0], StepSampler(10, 10, seed=4).indices(0, 0))
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_order_does_not_depend_on_processes(world, micro):
+    """Processes and micro-batches share out one global batch."""
+    whole = StepSampler(23, 8, seed=0)
+    for step in range(7):
+        parts = [
+            StepSampler(23, 8, seed=0, rank=rank, world=world, micro=micro).indices(step, m)
+            for rank in range(world)
+            for m in range(micro)
+        ]
+        assert np.array_equal(np.concatenate(parts), whole.indices(step, 0))
+
+
+def test_sampler_resumes():
+    """Starting at step s gives what an unbroken run gives from there."""
+    unbroken, resumed = iter(StepSampler(11, 4, seed=5)), iter(StepSampler(11, 4, seed=5, start_step=6))
+    for _ in range(6):
+        next(unbroken)
+    for _ in range(5):
+        assert np.array_equal(next(unbroken), next(resumed))
+
+
+def test_uneven_batch_is_refused():
+    with pytest.raises(ValueError, match="10 must be divisible by 4 processes"):
+        StepSampler(20, 10, seed=0, world=4)
+    with pytest.raises(ValueError, match="empty"):
+        StepSampler(0, 1, seed=0)
+
+
+def _slices(*ends):
+    return [slice(start, end) for start, end in zip((0, *ends), ends)]
+
+
+def _manifest(arrays, shards, count):
+    fields = {n: {"dtype": str(a.dtype), "shape": list(a.shape[1:])} for n, a in arrays.items()}
+    return Manifest(count, 7, 32, fields, ["a", "b", "c"], {}, [], shards)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def _replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
