@@ -1,0 +1,195 @@
+"""Quality against cost: the Frechet distance of each solver at equal numbers of evaluations, on a trained model.
+
+    python -m benchmarks.solvers --checkpoint runs/quickstart/reg --reference runs/quickstart/images/train.npz \
+        --features timm:runs/quickstart/networks/judge --label digits
+
+Every setting starts from the same noise and labels. Measures each at the given budgets of evaluations (NFE) and the
+published SDE with 250 steps, several seeds each, and names the cheapest setting whose mean distance is within 2 % of that.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import UserError, parse, run, setting
+
+TOLERANCE = 1.02
+DOPRI5 = (1e-1, 1e-2, 1e-3)  # tolerances; its evaluations are what they are
+
+
+@dataclass(frozen=True)
+class SolverBenchmark:
+    checkpoint: Path = setting(help="model file, checkpoint folder or run folder", group="what")
+    reference: tuple[Path, ...] = setting(help="real images: .npz files, image folders or packed datasets", group="what")
+    features: str = setting("inception", "feature space, as evaluate.py takes it", group="what")
+    vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="what")
+    solvers: tuple[str, ...] = setting(
+        ("sde-euler", "sde-dpmpp", "ode-euler", "ode-heun", "ode-ab2", "ode-ab3", "ode-dpmpp", "ode-dopri5"),
+        "MODE-SOLVER or MODE-SOLVER-GRID", group="what",
+    )  # fmt: skip
+    budgets: tuple[int, ...] = setting((6, 10, 16, 25, 50, 100), "evaluations of a sample", group="what")
+    baseline_steps: int = setting(250, "steps of the SDE that sets the mark", group="what")
+    cfg_scale: float = setting(2.3, "guidance scale, of latent and class token", group="what")
+    guidance_high: float = setting(0.85, "guide up to this t", group="what")
+    num_samples: int = setting(1000, "samples of a setting and seed, balanced labels", group="how")
+    seeds: int = setting(2, "seeds of each setting", group="how")
+    batch_size: int = setting(250, "samples at once", group="how")
+    dtype: str = setting("float32", "arithmetic", group="how", choices=("float32", "bfloat16", "float16"))
+    device: str = setting("auto", "cpu, cuda or auto", group="how")
+    label: str = setting("run", "names the result files", group="how")
+
+
+class Measured(NamedTuple):
+    """One setting. nfe, forwards: evaluations and network passes of a sample. distances: of each seed."""
+
+    name: str
+    nfe: float
+    forwards: float
+    distances: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.distances) / len(self.distances)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(SolverBenchmark, (__doc__ or "").splitlines()[0], argv)
+    for name in ("num_samples", "seeds", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(settings, name)}")
+    import torch
+    from tqdm import tqdm
+
+    from benchmarks import harness
+
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    distance = distance_of(settings, torch.device(device))
+    cases = [("sde-euler, published", solver_of("sde-euler", settings.baseline_steps))]
+    for name in settings.solvers:
+        if name.startswith("ode-dopri5"):
+            cases += [(f"{name} {tolerance:g}", solver_of(name, 1, tolerance)) for tolerance in DOPRI5]
+        else:
+            cases += [(name, solver_of(name, steps_of(name, budget))) for budget in settings.budgets]
+    with tqdm(total=len(cases) * settings.seeds, unit="set") as bar:
+        measured = []
+        for name, solver in cases:
+            bar.set_postfix_str(name)
+            found = []
+            for seed in range(settings.seeds):
+                found.append(distance(solver, seed))
+                bar.update()
+            nfe, forwards = (sum(f[i] for f in found) / len(found) for i in (1, 2))
+            measured.append(Measured(name, nfe, forwards, tuple(f[0] for f in found)))
+    best = cheapest(measured)
+    rows = [
+        {"solver": m.name, "NFE": m.nfe, "network passes": m.forwards, "FD": harness.spread(m.distances),
+         "over SDE-250": m.mean / measured[0].mean, "cheapest within 2 %": "yes" if m == best else ""}
+        for m in measured
+    ]  # fmt: skip
+    path = harness.write(
+        "solvers", settings.label,
+        {"features": Path(settings.features).name, "samples": settings.num_samples, "seeds": settings.seeds,
+         "cfg scale": settings.cfg_scale, "guidance high": settings.guidance_high, "dtype": settings.dtype},
+        rows, device=device,
+    )  # fmt: skip
+    plot(measured, path.with_suffix(".png"))
+    print(path.with_name("solvers.md").read_text())
+    print(f"cheapest within {TOLERANCE - 1:.0%} of the published SDE: {best.name}, {best.nfe:g} evaluations, "
+          f"FD {best.mean:.4g} against {measured[0].mean:.4g}")  # fmt: skip
+
+
+def cheapest(measured: Sequence[Measured]) -> Measured:
+    """The setting with the fewest network passes whose mean distance is within TOLERANCE of the first one's."""
+    good = [m for m in measured if m.mean <= TOLERANCE * measured[0].mean]
+    return min(good, key=lambda m: (m.forwards, m.mean))
+
+
+def steps_of(name: str, budget: int) -> int:
+    """Steps that cost `budget` evaluations: Heun takes two a step but one in the last, ab3 one more in the first."""
+    solver = name.split("-")[1]
+    return {"heun": (budget + 1) // 2, "ab3": budget - 1}.get(solver, budget)
+
+
+def solver_of(name: str, steps: int, tolerance: float = 1e-3) -> Any:
+    """MODE-SOLVER[-GRID] => Solver. Raises UserError for a word that is not of this form."""
+    from models.solvers import Solver
+
+    words = name.split("-")
+    if len(words) not in (2, 3):
+        raise UserError(f"--solvers {name}: expected MODE-SOLVER or MODE-SOLVER-GRID, such as ode-heun")
+    grid = words[2] if len(words) == 3 else "uniform"
+    return Solver(*words[:2], steps, grid, 3.0 if grid == "shifted" else 1.0, rtol=tolerance, atol=tolerance)
+
+
+def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], tuple[float, float, float]]:
+    """A function (solver, seed) => Frechet distance, evaluations, network passes."""
+    import torch
+
+    from evaluations import features
+    from evaluations.images import open_images
+    from evaluations.metrics import frechet_distance
+    from evaluations.statistics import compute_statistics
+    from models.checkpoint import load_model
+    from models.interpolant import Interpolant
+    from models.samplers import Guidance
+    from sampling.draw import Sampler
+    from sampling.networks import Precision, load_decoder, prepare
+
+    precision = Precision(settings.dtype, vae_batch_size=settings.batch_size)
+    model = load_model(settings.checkpoint, device)
+    decoder = load_decoder(model, settings.vae, precision, device)
+    extractor = features.load(settings.features, device=device)
+    network = prepare(model.network, precision)
+    real = open_images(settings.reference)
+    size = settings.batch_size
+
+    def pooled(pixels: Any) -> Any:
+        return extractor(pixels).pooled.cpu()
+
+    reference = compute_statistics(torch.cat([
+        pooled(torch.from_numpy(real.read(i, min(i + size, len(real))).copy()).permute(0, 3, 1, 2))
+        for i in range(0, len(real), size)
+    ]))  # fmt: skip
+
+    def distance(solver: Any, seed: int) -> tuple[float, float, float]:
+        sampler = Sampler(
+            network, Interpolant(model.info.path), solver, Guidance(settings.cfg_scale, None, 0.0, settings.guidance_high),
+            dtype=getattr(torch, settings.dtype), seed=seed,
+        )  # fmt: skip
+        found, evaluations, forwards = [], 0.0, 0.0
+        for start in range(0, settings.num_samples, size):
+            index = torch.arange(start, min(start + size, settings.num_samples), device=device)
+            drawn = sampler(index, index % model.info.network.num_classes)
+            found.append(pooled(decoder(drawn.state.latent)))
+            evaluations += drawn.evaluations * len(index) / settings.num_samples
+            forwards += drawn.forwards * len(index) / settings.num_samples
+        return frechet_distance(reference, compute_statistics(torch.cat(found))), evaluations, forwards
+
+    return distance
+
+
+def plot(measured: Sequence[Measured], path: Path) -> None:
+    """FD against NFE, both axes logarithmic, one line for each solver; the published SDE as a horizontal line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=120, layout="constrained")
+    mark = measured[0]
+    axes.axhline(mark.mean, color="0.4", lw=1, label=f"SDE Euler, {mark.nfe:g} (published)")
+    axes.axhspan(mark.mean / TOLERANCE, mark.mean * TOLERANCE, color="0.4", alpha=0.15, lw=0)
+    for name in dict.fromkeys(m.name.split(" ")[0] for m in measured[1:]):
+        line = [m for m in measured[1:] if m.name.split(" ")[0] == name]
+        axes.plot([m.nfe for m in line], [m.mean for m in line], "--o" if name.startswith("sde") else "-o", ms=3.5, lw=1.2,
+                  label=name)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="evaluations of the velocity a sample", ylabel="Frechet distance")
+    axes.grid(True, which="both", lw=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)
