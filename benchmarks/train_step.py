@@ -47,6 +47,29 @@ class Variant(NamedTuple):
     first: float
 
 
+class Alone(NamedTuple):
+    """What a variant needs by itself. peak: GiB of its second step."""
+
+    batch: int
+    first: float
+    peak: float
+
+
+class Measured(NamedTuple):
+    """A variant's row. speed: images a second over the published code's. peak: GiB, None on the CPU."""
+
+    batch: int
+    milliseconds: Any
+    images: Any
+    speed: Any
+    operations: int
+    first: float
+    peak: float | None
+
+
+Builders = dict[str, Callable[[int], Callable[[], Any]]]  # name => (batch size => a function that takes one step)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(TrainStepBenchmark, (__doc__ or "").splitlines()[0], argv)
     import torch
@@ -68,34 +91,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         flops += 2 * encoder_macs(settings.encoder, config.input_size // config.patch_size)
 
     builders = builders_of(settings, config, device, precision)
-    dtype = acceleration.DTYPES.get(precision, torch.float32)
-    ceiling = harness.matmul_ceiling(device, dtype) if cuda else None
+    ceiling = harness.matmul_ceiling(device, acceleration.DTYPES.get(precision, torch.float32)) if cuda else None
     model = settings.model if config == preset(settings.model) else f"{config.depth} x {config.hidden_size}"
     rows, parts = [], {}
     for batch in settings.batch_size:
-        memory = {name: alone(build, batch, device) for name, build in builders.items()} if cuda else {}
-        variants = {name: start(build, memory[name].batch if cuda else batch, device) for name, build in builders.items()}
-        timings = harness.alternate(
-            {name: v.step for name, v in variants.items()},
-            rounds=settings.rounds, warmup=settings.warmup, device=device, clock=settings.clock,
-        )  # fmt: skip
-        for name, variant in variants.items():
-            images = harness.spread([variant.batch / seconds for seconds in timings[name].values])
-            speed = None
-            if settings.published:
-                base = harness.ratio(timings["published"], timings[name])
-                speed = harness.spread([r * variant.batch / variants["published"].batch for r in base.values])
+        for name, measured in compare(builders, batch, settings, device).items():
             rows.append({
-                "model": model, "variant": name, "batch": variant.batch,
-                "ms a step": harness.spread([1e3 * s for s in timings[name].values]), "images/s": images,
-                "times published": speed, "share of ceiling": images.median * flops / (ceiling * 1e12) if cuda else None,
-                "ATen operations": harness.count_operations(variant.step), "first step s": variant.first,
-                "peak GiB": memory[name].peak if cuda else None,
+                "model": model, "variant": name, "batch": measured.batch, "ms a step": measured.milliseconds,
+                "images/s": measured.images, "times published": measured.speed,
+                "share of ceiling": measured.images.median * flops / (ceiling * 1e12) if ceiling else None,
+                "ATen operations": measured.operations, "first step s": measured.first, "peak GiB": measured.peak,
             })  # fmt: skip
         if settings.parts:
             parts[batch] = parts_of_step(settings, config, batch, device, precision)
-        del variants
-        free()
+            free()
     path = harness.write(
         "train_step", settings.label,
         {"encoder": settings.encoder, "latent": config.input_size, "precision": precision,
@@ -115,10 +124,8 @@ def sized(config: Any, sizes: dict[str, int | None]) -> Any:
     return replace(config, **given, align_depth=min(config.align_depth, given.get("depth", config.depth)))
 
 
-def builders_of(
-    settings: TrainStepBenchmark, config: Any, device: str, precision: str
-) -> dict[str, Callable[[int], Callable[[], Any]]]:
-    """What is compared: name => (batch size => a function that takes one step)."""
+def builders_of(settings: TrainStepBenchmark, config: Any, device: str, precision: str) -> Builders:
+    """What is compared."""
     from benchmarks.train_variants import OurStep, encoded_ahead, published_step
 
     def ours(n: int, compiled: bool) -> OurStep:
@@ -130,7 +137,7 @@ def builders_of(
                               read_back=read_back)  # fmt: skip
 
     cuda = device.startswith("cuda")
-    builders: dict[str, Callable[[int], Callable[[], Any]]] = {}
+    builders: Builders = {}
     if settings.published:
         builders["published"] = lambda n: theirs(n, "fp16" if cuda else "no", True)
         if cuda:
@@ -141,6 +148,45 @@ def builders_of(
     if settings.stream and cuda and settings.encoder != "cached":
         builders["ours, encoder on a stream"] = lambda n: encoded_ahead(ours(n, settings.compile))
     return builders
+
+
+def compare(builders: Builders, batch: int, settings: TrainStepBenchmark, device: str) -> dict[str, Measured]:
+    """Time all variants, each in turn with the published code if there is one."""
+    from benchmarks import harness
+
+    cuda = device.startswith("cuda")
+    single = {name: alone(build, batch, device) for name, build in builders.items()} if cuda else {}
+    found: dict[str, Measured] = {}
+    for names in groups_of(list(builders), cuda):
+        variants = {name: start(builders[name], single[name].batch if cuda else batch, device) for name in names}
+        timings = harness.alternate(
+            {name: v.step for name, v in variants.items()},
+            rounds=settings.rounds, warmup=settings.warmup, device=device, clock=settings.clock,
+        )  # fmt: skip
+        for name, variant in variants.items():
+            speed = None
+            if settings.published:
+                scale = variant.batch / variants["published"].batch
+                speed = harness.spread([scale * r for r in harness.ratio(timings["published"], timings[name]).values])
+            measured = Measured(
+                variant.batch, harness.spread([1e3 * s for s in timings[name].values]),
+                harness.spread([variant.batch / s for s in timings[name].values]), speed,
+                harness.count_operations(variant.step), single[name].first if cuda else variant.first,
+                single[name].peak if cuda else None,
+            )  # fmt: skip
+            found.setdefault(name, measured)
+        del variants, variant
+        free()
+    return found
+
+
+def groups_of(names: list[str], cuda: bool) -> list[list[str]]:
+    """Which variants take turns: on a GPU, whose memory does not hold all of them at once, each with the published code."""
+    if not cuda:
+        return [names]
+    if "published" not in names:
+        return [[name] for name in names]
+    return [["published", name] for name in names if name != "published"]
 
 
 def start(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Variant:
@@ -165,22 +211,17 @@ def start(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Var
         free()
 
 
-class Alone(NamedTuple):
-    batch: int
-    peak: float
-
-
 def alone(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Alone:
-    """Peak GPU memory of the second step with nothing else on the device, at the largest batch up to n that fits."""
+    """First step and peak memory with nothing else on the device, at the largest batch up to n that fits."""
     from benchmarks.harness import peak_memory
 
     variant = start(build, n, device)
     memory = peak_memory(variant.step, device)
     assert memory is not None
-    batch = variant.batch
+    found = Alone(variant.batch, variant.first, memory.peak)
     del variant
     free()
-    return Alone(batch, memory.peak)
+    return found
 
 
 def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str, precision: str) -> dict[str, float]:
