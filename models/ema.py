@@ -25,10 +25,11 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """One step of the average towards `network` (the unwrapped one), as a single fused foreach lerp."""
-        averages, weights = [], []
-        for average, weight in zip(self.average.state_dict().values(), network.state_dict().values(), strict=True):
-            averages.append(average)
-            weights.append(weight.detach().to(average.device, average.dtype, non_blocking=True))
+        averages = list(self.average.state_dict(keep_vars=True).values())
+        weights = [
+            weight.to(average.device, average.dtype, non_blocking=True)
+            for average, weight in zip(averages, network.state_dict(keep_vars=True).values(), strict=True)
+        ]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     @torch.no_grad()
