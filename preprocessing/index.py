@@ -183,7 +183,7 @@ def _class_folders(root: Path, names: list[str], allow_one_class: bool) -> list[
         return ["all"] * len(names)
     if loose:
         raise UserError(
-            f"--source {root}: {loose[0]} lies in no class folder; expected CLASS/IMAGE (--allow-one-class takes a folder "
+            f"--source {root}: {min(loose)} lies in no class folder; expected CLASS/IMAGE (--allow-one-class takes a folder "
             "of images as one class)"
         )
     return [p[depth] for p in parts]

@@ -146,6 +146,7 @@ def _list_tar(source: Path, choice: Choice) -> Index:
 def _list_members(
     archive: tarfile.TarFile, source: Path, prefix: str, start: int, entries: list[Entry], ignored: list[str]
 ) -> None:
+    name = ""
     for member in archive:
         archive.members = []  # tarfile would keep every member it has seen
         name = prefix + _safe(member.name, source)
@@ -161,8 +162,9 @@ def _list_members(
             entries.append(Entry(name, None, (0, start + member.offset_data, member.size, -1, -1)))
         else:
             ignored.append(name)
-    if archive.offset == 0 or archive.fileobj is None:
-        raise tarfile.ReadError("no members")
+    archive.fileobj.seek(archive.offset)  # tarfile stops at a broken header as it does at the end mark, without a word
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no end mark after member {name!r}")
 
 
 # -------------------------------------------------------------------------------------------------- published layout
