@@ -42,7 +42,11 @@ class LatentNormalization:
         return (x - bias) / scale if self.order == "scale_bias" else x / scale + bias
 
     def _like(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z.new_tensor(self.scale).view(-1, 1, 1), z.new_tensor(self.bias).view(-1, 1, 1)
+        scale, bias = (  # not new_tensor, which waits for the device
+            torch.tensor(values, dtype=z.dtype).to(z.device, non_blocking=True).view(-1, 1, 1)
+            for values in (self.scale, self.bias)
+        )
+        return scale, bias
 
 
 def sample_posterior(moments: Tensor, noise: Tensor, normalization: LatentNormalization) -> Tensor:

@@ -15,6 +15,7 @@ from config import UserError
 from models import acceleration
 from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
 from models.sit import SiTConfig, preset
+from training.tracking import Window
 
 SIX_BLOCKS = SiTConfig(
     depth=6, hidden_size=64, num_heads=2, patch_size=2, input_size=4, num_classes=10, class_token_dim=32,
@@ -48,11 +49,15 @@ def test_operations_of_a_step_do_not_grow_with_the_batch():
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_quiet_step_reads_nothing_back(precision):
-    """No value travels from the device to the host in a step: no item(), no nonzero, no comparison in Python."""
-    step = OurStep(SIX_BLOCKS, 8, "cpu", precision=precision)
-    step()
+    """No value travels from the device to the host in a step or into the log window: no item(), no nonzero, no
+    comparison in Python."""
+    ours = OurStep(SIX_BLOCKS, 8, "cpu", precision=precision)
+    window = Window(torch.device("cpu"))
+    ours()
     with Watch() as watch:
-        step()
+        result = ours.step(1, [(ours.batch, ours.positions)])
+        window.add(1, result, ours.positions)
+    assert window.values.abs().sum() > 0
     reading = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal",
                "aten::is_nonzero", "aten::unique", "aten::_unique2"}  # fmt: skip
     assert len(watch.names) > 300 and "aten::_fused_adamw_" in watch.names
@@ -253,12 +258,13 @@ XL_BLOCKS = replace(preset("SiT-XL/2"), depth=2, align_depth=1)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_quiet_step_does_not_wait_for_the_gpu(precision, compiled):
     """set_sync_debug_mode("error") raises at any synchronisation; a step passes under it."""
-    step = OurStep(XL_BLOCKS, 8, "cuda", precision=precision, compiled=compiled)
-    step()
-    step()
+    ours = OurStep(XL_BLOCKS, 8, "cuda", precision=precision, compiled=compiled)
+    window = Window(torch.device("cuda"))
+    ours()
+    ours()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        window.add(2, ours.step(2, [(ours.batch, ours.positions)]), ours.positions)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()

@@ -33,15 +33,17 @@ class Window:
         """Add step number `step`. positions: (N,) of the samples in result.terms."""
         terms = torch.stack([result.terms.velocity, result.terms.class_velocity, result.terms.alignment], dim=1).double()
         quartile = (result.terms.t * QUARTILES).long().clamp(0, QUARTILES - 1)
-        one_hot = torch.nn.functional.one_hot(quartile, QUARTILES).double()  # (N, 4)
+        one_hot = (quartile[:, None] == torch.arange(QUARTILES, device=quartile.device)).double()  # (N, 4)
         finite = terms.isfinite()
         rows = torch.cat([torch.ones_like(terms[:, :1]), terms.where(finite, 0.0)], dim=1)  # (N, 1 + 3)
         sums = (one_hot.T @ rows).flatten()
         norm_finite = result.grad_norm.isfinite()
         bad = ~finite.all(dim=1)
-        # the first sample and term at fault, 0 if none; argmax gives the first maximum
-        sample = bad.any() * (positions[bad.int().argmax()] + 1)
-        term = bad.any() * ((~finite[bad.int().argmax()]).int().argmax() + 1)
+        # the first sample and term at fault, 0 if none; argmax gives the first maximum; a tensor of no dimension would be
+        # read back to serve as an index, a vector of one number is not
+        first = bad.int().argmax().view(1)
+        sample = bad.any() * (positions[first].squeeze(0) + 1)
+        term = bad.any() * ((~finite[first]).int().argmax() + 1)
         parameter = ~norm_finite * ((~result.gradient_norms.isfinite()).int().argmax() + 1)
         wrong = bad.any() | ~norm_finite
         fault = torch.stack([wrong * (step + 1), sample, term, parameter]).double()
