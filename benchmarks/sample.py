@@ -3,8 +3,9 @@
     python -m benchmarks.sample --published PATH --model SiT-XL/2 --batch-size 64 --steps 50 --compile
 
 Measures the sampler alone (networks, guidance, solver, noise), without VAE and files: images a second, peak memory, and how
-far our latents are from the published sampler's when both are given the same noise. The published sampler runs as its
-generate.py calls it: float32 with TF32, attention not fused; and once with fused attention, its best case.
+far the latents of each variant, as it runs, are from the published sampler's in plain float32 (TF32 off) under the same
+noise. The published sampler runs as its generate.py calls it: float32 with TF32, attention not fused; and once with fused
+attention, its best case.
 """
 
 import gc
@@ -58,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         variants[f"ours, {dtype}"] = bench.ours(dtype, compiled=False)
         if settings.compile:
             variants[f"ours, {dtype}, compiled"] = bench.ours(dtype, compiled=True)
-    deviations = bench.deviations(variants) if settings.deviation else {}
+    agreement, deviations = bench.deviations(variants) if settings.deviation else (None, {})
     memory = {name: harness.peak_memory(function, device) for name, function in variants.items()}
-    timings = harness.alternate(variants, rounds=settings.rounds, device=device, clock=settings.clock)
+    timings = harness.alternate(variants, rounds=settings.rounds, warmup=0, device=device, clock=settings.clock)
     rows = []
     for name, seconds in timings.items():
         full = [settings.full_steps / settings.steps * s for s in seconds.values]
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sample", settings.label,
         {"latent": settings.input_size, "steps": settings.steps, "cfg scale": settings.cfg_scale,
          "guidance high": settings.guidance_high, "rounds": settings.rounds, "clock": settings.clock,
-         "published commit": commit, "depth": settings.depth, "noise share of a step": f"{share:.2%}"},
+         "published commit": commit, "depth": settings.depth, "noise share of a step": f"{share:.2%}",
+         "max deviation of ours in plain float32": None if agreement is None else f"{agreement:.1e}"},
         rows, device=device, details={"noise ms a step": 1e3 * noise.median / settings.steps},
     )  # fmt: skip
     print(path.with_name("sample.md").read_text())
@@ -117,10 +119,10 @@ class Bench:
             name: published.module(settings.published, f"{name}.py") for name in ("models/sit", "samplers")
         } if settings.published else {}  # fmt: skip
 
-    def noise(self) -> Any:
+    def noise(self, rows: int | None = None) -> Any:
         from sampling.plan import NoiseSource
 
-        return NoiseSource(self.config, 0, self.index, self.settings.steps)
+        return NoiseSource(self.config, 0, self.index[:rows], self.settings.steps)
 
     def draw_noise(self) -> None:
         """All the noise of one run."""
@@ -147,13 +149,16 @@ class Bench:
             Solver("sde", "euler", self.settings.steps),
             Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high), dtype=getattr(torch, dtype),
         )  # fmt: skip
-        return lambda: sampler(self.index, self.label).state
+        def sample(rows: int | None = None) -> Any:
+            return sampler(self.index[:rows], self.label[:rows]).state.latent
+
+        return sample
 
     def theirs(self, *, fused: bool) -> Callable[[], Any]:
         """The published sampler, with its own network and random numbers."""
         import torch
 
-        c, s = self.config, self.settings
+        c = self.config
         network = self.modules["models/sit"].SiT(
             input_size=c.input_size, patch_size=c.patch_size, hidden_size=c.hidden_size,
             decoder_hidden_size=c.hidden_size, depth=c.depth, num_heads=c.num_heads, encoder_depth=c.align_depth,
@@ -165,47 +170,56 @@ class Bench:
         def sample() -> Any:
             latents = torch.randn(len(self.index), c.in_channels, c.input_size, c.input_size, device=self.device)
             tokens = torch.randn(len(self.index), c.class_token_dim, device=self.device)
-            return self.run_published(network, latents, tokens, s)
+            return self.run_published(network, latents, tokens)
 
         sample.network = network
         return sample
 
-    def run_published(self, network: Any, latents: Any, tokens: Any, s: SampleBenchmark) -> Any:
+    def run_published(self, network: Any, latents: Any, tokens: Any) -> Any:
         """Its latents, float64; it does not return the class token."""
+        s = self.settings
         return self.modules["samplers"].euler_maruyama_sampler(
-            network, latents, self.label, num_steps=s.steps, cfg_scale=s.cfg_scale, guidance_low=0.0,
+            network, latents, self.label[: len(latents)], num_steps=s.steps, cfg_scale=s.cfg_scale, guidance_low=0.0,
             guidance_high=s.guidance_high, path_type="linear", cls_latents=tokens,
             args=SimpleNamespace(cls_cfg_scale=s.cfg_scale),
         )  # fmt: skip
 
-    def deviations(self, variants: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:
-        """Variant => largest and root mean square deviation of its latents, over the standard deviation of the reference:
-        the published sampler (ours in float32 without it), all in plain float32 without TF32 and given our noise."""
+    def deviations(self, variants: dict[str, Callable[..., Any]]) -> tuple[float, dict[str, tuple[float, float]]]:
+        """The largest deviation of ours in plain float32, and variant => largest and root mean square deviation as it runs,
+        of the latents of the first few samples, over the standard deviation of the reference: the published sampler in plain
+        float32 (ours without a clone)."""
         import torch
 
         from models import acceleration
 
+        rows = min(8, len(self.index))
+        plain = self.ours("float32", compiled=False)
         acceleration.allow_tf32(False)
-        first = next(iter(variants.values()))
         with torch.no_grad():
-            reference = self._with_our_noise(first.network) if self.modules else first().latent
+            exact = plain(rows)
+            reference = self._with_our_noise(variants["published"].network, rows) if self.modules else exact
+
+        def deviation(latents: Any) -> tuple[float, float]:
+            difference = (latents[:rows] - reference) / reference.std()
+            return difference.abs().max().item(), difference.square().mean().sqrt().item()
+
+        acceleration.allow_tf32(True)
         found = {}
         for name, function in variants.items():
             if name.startswith("published"):
-                continue
-            difference = (function().latent - reference) / reference.std()
-            found[name] = difference.abs().max().item(), difference.square().mean().sqrt().item()
-        acceleration.allow_tf32(True)
+                found[name] = deviation(self._with_our_noise(function.network, rows))
+            else:  # a compiled network would be compiled anew for another batch size
+                found[name] = deviation(function(None if name.endswith("compiled") else rows))
         gc.collect()
-        return found
+        return deviation(exact)[0], found
 
-    def _with_our_noise(self, network: Any) -> Any:
-        """The published sampler with its calls of randn_like answered from our noise source."""
-        noise = self.noise()
-        rows = (part for step in range(self.settings.steps) for part in noise(step))
+    def _with_our_noise(self, network: Any, rows: int) -> Any:
+        """The published sampler with its calls of randn_like answered from our noise source, for the first `rows`."""
+        noise = self.noise(rows)
+        parts = (part for step in range(self.settings.steps) for part in noise(step))
 
         class Torch(ModuleType):
-            randn_like = staticmethod(lambda x: next(rows).to(x.dtype))
+            randn_like = staticmethod(lambda x: next(parts).to(x.dtype))
 
             def __getattr__(self, name: str) -> Any:
                 import torch
@@ -216,7 +230,7 @@ class Bench:
         original, module.torch = module.torch, Torch("torch")
         try:
             start = noise.start()
-            return self.run_published(network, start.latent, start.class_token, self.settings)
+            return self.run_published(network, start.latent, start.class_token)
         finally:
             module.torch = original
 

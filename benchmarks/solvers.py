@@ -175,6 +175,7 @@ def plot(measured: Sequence[Measured], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
     figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=120, layout="constrained")
     mark = measured[0]
@@ -185,6 +186,11 @@ def plot(measured: Sequence[Measured], path: Path) -> None:
         axes.plot([m.nfe for m in line], [m.mean for m in line], "--o" if name.startswith("sde") else "-o", ms=3.5, lw=1.2,
                   label=name)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="evaluations of the velocity a sample", ylabel="Frechet distance")
+    axes.set_xticks(sorted({round(m.nfe) for m in measured if m.name.startswith("sde")}))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
     axes.grid(True, which="both", lw=0.3)
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path)

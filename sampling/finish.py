@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sampling.parts import Parts, refuse_mixing, write_json, write_rows, write_samples
-from sampling.pictures import Shown, columns_of, write_gallery, write_grid
+from sampling.pictures import Shown, columns_of, write_gallery, write_grid, write_png
 
 SCHEMA = 1
 SAMPLES, SIDECAR = "samples.npz", "samples.json"
@@ -29,6 +29,7 @@ class Output:
     columns: int | None = None
     gallery: int = 200
     class_tokens: bool = False
+    png: bool = False
     keep_parts: bool = False
 
 
@@ -43,7 +44,7 @@ def is_finished(folder: Path, count: int, identity: dict[str, Any], wanted: list
         return False
     sidecar = json.loads(file.read_text())
     refuse_mixing(folder, {name: sidecar.get(name) for name in identity}, identity)
-    lacking = [name for name in wanted if not (folder / name).is_file()]
+    lacking = [name for name in wanted if not (folder / name).exists()]
     if sidecar["n"] == count and not lacking:
         return True
     if have_parts:
@@ -65,6 +66,8 @@ def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: d
         write_rows(folder / "class_tokens.npy", (count, width), np.float32, parts.rows(count, "class_token"))
         if nearest is not None:
             write_rows(folder / "class_token_labels.npy", (count,), np.int64, iter([nearest]))
+    if output.png:
+        write_missing_png(folder / "png", parts, count)
     seen = np.stack(list(islice(chain.from_iterable(parts.rows(count, "pixels")), max(GRID, output.gallery))))
     columns = columns_of(min(count, GRID), output.columns)
     whole = min(count, GRID) // columns * columns or count
@@ -91,6 +94,20 @@ def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: d
     if not output.keep_parts:
         parts.remove()
     return f"{folder / SAMPLES}: {count} samples of {side} x {side}, {cost['evaluations']:g} evaluations each"
+
+
+def write_missing_png(folder: Path, parts: Parts, count: int) -> None:
+    """Those that were not written with their batch: parts of an earlier run without --png."""
+    folder.mkdir(exist_ok=True)
+    for number, pixels in enumerate(chain.from_iterable(parts.rows(count, "pixels"))):
+        file = png_file(folder, number)
+        if not file.is_file():
+            write_png(file, pixels)
+
+
+def png_file(folder: Path, number: int) -> Path:
+    """Where sample `number` is, named as the published sampler names it."""
+    return folder / f"{number:06d}.png"
 
 
 def _mean(parts: Parts, count: int, name: str) -> int | float:

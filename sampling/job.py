@@ -20,7 +20,7 @@ from models.samplers import Guidance
 from models.solvers import Solver
 from sampling import processes
 from sampling.draw import Drawn, Sampler
-from sampling.finish import Output, assemble, is_finished
+from sampling.finish import Output, assemble, is_finished, png_file
 from sampling.networks import Decoder, Precision, file_sha256, load_decoder, load_guided, prepare, weights_sha256
 from sampling.parts import Parts, check_space
 from sampling.pictures import write_png
@@ -135,6 +135,8 @@ def load(request: Request, process: Process) -> Job:
             f"{find_model(request.checkpoint)} holds no mean class tokens (they come from a dataset packed with tokens): "
             + ("--best-of cannot choose" if request.best_of > 1 else "say with --classes which label goes with --like")
         )
+    if request.best_of > 1 and labels.kind == "null":
+        raise ValueError("--best-of compares tokens with labels; it cannot choose among samples of the null class")
     tokens = None
     if request.like:
         if any(".npy" not in source for source in request.like) and not info.encoders:
@@ -229,7 +231,7 @@ def generate(request: Request) -> None:
         }
         columns = request.interpolate or (len(job.labels.values) if job.labels.kind in ("balanced", "list") else None)
         output = Output(request.out, request.count, job.model.info.resolution, job.model.info.classes, columns,
-                        request.gallery, request.class_tokens, request.keep_parts)  # fmt: skip
+                        request.gallery, request.class_tokens, request.png, request.keep_parts)  # fmt: skip
         print(assemble(output, parts, job.identity, measured))
 
 
@@ -256,7 +258,7 @@ def _begin(job: Job) -> list[range] | None:
     folder belongs to other settings or the disk is too small."""
     request, side = job.request, job.model.info.resolution
     parts = Parts(request.out / "parts")
-    wanted = ["class_tokens.npy"] if request.class_tokens else []
+    wanted = [name for name, asked in (("class_tokens.npy", request.class_tokens), ("png", request.png)) if asked]
     if is_finished(request.out, request.count, job.identity, wanted, have_parts=bool(parts.done())):
         print(f"{request.out} is complete: {request.count} samples with these settings are there")
         return None
@@ -316,7 +318,7 @@ def _keep(
         arrays = job.arrays(label, drawn)
     if job.request.png:
         for number, pixels in zip(samples, arrays["pixels"], strict=True):
-            write_png(job.request.out / "png" / f"{number:06d}.png", pixels)
+            write_png(png_file(job.request.out / "png", number), pixels)
     parts.write(samples, arrays)
 
 

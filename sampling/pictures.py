@@ -45,10 +45,12 @@ def write_grid(path: Path, pixels: np.ndarray, columns: int) -> None:
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    """One picture (H, W, 3) uint8 as a PNG file."""
+    """One picture (H, W, 3) uint8 as a PNG file, whole or not at all."""
     from PIL import Image
 
-    Image.fromarray(pixels).save(path, format="PNG", compress_level=1)
+    temporary = path.with_name(path.name + ".tmp")
+    Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
+    temporary.rename(path)
 
 
 _STYLE = """

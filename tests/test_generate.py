@@ -239,6 +239,20 @@ def test_more_samples_continue_from_the_parts(place, unbroken, tmp_path):
     assert (out / "samples.npz").read_bytes() == (unbroken / "samples.npz").read_bytes()
 
 
+def test_files_asked_for_later_are_written_from_the_parts(place, tmp_path):
+    """With the parts kept, PNGs and tokens need no new sampling; without them there is nothing to make them from."""
+    out = tmp_path / "s"
+    generate(place, out, "--keep-parts")
+    part = next((out / "parts").glob("part-*"))
+    before = part.stat().st_mtime_ns
+    generate(place, out, "--keep-parts", "--png", "--class-tokens")
+    assert part.stat().st_mtime_ns == before and len(list((out / "png").glob("*.png"))) == 11
+    shutil.rmtree(out / "parts")
+    shutil.rmtree(out / "png")
+    with pytest.raises(ValueError, match="is finished without png and its parts are gone"):
+        generate(place, out, "--png")
+
+
 def test_a_finished_folder_is_left_alone(place, unbroken, capsys):
     before = (unbroken / "samples.npz").stat().st_mtime_ns
     generate(place, unbroken)
@@ -480,6 +494,7 @@ def test_contradicting_models_are_refused(place, tmp_path):
         (["--checkpoint", str(place / "larger")], "enlarges 2 times: 4 latent pixels do not make 16"),
         (["--checkpoint", str(place / "nomeans"), "--best-of", "2"], "holds no mean class tokens .*--best-of cannot choose"),
         (["--checkpoint", str(place / "nomeans"), "--like", f"{tmp_path}/t.npy"], "say with --classes which label"),
+        (["--best-of", "2", "--labels", "null"], "cannot choose among samples of the null class"),
         (["--like", f"{tmp_path}/t.npy", "--interpolate", "3"], "goes between two tokens, --like gives 1"),
     ):
         with pytest.raises(ValueError, match=words):

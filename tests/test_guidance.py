@@ -6,6 +6,7 @@ import torch
 from models.interpolant import Interpolant
 from models.samplers import Guidance, Meter, network_velocity
 from models.sit import SiT, SiTConfig
+from models.solvers import Solver
 from models.state import State
 
 
@@ -161,3 +162,18 @@ def test_rows_do_not_depend_on_the_batch():
 def test_bad_settings_are_named(arguments, words):
     with pytest.raises(ValueError, match=words):
         Guidance(2.0, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mode", "name"), [("sde", "euler"), ("sde", "dpmpp"), ("ode", "heun"), ("ode", "ab3")])
+def test_a_gpu_samples_the_same_states(mode, name):
+    """Noise, guidance and solver on CUDA: the states of the CPU within 1e-4 (float32 networks, TF32 off)."""
+    from models import acceleration
+    from sampling.draw import Sampler
+
+    acceleration.allow_tf32(False)
+    ends = []
+    for device in ("cpu", "cuda"):
+        sampler = Sampler(tiny().to(device), Interpolant(), Solver(mode, name, 20), Guidance(2.0, None, 0.0, 0.8))
+        ends.append(sampler(torch.arange(3, device=device), LABEL.to(device)).state.map(lambda x: x.cpu()))
+    assert close(*ends, 1e-4)
