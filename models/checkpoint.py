@@ -35,6 +35,10 @@ class ModelInfo:
     notes: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        for name in ("encoders", "classes"):  # lists, when read from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
 
 def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo, class_means: Tensor | None = None) -> None:
     """Write a model file whole or not at all. class_means: (classes, D) mean class token of each class, for naming."""

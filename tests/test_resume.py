@@ -83,10 +83,10 @@ def launch(tmp_path: Path, processes: int, runs: list[list[str]]) -> None:
     assert f"processes: {processes}" in done.stdout  # and not two runs of one process each
 
 
-@pytest.mark.parametrize(
-    ("kind", "accumulation"),
-    [("cached", "1"), ("pixels", "2"), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("cached", "2"), ("pixels", "1")))],
-)
+MORE = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("cached", "2"), ("pixels", "1"))]
+
+
+@pytest.mark.parametrize(("kind", "accumulation"), [("cached", "1"), ("pixels", "2"), *MORE])
 def test_resume_is_bit_exact(data, tmp_path, kind, accumulation):
     """8 steps unbroken equal k steps, a kill, and the rest; k before, on and after the border of an epoch."""
     extra = (*data[kind], "--gradient-accumulation-steps", accumulation)

@@ -1,6 +1,7 @@
 """The run folder: who may write in it, and which settings it was started with."""
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -72,6 +73,11 @@ def record_settings(folder: Path, settings: dict[str, Any], facts: dict[str, Any
             raise UserError(f"{folder} was started with other settings ({'; '.join(changes)}): {mend}")
     replace_text(path, json.dumps({"settings": settings, "facts": facts}, indent=1))
     return changes
+
+
+def identity(content: Any) -> str:
+    """A short name for JSON content: the first hex digits of its SHA-256."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from models.samplers import Guidance
 from models.sit import SiT
 from training import previews, state
 from training.evaluation import FrechetProbe
-from training.folder import RunLock, record_settings
+from training.folder import RunLock, identity, record_settings
 from training.health import check_weights, describe
 from training.interrupt import EXIT_STATUS, Interrupt
 from training.launch import Processes
@@ -45,41 +45,52 @@ class Runner:
         self.processes = Processes(settings.mixed_precision)
         self.device = self.processes.device
         self.plan = make_plan(settings, read_manifest(settings.data_dir))
-        self.lock = self.processes.on_main(self._claim)
+        self.dataset = PackedDataset(settings.data_dir, self.plan.fields)
+        self.sampler = StepSampler(
+            len(self.dataset), settings.batch_size, seed=settings.seed, rank=self.processes.rank,
+            world=self.processes.world, micro=settings.gradient_accumulation_steps,
+        )  # fmt: skip
         self.autoencoder: Autoencoder | None = None
         self._load_autoencoder()
-        allow_tf32(settings.allow_tf32)
+        self._open = ExitStack()  # what is to be closed at the end, however it comes
+        try:
+            self._build()
+        except BaseException:
+            self._open.close()
+            raise
 
+    def _build(self) -> None:
+        settings, plan, processes = self.settings, self.plan, self.processes
+        processes.on_main(self._claim)
+        allow_tf32(settings.allow_tf32)
         torch.manual_seed(settings.seed)
-        self.network = SiT(self.plan.network).to(self.device)
+        self.network = SiT(plan.network).to(self.device)
         self.network.gradient_checkpointing = settings.gradient_checkpointing
-        self.ema = EMA(self.network, SiT(self.plan.network).to(self.device), settings.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.adam_weight_decay, eps=settings.adam_epsilon, fused=True,
-        )  # fmt: skip
-        self.scaler = torch.amp.GradScaler(self.device.type) if self.processes.precision == "fp16" else None
+        self.ema = EMA(self.network, SiT(plan.network).to(self.device), settings.ema_decay)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), **self._adam(), fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type) if processes.precision == "fp16" else None
         self.window = Window(self.device)
         self.step = self.saved_step = self._resume()  # optimiser steps taken, and how many of them are on disk
         if settings.compile:
             compile_network(self.network)
-            for encoder in self.plan.online:
+            for encoder in plan.online:
                 compile_encoder(encoder)
         self.train_step = TrainStep(
-            self.network, self.plan.objective, self.optimizer, self.ema, self.plan.normalization,
-            seed=settings.seed, wrapped=self.processes.wrap(self.network), no_sync=self.processes.no_sync,
-            encoders=[encoder.to(self.device) for encoder in self.plan.online],
-            precision=self.processes.precision, scaler=self.scaler, max_grad_norm=settings.max_grad_norm,
+            self.network, plan.objective, self.optimizer, self.ema, plan.normalization,
+            seed=settings.seed, wrapped=processes.wrap(self.network), no_sync=processes.no_sync,
+            encoders=[encoder.to(self.device) for encoder in plan.online],
+            precision=processes.precision, scaler=self.scaler, max_grad_norm=settings.max_grad_norm,
         )  # fmt: skip
+        self.positions = [
+            torch.from_numpy(self.sampler.positions(m)).to(self.device) for m in range(settings.gradient_accumulation_steps)
+        ]
         self.batches = self._load_batches()
-        self.interrupt = Interrupt(self.processes.world, settings.max_hours)
-        self.tracker = self.processes.on_main(
-            lambda: Tracker(self.folder, settings.report_to, settings.wandb_project, as_dict(settings), self.step)
+        self.tracker = processes.on_main(self._track)
+        self.bar = self._open.enter_context(
+            tqdm(total=settings.max_train_steps, initial=self.step, unit="step", disable=not processes.is_main)
         )
-        self.bar = tqdm(
-            total=settings.max_train_steps, initial=self.step, unit="step", disable=not self.processes.is_main
-        )
-        self._flops = cost(self.plan.network).train_flops if self.device.type == "cuda" else None
+        self.interrupt = self._open.enter_context(Interrupt(processes.world, settings.max_hours))
+        self._flops = cost(plan.network).train_flops if self.device.type == "cuda" else None
         self._start = time.monotonic()
         self._restart_clock()
 
@@ -185,16 +196,10 @@ class Runner:
     # ------------------------------------------------------------------------------------------------- beginning and end
 
     def __enter__(self) -> "Runner":
-        self.interrupt.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.interrupt.__exit__(*exception)
-        self.bar.close()
-        if self.tracker:
-            self.tracker.close()
-        if self.lock:
-            self.lock.close()
+        self._open.close()
 
     def conclude(self, reason: str | None) -> int:
         """After the run is closed: say how it ended, requeue if asked to; returns the exit status."""
@@ -206,18 +211,28 @@ class Runner:
                 subprocess.run(self.settings.requeue_command, shell=True, check=False)
         return EXIT_STATUS[reason] if reason and self.step < self.settings.max_train_steps else 0
 
-    def _claim(self) -> RunLock:
+    def _claim(self) -> None:
         """Lock the folder and compare the settings with those it was started with."""
-        lock = RunLock(self.folder)
+        self._open.enter_context(closing(RunLock(self.folder)))
+        manifest = self.plan.manifest
         facts = {
-            "network": asdict(self.plan.network), "encoders": list(self.plan.encoders), "images": self.plan.manifest.count,
-            "classes": self.plan.manifest.classes, "packed_vae": self.plan.manifest.vae["name"],
+            "network": asdict(self.plan.network), "encoders": list(self.plan.encoders), "images": manifest.count,
+            "classes": manifest.classes, "packed_vae": manifest.vae["name"], "data": identity(manifest.shards),
         }  # fmt: skip
         for change in record_settings(
             self.folder, as_dict(self.settings), facts, accept_changes=self.settings.accept_changes
         ):
             self._say(f"continuing with another setting: {change}")
-        return lock
+
+    def _track(self) -> Tracker:
+        settings = self.settings
+        tracker = Tracker(self.folder, settings.report_to, settings.wandb_project, as_dict(settings), self.step)
+        return self._open.enter_context(closing(tracker))
+
+    def _adam(self) -> dict[str, Any]:
+        s = self.settings
+        return {"lr": s.learning_rate, "betas": (s.adam_beta1, s.adam_beta2), "weight_decay": s.adam_weight_decay,
+                "eps": s.adam_epsilon}  # fmt: skip
 
     def _resume(self) -> int:
         """Load the newest intact checkpoint; returns its step, 0 without one."""
@@ -229,8 +244,8 @@ class Runner:
         self.network.load_state_dict(loaded.model)
         self.ema.average.load_state_dict(loaded.ema)
         self.optimizer.load_state_dict(loaded.optimizer)
-        for group in self.optimizer.param_groups:  # a changed rate counts from here on (--accept-changes)
-            group["lr"] = self.settings.learning_rate
+        for group in self.optimizer.param_groups:
+            group.update(self._adam())  # changed ones count from here on (--accept-changes)
         if self.scaler is not None and loaded.scaler:
             self.scaler.load_state_dict(loaded.scaler)
         if len(loaded.window) == self.processes.world:
@@ -242,21 +257,13 @@ class Runner:
         return loaded.step
 
     def _load_batches(self) -> Iterator[Batch]:
-        settings, processes = self.settings, self.processes
-        self.dataset = PackedDataset(settings.data_dir, self.plan.fields)
-        sampler = StepSampler(
-            len(self.dataset), settings.batch_size, seed=settings.seed, rank=processes.rank, world=processes.world,
-            micro=settings.gradient_accumulation_steps, start_step=self.step,
+        self.sampler.start_step = self.step
+        workers = self.settings.num_workers
+        loader = DataLoader(
+            self.dataset, batch_size=None, sampler=self.sampler, num_workers=workers,
+            pin_memory=self.device.type == "cuda", persistent_workers=workers > 0,
         )  # fmt: skip
-        self.positions = [
-            torch.from_numpy(sampler.positions(m)).to(self.device) for m in range(settings.gradient_accumulation_steps)
-        ]
-        return iter(
-            DataLoader(
-                self.dataset, batch_size=None, sampler=sampler, num_workers=settings.num_workers,
-                pin_memory=self.device.type == "cuda", persistent_workers=settings.num_workers > 0,
-            )
-        )  # fmt: skip
+        return iter(loader)
 
     def _load_autoencoder(self) -> None:
         """The VAE for previews and evaluation, at the start of the run: a missing one is told now and not after hours."""

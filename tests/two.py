@@ -1,0 +1,69 @@
+"""What two processes must do together, run by torchrun; prints one line a check. See test_train.py."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from config import parse
+from tests.tiny import FLAGS
+from train import TrainConfig, train
+from training.launch import leave
+from training.step import TrainStep
+
+
+def settings(out: Path, data: str, name: str, *extra: str) -> TrainConfig:
+    return parse(TrainConfig, "", [*FLAGS, "--data-dir", data, "--output-dir", str(out), "--exp-name", name, *extra])
+
+
+def ending(config: TrainConfig) -> str:
+    """How a run ends in this process: a message, "silent", or an exit status."""
+    try:
+        return f"status {train(config)}"
+    except ValueError as error:
+        return str(error)
+    except SystemExit as stopped:
+        return f"silent {stopped.code}"
+
+
+def main() -> None:
+    good, bad, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    rank = int(os.environ["RANK"])
+    original = TrainStep.__call__
+
+    # a signal to one process only: both finish the same step, save it and stop
+    def step_with_signal(self, step, batches):
+        if step == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step, batches)
+
+    TrainStep.__call__ = step_with_signal
+    told = ending(settings(out, good, "signal", "--max-train-steps", "50", "--checkpointing-steps", "1000"))
+    saved = sorted(path.name for path in (out / "signal/checkpoints").iterdir())
+    print(f"signal rank {rank}: {told}, saved {saved}", flush=True)
+
+    # weights that drift apart in one process are found at the next checkpoint
+    def step_with_drift(self, step, batches):
+        result = original(self, step, batches)
+        if step == 2 and rank == 1:
+            with torch.no_grad():
+                self.network.blocks[1].mlp.fc1.bias[3] += 1e-7
+        return result
+
+    TrainStep.__call__ = step_with_drift
+    told = ending(settings(out, good, "drift", "--max-train-steps", "8", "--checkpointing-steps", "2"))
+    print(f"drift rank {rank}: {told}", flush=True)
+
+    TrainStep.__call__ = original
+    told = ending(settings(out, bad, "nan", "--max-train-steps", "8"))
+    print(f"nan rank {rank}: {told}", flush=True)
+
+    told = ending(settings(out, good, "indivisible", "--max-train-steps", "8", "--batch-size", "9"))
+    print(f"indivisible rank {rank}: {told}", flush=True)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
