@@ -68,7 +68,7 @@ def measure(settings: "EvaluateConfig") -> Results | None:
                     pairs.authenticity, None, extractor.space, len(samples), len(known.pooled)
                 )
         del extractor, known, found
-    audit = auditor.result()
+    audit = auditor.result() if settings.features else None
     if settings.classifier is not None:
         results.metrics |= class_accuracy(samples, settings, device, digests)
     if settings.class_tokens is not None:
@@ -83,6 +83,8 @@ def measure(settings: "EvaluateConfig") -> Results | None:
     if reference is not None and reference.shape[1:] != samples.shape[1:]:
         sizes = " and ".join(f"{s.shape[1]} x {s.shape[2]}" for s in (samples, reference))
         results.warnings.append(f"samples and reference differ in size: {sizes}")
+    if samples.sidecar is None:
+        results.warnings.append(f"no JSON beside {samples.name} says how the samples were made")
     results.protocol = protocol(samples, reference, settings, digests)
     results.save(out)
     return results

@@ -561,13 +561,36 @@ def test_wrong_labels_lower_the_accuracy(settings, vit, tmp_path):
         images, labels = stored["arr_0"], stored["arr_1"]
     np.savez(tmp_path / "s.npz", images, (labels + 1) % 5)
     judged = settings(classifier=str(vit), features=(), reference=())
-    assert measure.measure(judged).metrics["class_accuracy"].value == 0
+    found = measure.measure(judged)
+    assert found.metrics["class_accuracy"].value == 0
+    assert [warning.split(":")[0] for warning in found.warnings] == ["40 samples"]
     np.savez(tmp_path / "s.npz", images)
     with pytest.raises(ValueError, match=r"needs the labels of the samples \(arr_1\)"):
         measure.measure(judged)
     np.savez(tmp_path / "s.npz", images, labels + 5)
     with pytest.raises(ValueError, match=r"has label .*, the classifier .* 5 classes"):
         measure.measure(judged)
+
+
+def test_generated_tokens_against_the_encoder(settings, vit, tmp_path):
+    """Tokens read off the images themselves agree fully; the same tokens shifted by one image do not."""
+    from models.encoder import load_encoder
+
+    encoder = load_encoder(str(vit), 4)
+    with np.load(tmp_path / "s.npz") as stored:
+        tokens = encoder(torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2)).class_token.numpy()
+    np.savez(tmp_path / "r.npz", pixels(60), np.arange(60) % 4)
+    asked = {"features": (), "class_tokens": tmp_path / "tokens.npy", "encoder": str(vit), "token_grid": 4}
+    np.save(tmp_path / "tokens.npy", tokens)
+    found = measure.measure(settings(**asked)).metrics
+    for key in ("token_cosine", "token_retrieval", "token_class_agreement"):
+        assert found[key].value == pytest.approx(1, abs=1e-5), key
+    assert found["token_cosine_shuffled"].value < 0.99
+    np.save(tmp_path / "tokens.npy", np.roll(tokens, 1, axis=0))
+    assert measure.measure(settings(**asked)).metrics["token_retrieval"].value < 0.2
+    np.save(tmp_path / "tokens.npy", tokens[:30])
+    with pytest.raises(ValueError, match=r"tokens\.npy holds float32 \(30, 32\), not one float vector for each of 40"):
+        measure.measure(settings(**asked))
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 7}, {"dtype": "float64"}])
@@ -663,9 +686,11 @@ def test_suspicious_samples_are_reported(settings, tmp_path):
     images = (pixels(40, seed=1) > 127).astype(np.uint8)
     images[7] = 1
     images[9] = images[8]
+    (tmp_path / "s.json").unlink()
     np.savez(tmp_path / "s.npz", images, np.arange(40) // 8)
     told = " | ".join(measure.measure(settings()).warnings)
-    for part in ("sorted by class", "1 of 40 samples are a single colour", "1 of 40 samples are copies", "in [0, 1]"):
+    for part in ("sorted by class", "1 of 40 samples are a single colour", "1 of 40 samples are copies", "in [0, 1]",
+                 "no JSON beside s.npz"):  # fmt: skip
         assert part in told, part
 
 
