@@ -5,6 +5,7 @@ after any interruption. Writes samples.npz, samples.json, grid.png and gallery.h
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def main() -> None:
     check(settings)
     from sampling.job import Request, generate
 
-    generate(Request(**requested(settings)))
+    generate(Request(**requested(settings)), say=partial(print, flush=True))
 
 
 def requested(s: SampleConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -206,11 +207,14 @@ def describe(
     }
 
 
-def generate(request: Request) -> None:
-    """Do what is missing of a request, with all processes of the job, and let the first one assemble the files."""
+def generate(request: Request, say: Callable[[str], object] = lambda text: None) -> None:
+    """Do what is missing of a request, with all processes of the job, and let the first one assemble the files.
+
+    say: takes the first process's lines for the user.
+    """
     process = processes.start(request.device)
     try:
-        job, work = _agree(request, process)
+        job, work = _agree(request, process, say)
     finally:
         processes.stop()  # from here on the processes meet only in the folder of parts
     if job is None:
@@ -232,10 +236,10 @@ def generate(request: Request) -> None:
         columns = request.interpolate or (len(job.labels.values) if job.labels.kind in ("balanced", "list") else None)
         output = Output(request.out, request.count, job.model.info.resolution, job.model.info.classes, columns,
                         request.gallery, request.class_tokens, request.png, request.keep_parts)  # fmt: skip
-        print(assemble(output, parts, job.identity, measured))
+        say(assemble(output, parts, job.identity, measured))
 
 
-def _agree(request: Request, process: Process) -> tuple[Job | None, list[range]]:
+def _agree(request: Request, process: Process, say: Callable[[str], object]) -> tuple[Job | None, list[range]]:
     """Rank 0 loads first and says what there is to do, so that an error is told once. No job: everything is there."""
     if not process.first:
         work = processes.broadcast(None)
@@ -245,7 +249,7 @@ def _agree(request: Request, process: Process) -> tuple[Job | None, list[range]]
         return (load(request, process) if work else None), work
     try:
         job = load(request, process)
-        work = _begin(job)
+        work = _begin(job, say)
     except (ValueError, FileNotFoundError):
         processes.broadcast(None)
         raise
@@ -253,14 +257,14 @@ def _agree(request: Request, process: Process) -> tuple[Job | None, list[range]]
     return (job if work is not None else None), work or []
 
 
-def _begin(job: Job) -> list[range] | None:
+def _begin(job: Job, say: Callable[[str], object]) -> list[range] | None:
     """What is still to be sampled, cut into batches; None when the job was finished before. Raises ValueError when the
     folder belongs to other settings or the disk is too small."""
     request, side = job.request, job.model.info.resolution
     parts = Parts(request.out / "parts")
     wanted = [name for name, asked in (("class_tokens.npy", request.class_tokens), ("png", request.png)) if asked]
     if is_finished(request.out, request.count, job.identity, wanted, have_parts=bool(parts.done())):
-        print(f"{request.out} is complete: {request.count} samples with these settings are there")
+        say(f"{request.out} is complete: {request.count} samples with these settings are there")
         return None
     work = batches(parts.done(), request.count, request.batch_size, aligned=job.identity["batches"] is not None)
     row = side * side * 3 + 4 * job.model.info.network.class_token_dim
@@ -269,7 +273,7 @@ def _begin(job: Job) -> list[range] | None:
     parts.begin(job.identity)
     work = batches(parts.done(), request.count, request.batch_size, aligned=job.identity["batches"] is not None)
     missing = sum(map(len, work))
-    print(f"{missing} of {request.count} samples to make; disk: {needed / 1e9:.3g} GB needed, {free / 1e9:.0f} GB free")
+    say(f"{missing} of {request.count} samples to make; disk: {needed / 1e9:.3g} GB needed, {free / 1e9:.0f} GB free")
     return work
 
 

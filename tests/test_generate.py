@@ -68,7 +68,7 @@ def generate(place, out, *more):
     """Run in this process; the images and labels."""
     settings = parse(SampleConfig, "", flags(place, out, *more))
     check(settings)
-    jobs.generate(Request(**requested(settings)))
+    jobs.generate(Request(**requested(settings)), say=print)
     return samples(out)
 
 
