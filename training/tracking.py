@@ -2,12 +2,14 @@
 
 import json
 import resource
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from training.folder import replace_text
 from training.step import StepResult
@@ -117,12 +119,13 @@ class Tracker:
         self._cut(start_step)
         self._stream = self.path.open("a")
         self._wandb = self._board = None
+        self._told = False
         if report_to == "wandb":
             import wandb
 
             identity = folder / WANDB_ID
             if not identity.is_file():
-                identity.write_text(wandb.util.generate_id())
+                identity.write_text(secrets.token_hex(4))
             self._wandb = wandb.init(
                 project=project, name=settings["exp_name"], id=identity.read_text().strip(), resume="allow",
                 dir=folder, config=dict(settings),
@@ -134,15 +137,22 @@ class Tracker:
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line. A full disk is told once and does not end the run."""
-        line = {"step": step, **values}
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        try:
+            self._write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            if not self._told:
+                tqdm.write(f"{self.path} could not be written, training goes on: {error}")
+            self._told = True
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if self._wandb:
             self._wandb.log(numbers, step=step)
         if self._board:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line)
+        self._stream.flush()
 
     def picture(self, step: int, file: Path) -> None:
         """Show a PNG in the tracker."""

@@ -1,0 +1,250 @@
+"""What a run says: metrics.jsonl, wandb, TensorBoard, previews, the Frechet distance, and silence between log lines."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from loss import LossTerms, Objective
+from tests.tiny import FLAGS, write_dataset, write_encoder, write_vae
+from training.previews import nearest_class, preview_labels
+from training.step import StepResult
+from training.tracking import Tracker, Window, averages, first_fault, merge_windows
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tools")
+    vae = write_vae(folder / "vae")
+    return {"vae": vae, "encoder": write_encoder(folder / "encoder"), "data": write_dataset(folder / "data", vae=vae)}
+
+
+def flags(data, out, *extra, steps=4, name="run"):
+    return [*FLAGS, "--data-dir", str(data), "--output-dir", str(out), "--exp-name", name, "--max-train-steps", str(steps),
+            *extra]  # fmt: skip
+
+
+def lines(out, name="run"):
+    return [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def result(n, seed, parameters=3):
+    g = torch.Generator().manual_seed(seed)
+    terms = LossTerms(*(torch.randn(n, generator=g) for _ in range(3)), torch.rand(n, generator=g))
+    norms = torch.rand(parameters, generator=g)
+    return StepResult(terms, torch.linalg.vector_norm(norms), norms)
+
+
+def test_window_averages_are_those_of_all_samples():
+    """Terms over steps and processes, split by quartile of t; the total is weighted; the gradient norm is averaged."""
+    rows, everything, norms = [], [], []
+    for rank in range(2):
+        window = Window(torch.device("cpu"))
+        for step in range(3):
+            r = result(16, 10 * rank + step)
+            everything.append(r.terms)
+            norms += [r.grad_norm.item()] if rank == 0 else []
+            window.add(step, r, torch.arange(16) + 16 * rank)
+        rows.append(window.values)
+    rows = torch.stack(rows)
+    values = averages(rows, Objective(class_coeff=0.1, proj_coeff=2.0))
+    v, c, a, t = (torch.cat(term).double() for term in zip(*everything))
+    assert values["velocity"] == pytest.approx(v.mean().item())
+    assert values["loss"] == pytest.approx((v.mean() + 0.1 * c.mean() + 2 * a.mean()).item())
+    for q in range(4):
+        chosen = (t >= q / 4) & (t < (q + 1) / 4)
+        assert values[f"class_velocity_t{q + 1}"] == pytest.approx(c[chosen].mean().item())
+    assert values["grad_norm"] == pytest.approx(np.mean(norms)) and values["skipped_steps"] == 0
+    one = averages(merge_windows(rows)[None], Objective(class_coeff=0.1, proj_coeff=2.0))
+    assert one == pytest.approx(values)
+    assert first_fault(rows) is None
+
+
+def test_window_remembers_the_first_fault():
+    """Of two bad steps the first; of two processes the one that saw the sample; the sample's position and term."""
+    good, bad = Window(torch.device("cpu")), Window(torch.device("cpu"))
+    for step in range(4):
+        r, s = result(4, step), result(4, 50 + step)
+        if step in (1, 2):
+            s.terms.alignment[2 + step - 1] = float("nan")
+            r.gradient_norms[:] = s.gradient_norms[:] = float("nan")
+            r, s = (x._replace(grad_norm=torch.tensor(float("nan"))) for x in (r, s))
+        good.add(step, r, torch.arange(4))
+        bad.add(step, s, torch.arange(4) + 4)
+    fault = first_fault(torch.stack([good.values, bad.values]))
+    assert fault == (1, 1, 6, "alignment", 0)
+    values = averages(torch.stack([good.values, bad.values]), Objective())
+    assert values["skipped_steps"] == 2 and np.isfinite(values["loss"])
+
+
+def test_a_quiet_step_says_nothing(tools, tmp_path, monkeypatch):
+    """Between log lines no tensor is brought to the host: no item(), no cpu(), no gather, no write."""
+    waits: list[str] = []
+    inside = {"quiet": False}
+
+    def watch(owner, name):
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            if inside["quiet"]:
+                waits.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+        watch(torch.Tensor, name)
+    watch(Tracker, "log")
+    from training.runner import Runner
+
+    original = Runner.advance
+
+    def advance(self):
+        batches = self.batches
+        prepared = [next(batches) for _ in self.positions]  # the loader works on the CPU
+        self.batches = iter(prepared)
+        inside["quiet"] = True
+        original(self)
+        self.interrupt.requested()
+        inside["quiet"] = False
+        self.batches = batches
+
+    monkeypatch.setattr(Runner, "advance", advance)
+    train.main(flags(tools["data"], tmp_path, "--log-every", "100", steps=5))
+    assert waits == []
+    assert [line["step"] for line in lines(tmp_path)] == [5]
+
+
+def test_metrics_are_complete_and_never_go_backwards(tools, tmp_path):
+    """Every line has the promised values. After a crash behind the last checkpoint the lines beyond it, and a torn one, are
+    replaced by the run's own."""
+    train.main(flags(tools["data"], tmp_path, "--checkpointing-steps", "2", steps=6))
+    before = lines(tmp_path)
+    for line in before:
+        for key in ("loss", "velocity", "class_velocity", "alignment", "grad_norm", "lr", "images_per_second", "data_wait",
+                    "ema_distance", "peak_memory_gib", "hours_left", "mfu", "velocity_t1", "alignment_t4"):  # fmt: skip
+            assert key in line, key
+        assert 0 <= line["data_wait"] <= 1 and line["images_per_second"] > 0 and line["ema_distance"] > 0
+    assert before[-1]["hours_left"] == 0
+    file = tmp_path / "run/metrics.jsonl"
+    with file.open("a") as stream:
+        stream.write('{"step": 7, "loss": 0.1}\n{"step": 8, "lo')
+    train.main(flags(tools["data"], tmp_path, "--checkpointing-steps", "2", steps=8))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
+    assert lines(tmp_path)[:6] == before and lines(tmp_path)[6]["loss"] != 0.1
+
+
+@pytest.mark.slow
+def test_wandb_keeps_its_run(tools, tmp_path, monkeypatch):
+    """Offline: the id is made once and used again on resume; the files wandb writes hold our values at our steps."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    extra = ("--report-to", "wandb", "--wandb-project", "toy")
+    train.main(flags(tools["data"], tmp_path, *extra, steps=2))
+    identity = (tmp_path / "run/wandb-id.txt").read_text()
+    train.main(flags(tools["data"], tmp_path, *extra, steps=4))
+    assert (tmp_path / "run/wandb-id.txt").read_text() == identity
+    written = sorted((tmp_path / "run/wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
+    assert len(written) == 2
+    for _ in range(100):  # wandb's own process writes the files, and may be behind
+        history = [record for file in written for record in wandb_history(file)]
+        if len(history) == 4:
+            break
+        time.sleep(0.2)
+    assert [record["_step"] for record in history] == [1, 2, 3, 4]
+    assert [record["loss"] for record in history] == pytest.approx([line["loss"] for line in lines(tmp_path)])
+
+
+def wandb_history(file: Path) -> list[dict]:
+    """The logged values in a .wandb file: a header of 7 bytes, then LevelDB's log format around protobuf records."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, record, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # too little left in the block for a record's header
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(record)
+            record = b""
+            if message.WhichOneof("record_type") == "history":
+                items = message.history.item
+                found.append({(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in items})
+    return found
+
+
+def test_tensorboard(tools, tmp_path):
+    """The other tracker: the same values at the same steps, over a resume."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (2, 4):
+        train.main(flags(tools["data"], tmp_path, "--report-to", "tensorboard", steps=steps))
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    losses = events.Scalars("loss")
+    assert [e.step for e in losses] == [1, 2, 3, 4]
+    assert [e.value for e in losses] == pytest.approx([line["loss"] for line in lines(tmp_path)], rel=1e-6)
+
+
+def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch):
+    """A grid after every interval, from fixed noise and labels; the distance in the same curves; both by the EMA's VAE."""
+    from PIL import Image
+
+    from training import previews
+
+    seen = []
+    original = previews.sample
+
+    def sample(network, interpolant, labels, index, **rest):
+        state = original(network, interpolant, labels, index, **rest)
+        seen.append((labels.tolist(), index.tolist(), rest["seed"], state.latent))
+        return state
+
+    monkeypatch.setattr(previews, "sample", sample)
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    train.main(flags(
+        tools["data"], tmp_path, "--sampling-steps", "3", "--preview-steps", "4", "--eval-every", "2",
+        "--eval-samples", "40", "--eval-reference", str(reference), "--eval-features", f"timm:{tools['encoder']}",
+        "--learning-rate", "0.01", "--ema-decay", "0.5",
+    ))  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "run/previews").iterdir()) == ["step_0000003.png", "step_0000004.png"]
+    image = Image.open(tmp_path / "run/previews/step_0000003.png")
+    assert image.width == 8 * (64 + 4) and image.height == 2 * (64 + 28)
+    grids = [entry for entry in seen if len(entry[0]) == 16]
+    assert grids[0][:3] == grids[1][:3] and not torch.equal(grids[0][3], grids[1][3])  # the network has moved
+    measured = {line["step"]: line.get("fd") for line in lines(tmp_path)}
+    assert measured[1] is None and measured[3] is None and measured[2] > 0 and measured[4] > 0
+    assert measured[2] != measured[4]
+
+
+def test_preview_labels_and_nearest_classes():
+    """Few classes repeat, many are spread; the nearest class is the one of the largest cosine, whatever the length."""
+    assert preview_labels(3, 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert preview_labels(1000, 4).tolist() == [0, 250, 500, 750]
+    means = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+    assert nearest_class(torch.tensor([[3.0, 2.9], [0.1, 0.2]]), means).tolist() == [0, 1]
+
+
+def test_a_full_disk_does_not_end_the_log(tools, tmp_path, capsys, monkeypatch):
+    """A line that cannot be written is told once; training goes on."""
+    failing = {"count": 0}
+
+    def write(self, line):
+        failing["count"] += 1
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Tracker, "_write", write)
+    train.main(flags(tools["data"], tmp_path))
+    assert failing["count"] == 4
+    assert len(re.findall("could not be written", capsys.readouterr().out)) == 1
+    assert (tmp_path / "run/checkpoints/0000004/ema.safetensors").is_file()
