@@ -12,7 +12,10 @@ Record i of shard k is row i of each of its files. Fields:
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +38,11 @@ from shards import (
 
 __all__ = [
     "MANIFEST", "Batch", "EncoderInfo", "Manifest", "PackedDataset", "StepSampler", "decode_moments", "encode_moments",
-    "read_manifest", "write_manifest", "write_shard",
+    "read_ahead", "read_manifest", "write_manifest", "write_shard",
 ]  # fmt: skip
 _SHUFFLE = 2  # philox purpose of the data order
 _LARGE_RECORD = 2048  # bytes: from here on copying record by record beats numpy's gather, which copies twice
+_KEPT = 8  # buffers of one shape that wait to be used again
 _MEND = "redo this shard with preprocessing/pack.py --repair"
 
 
@@ -75,11 +79,34 @@ def decode_moments(moments: Tensor) -> Tensor:
     return torch.cat([mean, std / MOMENTS_STD_SCALE], dim=1)
 
 
+class _Buffers:
+    """Memory for batches, used again once nobody holds the batch: fresh pages cost as much as the copy into them."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array of arbitrary content; when it and all tensors that share its memory are gone, the memory is free."""
+        free = self._free.setdefault((shape, dtype), [])
+        try:
+            memory = free.pop()
+        except IndexError:  # asked for forgiveness, as other threads take from the list too
+            memory = np.empty(shape, dtype)
+        lent = memory[:]
+        weakref.finalize(lent, _give_back, free, memory).atexit = False
+        return lent
+
+
+def _give_back(free: list[np.ndarray], memory: np.ndarray) -> None:
+    if len(free) < _KEPT:
+        free.append(memory)
+
+
 class PackedDataset(Dataset):
     """Random access to a packed dataset, a whole batch at a time: `dataset[indices]` => Batch.
 
-    Use with DataLoader(dataset, sampler=StepSampler(...), batch_size=None). Files are mapped on first use, in the process
-    that uses them; what a process holds grows with the number of shards, never with that of records.
+    Read it by `read_ahead`, or by DataLoader(dataset, sampler=StepSampler(...), batch_size=None). Files are mapped on first
+    use, in the process that uses them; what a process holds grows with the number of shards, never with that of records.
     """
 
     def __init__(self, directory: Path | str, fields: Sequence[str] | None = None) -> None:
@@ -101,6 +128,7 @@ class PackedDataset(Dataset):
             name: (np.dtype(spec["dtype"]), tuple(spec["shape"])) for name, spec in self.manifest.fields.items()
         }
         self._maps: dict[tuple[int, str], np.ndarray] = {}
+        self._buffers = _Buffers()
         self._check_sizes()
 
     def __len__(self) -> int:
@@ -108,11 +136,15 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """Gather records. indices: (N,) integers in [0, count). Raises IndexError outside of it."""
+        return self.read(indices)
+
+    def read(self, indices: Sequence[int] | np.ndarray, *, pin_memory: bool = False) -> Batch:
+        """`self[indices]`; with pin_memory straight into memory that a GPU can copy from while it computes."""
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"record {indices.min()} or {indices.max()} is not in [0, {len(self)})")
         places = self._places(indices)
-        get = {name: torch.from_numpy(self._gather(name, len(indices), places)) for name in self.fields}
+        get = {name: self._gather(name, len(indices), places, pin_memory) for name in self.fields}
         encoders = range(len(self.manifest.encoders))
         return Batch(
             moments=get.get("moments"),
@@ -124,7 +156,7 @@ class PackedDataset(Dataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a spawned worker maps the files itself
+        return {**self.__dict__, "_maps": {}, "_buffers": _Buffers()}  # a spawned worker maps the files itself
 
     def labels(self) -> np.ndarray:
         """(count,) int64 labels of all records."""
@@ -156,9 +188,16 @@ class PackedDataset(Dataset):
             for number, positions in zip(numbers, np.split(order, firsts[1:]))
         ]
 
-    def _gather(self, name: str, count: int, places: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
+    def _gather(
+        self, name: str, count: int, places: list[tuple[int, np.ndarray, np.ndarray]], pin_memory: bool
+    ) -> Tensor:
         dtype, shape = self._specs[name]
-        out = np.empty((count, *shape), dtype=dtype)
+        if pin_memory:  # torch keeps such memory itself, and knows when copies from it are done
+            tensor = torch.empty((count, *shape), dtype=_torch_dtype(dtype), pin_memory=True)
+            out = tensor.numpy()
+        else:
+            out = self._buffers.take((count, *shape), dtype)
+            tensor = torch.from_numpy(out)
         large = out.nbytes > _LARGE_RECORD * count
         for number, positions, rows in places:
             source = self.map(number, name)
@@ -167,7 +206,7 @@ class PackedDataset(Dataset):
                     out[position] = source[row]
             else:
                 out[positions] = source[rows]
-        return out
+        return tensor
 
     def _file(self, number: int, name: str) -> Path:
         return self.directory / self.manifest.shards[number]["files"][name]["file"]
@@ -185,6 +224,43 @@ class PackedDataset(Dataset):
                 expected = npy_size(*self._specs[name], shard["count"])
                 if size != expected:
                     raise ValueError(f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {_MEND}")
+
+
+def _torch_dtype(dtype: np.dtype) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def read_ahead(
+    dataset: PackedDataset, order: Iterable[np.ndarray], *, threads: int = 2, depth: int = 4, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Batches in the given order, up to `depth` of them read by threads before they are asked for; 0 threads: none.
+
+    Threads, not processes: copying leaves the interpreter's lock, so does waiting for the disk, and a batch is where it is
+    needed when it has been read, while one from another process is copied twice more.
+    """
+    if threads == 0:
+        for indices in order:
+            yield dataset.read(indices, pin_memory=pin_memory)
+        return
+    orders = iter(order)
+    waiting: deque[Future[Batch | None]] = deque()
+    with ThreadPoolExecutor(1) as orderer, ThreadPoolExecutor(threads) as readers:
+
+        def read(indices: Future[np.ndarray | None]) -> Batch | None:
+            found = indices.result()
+            return None if found is None else dataset.read(found, pin_memory=pin_memory)
+
+        try:
+            while True:
+                while len(waiting) < depth:  # the order of an epoch takes a second at ImageNet's size: not in this thread
+                    waiting.append(readers.submit(read, orderer.submit(next, orders, None)))
+                batch = waiting.popleft().result()
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class StepSampler(Sampler):
