@@ -77,7 +77,10 @@ def measure(settings: "EvaluateConfig") -> Results | None:
         return None
     # statistics that come with a file are of a larger set than the images in it
     n_reference = None if reference is None or reference.statistics else len(reference)
-    results.warnings = sample_warnings(len(samples), classes, audit, n_reference, settings.split)
+    of_inception = "inception" in settings.features  # whose 2048 dimensions want images, and IS its order of them
+    results.warnings = sample_warnings(
+        len(samples), classes if of_inception else None, audit, n_reference if of_inception else None, settings.split
+    )
     if digests.get("inception", networks.INCEPTION_SHA256) != networks.INCEPTION_SHA256:
         results.warnings.append("the Inception weights are not the published ones: FID, sFID and IS are no such numbers")
     if reference is not None and reference.shape[1:] != samples.shape[1:]:

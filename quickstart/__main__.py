@@ -4,6 +4,7 @@ Every stage is a program of this project, run by the command that is printed. Se
 """
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def prepare(out: Path) -> list[Stage]:
 def train_and_sample(out: Path, run: str, gpu: bool, samples: int) -> list[Stage]:
     """Train one row and sample it with each solver, with and without guidance."""
     launcher = ("accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-                "--dynamo_backend", "no", *(() if gpu else ("--cpu",)))  # fmt: skip
+                "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count() or 1),
+                *(() if gpu else ("--cpu",)))  # fmt: skip
     train = (*launcher, "train.py", "--config", "recipes/digits.yaml", "--data-dir", str(out / "packed"),
              "--output-dir", str(out), "--exp-name", run, *RUNS[run])  # fmt: skip
     stages = [Stage(f"train-{run}", train, (out / run / "checkpoints",), ("pack",))]

@@ -5,6 +5,7 @@ arr_1 labels) for evaluation.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ def main() -> None:
     for part in ("train", "test"):
         pixels, labels = read_image_folder(out / part)
         np.savez(out / f"{part}.npz", arr_0=pixels, arr_1=labels)
+        (out / f"{part}.json").write_text(json.dumps({"source": f"scikit-learn's digits, {part} part"}))
     print(f"{train} digits to train on, {test} held out, in {out}")
 
 
