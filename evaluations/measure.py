@@ -76,7 +76,8 @@ def measure(settings: "EvaluateConfig") -> Results | None:
     if rank() > 0:
         return None
     # statistics that come with a file are of a larger set than the images in it
-    n_reference = None if reference is None or reference.statistics else len(reference)
+    counted = reference is not None and not reference.statistics and "inception" in digests
+    n_reference = len(reference) if counted else None
     of_inception = "inception" in settings.features  # whose 2048 dimensions want images, and IS its order of them
     results.warnings = sample_warnings(
         len(samples), classes if of_inception else None, audit, n_reference if of_inception else None, settings.split

@@ -15,6 +15,7 @@ PAPER_IMAGES = 50_000  # FID and IS depend on the number of images; papers use t
 TITLES = {
     "fid": ("FID", 2),
     "sfid": ("sFID", 2),
+    "fd": ("FD", 2),
     "inception_score": ("IS", 1),
     "precision": ("Precision", 3),
     "recall": ("Recall", 3),
@@ -22,7 +23,6 @@ TITLES = {
     "coverage": ("Coverage", 3),
     "kd": ("KD", 5),
     "kid": ("KID", 5),
-    "fd": ("FD", 2),
     "cmmd": ("CMMD", 3),
     "class_accuracy": ("Class accuracy", 3),
     "authenticity": ("Authenticity", 3),
@@ -176,7 +176,8 @@ def sample_warnings(
 ) -> list[str]:
     """What makes the numbers of these samples differ from a paper's, one sentence each.
 
-    classes: labels, or predicted classes. audit: collect.Audit of the samples. n_reference: None without a reference.
+    classes: labels, or predicted classes. audit: collect.Audit of the samples. n_reference: images whose Inception
+    statistics are the reference; None without.
     """
     warnings = []
     if n < PAPER_IMAGES:
