@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import harness, overhead, published, roofline, train_step
 from benchmarks.train_variants import OurStep, encoded_ahead
 from config import UserError
+from dataset import MOMENTS_STD_SCALE, Batch
 from models import acceleration
 from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
 from models.sit import SiTConfig, preset
@@ -94,6 +95,35 @@ def test_bf16_loss_follows_fp32():
         assert sum(totals[-5:]) < 0.95 * sum(totals[:5])
         final.append(sum(totals[-5:]))
     assert abs(final[0] - final[1]) < 0.01 * abs(final[0])
+
+
+@pytest.mark.slow
+def test_bf16_loss_follows_fp32_on_digits():
+    """On scikit-learn's digits as latents, with fixed random tokens as teacher, the loss curves of 200 steps in bf16 and in
+    fp32 stay within 2 % of each other, 25 steps averaged, while the loss falls by more than a third."""
+    from sklearn.datasets import load_digits
+
+    images = torch.from_numpy(load_digits().images).float() / 8 - 1  # (1797, 8, 8) in [-1, 1]
+    labels = torch.from_numpy(load_digits().target)
+    g = torch.Generator().manual_seed(0)
+    patches = images.view(-1, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(-1, 16, 4) @ torch.randn(4, 32, generator=g)
+    tokens = torch.cat([images.flatten(1)[:, None] @ torch.randn(64, 32, generator=g) / 8, patches], dim=1)  # (N, 17, 32)
+    std = torch.full((len(images), 4, 8, 8), 0.1 * MOMENTS_STD_SCALE)
+    moments = torch.cat([images[:, None].expand(-1, 4, -1, -1), std], dim=1).half()
+    curves = []
+    for precision in ("no", "bf16"):
+        ours = OurStep(replace(SIX_BLOCKS, input_size=8), 32, "cpu", precision=precision)
+        ours.step.optimizer.param_groups[0]["lr"] = 2e-3
+        totals = []
+        for number in range(200):
+            rows = torch.randint(0, len(images), (32,), generator=torch.Generator().manual_seed(number))
+            token = tokens[rows].half()
+            batch = Batch(moments[rows], labels[rows], rows, None, (token[:, 0],), (token[:, 1:],))
+            terms = ours.step(number, [(batch, ours.positions)]).terms
+            totals.append(ours.step.objective.total(terms))
+        curves.append(torch.stack(totals).view(8, 25).mean(1))
+    assert curves[0][-1] < 0.67 * curves[0][0]
+    assert ((curves[0] - curves[1]).abs() < 0.02 * curves[0][0].abs()).all(), curves
 
 
 def test_training_flops_of_the_largest_network():
