@@ -410,6 +410,28 @@ def test_a_given_token_stays_and_steers(place, tmp_path):
     assert not torch.allclose(relabelled.state.latent[0], drawn.state.latent[0], atol=1e-3)
 
 
+def test_more_like_an_image(place, tmp_path):
+    """An image is cropped and read by the model's own encoder: the token that is fixed is the encoder's."""
+    from PIL import Image
+
+    from models.encoder import load_encoder
+    from preprocessing.crop import center_crop
+    from tests.tiny import write_encoder
+
+    encoder = write_encoder(tmp_path / "encoder", dim=16)
+    write_model(place, "wider", replace(CONFIG, class_token_dim=16), encoders=(str(encoder),))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    picture.save(tmp_path / "a.png")
+    job = loaded(place, "--checkpoint", str(place / "wider"), "--like", str(tmp_path / "a.png"))
+    pixels = torch.from_numpy(np.array(center_crop(picture, 8))).permute(2, 0, 1)[None]
+    assert torch.equal(job.tokens, load_encoder(str(encoder), 2)(pixels).class_token.float())
+    with pytest.raises(ValueError, match=r"encoder .* gives tokens of width 16, the model has 6"):
+        write_model(place, "narrow", CONFIG, encoders=(str(encoder),))
+        loaded(place, "--checkpoint", str(place / "narrow"), "--like", str(tmp_path / "a.png"))
+    with pytest.raises(ValueError, match="the model file names no encoder"):
+        loaded(place, "--like", str(tmp_path / "a.png"))
+
+
 def test_interpolation_strip(place, tmp_path):
     """Rows share their noise, columns go from the first token to the second; the grid is the strip."""
     from PIL import Image
