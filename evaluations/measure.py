@@ -75,12 +75,11 @@ def measure(settings: "EvaluateConfig") -> Results | None:
         results.metrics |= token_coherence(samples, reference, settings, device)
     if rank() > 0:
         return None
+    of_inception = "inception" in digests  # whose 2048 dimensions want images, and IS its order of them
     # statistics that come with a file are of a larger set than the images in it
-    counted = reference is not None and not reference.statistics and "inception" in digests
-    n_reference = len(reference) if counted else None
-    of_inception = "inception" in settings.features  # whose 2048 dimensions want images, and IS its order of them
+    counted = of_inception and reference is not None and not reference.statistics
     results.warnings = sample_warnings(
-        len(samples), classes if of_inception else None, audit, n_reference if of_inception else None, settings.split
+        len(samples), classes if of_inception else None, audit, len(reference) if counted else None, settings.split
     )
     if digests.get("inception", networks.INCEPTION_SHA256) != networks.INCEPTION_SHA256:
         results.warnings.append("the Inception weights are not the published ones: FID, sFID and IS are no such numbers")

@@ -22,7 +22,7 @@ from evaluations.evaluate import EvaluateConfig
 from evaluations.features import Extractor, Features
 from evaluations.images import open_images
 from evaluations.metrics import frechet_distance
-from evaluations.results import Metric, Results, load, sorted_share
+from evaluations.results import Metric, Results, load, sample_warnings, sorted_share
 from evaluations.statistics import compute_statistics
 
 ROOT = Path(__file__).parents[1]
@@ -682,16 +682,21 @@ def test_impossible_settings(change, sentence, tmp_path):
 
 
 def test_suspicious_samples_are_reported(settings, tmp_path):
-    """Sorted, constant, repeated and badly scaled samples each give a warning."""
+    """Constant, repeated and badly scaled samples and unknown makers each give a warning; for IS also sorted classes."""
     images = (pixels(40, seed=1) > 127).astype(np.uint8)
     images[7] = 1
     images[9] = images[8]
     (tmp_path / "s.json").unlink()
     np.savez(tmp_path / "s.npz", images, np.arange(40) // 8)
     told = " | ".join(measure.measure(settings()).warnings)
-    for part in ("sorted by class", "1 of 40 samples are a single colour", "1 of 40 samples are copies", "in [0, 1]",
+    for part in ("1 of 40 samples are a single colour", "1 of 40 samples are copies", "in [0, 1]",
                  "no JSON beside s.npz"):  # fmt: skip
         assert part in told, part
+    ordered = np.arange(60) // 10
+    assert any("IS uses chunks of 50" in line for line in sample_warnings(60, ordered, None, None, 50))
+    assert any("sorted by class: shuffle" in line for line in sample_warnings(60, ordered, None, None, 100))
+    assert not any("sorted" in line for line in sample_warnings(60, ordered.reshape(6, 10).T.ravel(), None, None, 50))
+    assert any("64 images, fewer than Inception" in line for line in sample_warnings(60, None, None, 64, 50))
 
 
 # ------------------------------------------------------------------------------------------------------- comparison
