@@ -23,7 +23,7 @@ echo "$gpu"
 failed=()
 measure() { # benchmark, flags...
     echo "== $*"
-    "$python" -m "benchmarks.$1" "${@:2}" --device cuda || failed+=("$*")
+    "$python" -m "benchmarks.$1" "${@:2}" || failed+=("$*")
 }
 
 tests() {
@@ -33,28 +33,28 @@ tests() {
 train() {
     for model in "${models[@]}"; do
         name="$(echo "$model" | sed 's/SiT-//' | tr -d / | tr 'A-Z' 'a-z')"
-        measure train_step --model "$model" --batch-size "$batch" --encoder dinov2-vit-b --compile --stream --parts \
+        measure train_step --device cuda --model "$model" --batch-size "$batch" --encoder dinov2-vit-b --compile --stream --parts \
             --rounds "$rounds" "${published[@]}" --label "$name-$slug-online"
-        measure train_step --model "$model" --batch-size "$batch" --compile --rounds "$rounds" "${published[@]}" \
+        measure train_step --device cuda --model "$model" --batch-size "$batch" --compile --rounds "$rounds" "${published[@]}" \
             --label "$name-$slug-cached"
     done
 }
 memory() {
-    measure train_step --model "${models[0]}" --batch-size 32 64 128 256 --compile --rounds 3 --label "memory-$slug"
-    measure train_step --model "${models[0]}" --batch-size 32 64 128 256 --compile --rounds 3 --gradient-checkpointing \
+    measure train_step --device cuda --model "${models[0]}" --batch-size 32 64 128 256 --compile --rounds 3 --label "memory-$slug"
+    measure train_step --device cuda --model "${models[0]}" --batch-size 32 64 128 256 --compile --rounds 3 --gradient-checkpointing \
         --label "memory-$slug-recompute"
 }
 overhead() {
-    measure overhead --model "${models[0]}" --batch-size 64 --compile --rounds 51 --label "$slug"
+    measure overhead --device cuda --model "${models[0]}" --batch-size 64 --compile --rounds 51 --label "$slug"
 }
 sample() {
-    measure sample --model "${models[0]}" --batch-size 128 --compile "${published[@]}" --label "$slug"
+    measure sample --device cuda --model "${models[0]}" --batch-size 128 --compile "${published[@]}" --label "$slug"
 }
 data() {
-    if [ -f benchmarks/data.py ]; then measure data --label "$slug"; fi
+    measure data "${published[@]}" --label "host-of-$slug"
 }
 evaluate() {
-    measure evaluate --label "$slug"
+    measure evaluate --device cuda --label "$slug"
 }
 
 if [ $# -eq 0 ]; then set -- tests train memory overhead sample data evaluate; fi

@@ -19,7 +19,7 @@ from models.autoencoder import LatentNormalization
 from models.ema import EMA
 from models.encoder import PUBLISHED, VisionEncoder
 from models.sit import SiT, SiTConfig
-from training.step import TrainStep
+from training.step import StepResult, TrainStep
 
 CACHED = "cached"  # in place of an encoder: tokens are given
 
@@ -84,12 +84,12 @@ class OurStep:
         self.batch = Batch(stored.half(), d.label, self.positions, d.pixels, *tokens)
         self.number = 0
 
-    def __call__(self, batch: Batch | None = None) -> None:
-        self.step(self.number, [(self.batch if batch is None else batch, self.positions)])
+    def __call__(self, batch: Batch | None = None) -> StepResult:
         self.number += 1
+        return self.step(self.number - 1, [(self.batch if batch is None else batch, self.positions)])
 
 
-def encoded_ahead(ours: OurStep) -> Callable[[], None]:
+def encoded_ahead(ours: OurStep) -> Callable[[], StepResult]:
     """The same step with the next batch encoded on a side stream while this one trains (CUDA)."""
     encoder, ours.step.encoders = ours.step.encoders[0], ()  # the step finds its tokens as if they were cached
     main, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -102,13 +102,13 @@ def encoded_ahead(ours: OurStep) -> Callable[[], None]:
 
     ahead = [encode()]
 
-    def step() -> None:
+    def step() -> StepResult:
         main.wait_stream(side)
         current = ahead.pop()
         for tensor in (*current.class_token, *current.patch_tokens):
             tensor.record_stream(main)
         ahead.append(encode())
-        ours(current)
+        return ours(current)
 
     return step
 
