@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # drawn first, in this order, when a run logs them; any other number follows by name
 CURVES = ("loss", "velocity", "class_velocity", "alignment", "fd", "fid", "grad_norm", "lr", "images_per_second")
-NOT_CURVES = ("step", "epoch", "time", "seconds")
+NOT_CURVES = ("step", "epoch", "time", "seconds", "hours_left")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -80,16 +80,16 @@ def write_report(
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f"<p>{html.escape(line)}</p>" for line in summary]
     parts += [_html_table(table) for table in tables]
-    figure = _curve_figure({name: read_curves(folder) for name, folder in runs.items()})
-    if figure is not None:
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=110)
-        parts.append(f'<h2>Training</h2><img class="curves" alt="curves" src="{_data_uri(stream.getvalue())}">')
     if images:
         parts.append("<h2>Images</h2>")
     for caption, file in images:
         picture = f'<img alt="{html.escape(caption)}" src="{_data_uri(_read_png(file))}">'
         parts.append(f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    figure = _curve_figure({name: read_curves(folder) for name, folder in runs.items()})
+    if figure is not None:
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=110)
+        parts.append(f'<h2>Training</h2><img class="curves" alt="curves" src="{_data_uri(stream.getvalue())}">')
     if commands:
         parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>")
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
@@ -108,18 +108,19 @@ def write_report_png(
     images: Sequence[tuple[str, Path]],
     commands: Sequence[str],
 ) -> None:
-    """The content of `write_report` as one picture."""
+    """The content of `write_report` as one picture, of the curves the chief ones."""
     import matplotlib.image
 
     curves = {name: read_curves(folder) for name, folder in runs.items()}
-    names = _curve_names(curves)
-    lines = [*summary, *(["", "Commands:"] if commands else []), *(f"  {command}" for command in commands)]
-    wrapped = [piece for line in lines for piece in _wrap(line, 130)]
+    names = [name for name in _curve_names(curves) if name in CURVES]
+    texts = {"summary": list(summary), "commands": ["Commands:", *commands] if commands else []}
+    wrapped = {name: [piece for line in lines for piece in _wrap(line, 130)] for name, lines in texts.items()}
     # heights in inches of each band, from top to bottom
-    bands: list[tuple[str, float]] = [("text", 0.2 * len(wrapped) + 0.2)] if wrapped else []
+    bands: list[tuple[str, float]] = [("summary", 0.2 * len(wrapped["summary"]) + 0.2)] if summary else []
     bands += [(f"table {number}", 0.3 * (len(table.rows) + 1) + 0.5) for number, table in enumerate(tables)]
-    bands += [(f"curves {row}", 2.6) for row in range(math.ceil(len(names) / 3))]
     bands += [(f"images {row}", 4.2) for row in range(math.ceil(len(images) / 3))]
+    bands += [(f"curves {row}", 2.6) for row in range(math.ceil(len(names) / 3))]
+    bands += [("commands", 0.2 * len(wrapped["commands"]) + 0.2)] if commands else []
     if not bands:
         bands = [("empty", 1.0)]
     height = sum(size for _, size in bands) + 0.8
@@ -143,8 +144,8 @@ def write_report_png(
         else:
             axes = figure.add_subplot(grid[row, :])
             axes.axis("off")
-            if kind == "text":
-                axes.text(0, 1, "\n".join(wrapped), fontsize=9, va="top", family="monospace", transform=axes.transAxes)
+            if kind in wrapped:
+                axes.text(0, 1, "\n".join(wrapped[kind]), fontsize=9, va="top", family="monospace", transform=axes.transAxes)
             elif kind == "table":
                 _draw_table(axes, tables[int(number)])
     out_png.parent.mkdir(parents=True, exist_ok=True)

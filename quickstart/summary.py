@@ -23,7 +23,8 @@ def collect(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool) 
         sidecar = json.loads(file.read_text())
         seconds = by_name[f"sample-{name}"].seconds
         settings.append(
-            {"name": name, "run": run, "sampler": sampler, "guidance": guidance, "nfe": sidecar["nfe"], "seconds": seconds}
+            {"name": name, "run": run, "sampler": sampler, "guidance": guidance, "nfe": sidecar["nfe"],
+             "forwards": sidecar["forwards"], "seconds": seconds}
             | _metrics(out / "evaluations" / f"{name}.json")
         )
     settings.sort(key=lambda s: (runs.index(s["run"]), s["sampler"], s["guidance"] == "guided"))
@@ -40,15 +41,15 @@ def collect(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool) 
 
 def rows(results: dict) -> list[list[str]]:
     """The table, header first."""
-    table = [["images", "sampler", "guidance", "recognised", "FD to held-out", "n", "NFE", "seconds"]]
+    table = [["images", "sampler", "guidance", "recognised", "FD to held-out", "n", "NFE", "passes", "seconds"]]
     for name, title in (("held-out", "real, held out"), ("train", "real, training")):
         real = results["real"][name]
         distance = "0 (itself)" if name == "held-out" else f"{real['fd']:.3f}"
-        table.append([title, "", "", f"{real['accuracy']:.1%}", distance, str(real["n"]), "", ""])
+        table.append([title, "", "", f"{real['accuracy']:.1%}", distance, str(real["n"]), "", "", ""])
     for s in results["settings"]:
         table.append(
             [TITLES[s["run"]], s["sampler"].upper(), s["guidance"], f"{s['accuracy']:.1%}", f"{s['fd']:.3f}", str(s["n"]),
-             str(s["nfe"]), f"{s['seconds']:.0f}"]
+             str(s["nfe"]), str(s["forwards"]), f"{s['seconds']:.0f}"]
         )  # fmt: skip
     return table
 
@@ -69,7 +70,8 @@ def summarize(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool
         "title": "REG quickstart: handwritten digits",
         "summary": [
             "Recognised: share of images whose class the judge names, a classifier of real digits that takes no part "
-            "in generation. FD: Frechet distance to the held-out digits in the judge's features.",
+            "in generation. FD: Frechet distance to the held-out digits in the judge's features. NFE: evaluations of the "
+            "velocity for each sample; a guided one takes two passes of the network.",
             f"{results['total_seconds'] / 60:.1f} minutes in all on {results['device']}, largest process "
             f"{results['peak_memory_gib']:.2f} GiB.",
         ],
