@@ -12,7 +12,6 @@ Record i of shard k is row i of each of its files. Fields:
 """
 
 import os
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from mapped import Buffers, copy_large, map_file
 from models import philox
-from shards import (
+from shards import (  # what readers need is named here again
     MANIFEST,
     MOMENTS_STD_SCALE,
     EncoderInfo,
@@ -42,7 +42,7 @@ __all__ = [
 ]  # fmt: skip
 _SHUFFLE = 2  # philox purpose of the data order
 _LARGE_RECORD = 2048  # bytes: from here on copying record by record beats numpy's gather, which copies twice
-_KEPT = 8  # buffers of one shape that wait to be used again
+_UNMAP = 16 * 2**30  # bytes read after which files are mapped anew: page tables of a whole epoch would take 1 GB
 _MEND = "redo this shard with preprocessing/pack.py --repair"
 
 
@@ -79,29 +79,6 @@ def decode_moments(moments: Tensor) -> Tensor:
     return torch.cat([mean, std / MOMENTS_STD_SCALE], dim=1)
 
 
-class _Buffers:
-    """Memory for batches, used again once nobody holds the batch: fresh pages cost as much as the copy into them."""
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}
-
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array of arbitrary content; when it and all tensors that share its memory are gone, the memory is free."""
-        free = self._free.setdefault((shape, dtype), [])
-        try:
-            memory = free.pop()
-        except IndexError:  # asked for forgiveness, as other threads take from the list too
-            memory = np.empty(shape, dtype)
-        lent = memory[:]
-        weakref.finalize(lent, _give_back, free, memory).atexit = False
-        return lent
-
-
-def _give_back(free: list[np.ndarray], memory: np.ndarray) -> None:
-    if len(free) < _KEPT:
-        free.append(memory)
-
-
 class PackedDataset(Dataset):
     """Random access to a packed dataset, a whole batch at a time: `dataset[indices]` => Batch.
 
@@ -128,7 +105,8 @@ class PackedDataset(Dataset):
             name: (np.dtype(spec["dtype"]), tuple(spec["shape"])) for name, spec in self.manifest.fields.items()
         }
         self._maps: dict[tuple[int, str], np.ndarray] = {}
-        self._buffers = _Buffers()
+        self._mapped_bytes = 0
+        self._buffers = Buffers()
         self._check_sizes()
 
     def __len__(self) -> int:
@@ -140,6 +118,8 @@ class PackedDataset(Dataset):
 
     def read(self, indices: Sequence[int] | np.ndarray, *, pin_memory: bool = False) -> Batch:
         """`self[indices]`; with pin_memory straight into memory that a GPU can copy from while it computes."""
+        if self._mapped_bytes > _UNMAP:
+            self._maps, self._mapped_bytes = {}, 0
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"record {indices.min()} or {indices.max()} is not in [0, {len(self)})")
@@ -156,7 +136,7 @@ class PackedDataset(Dataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}, "_buffers": _Buffers()}  # a spawned worker maps the files itself
+        return {**self.__dict__, "_maps": {}, "_buffers": Buffers()}  # a spawned worker maps the files itself
 
     def labels(self) -> np.ndarray:
         """(count,) int64 labels of all records."""
@@ -164,19 +144,14 @@ class PackedDataset(Dataset):
 
     def map(self, number: int, name: str) -> np.ndarray:
         """The read-only memory map of one field of one shard. Raises ValueError if the file is not what it should be."""
-        if (number, name) not in self._maps:
-            path, shard, (dtype, shape) = self._file(number, name), self.manifest.shards[number], self._specs[name]
-            try:
-                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, OSError, EOFError, SyntaxError) as error:
-                raise ValueError(f"shard file {path} is truncated or damaged ({error}); {_MEND}") from error
-            if mapped.shape != (shard["count"], *shape) or mapped.dtype != dtype:
-                raise ValueError(
-                    f"shard file {path} holds {mapped.dtype} {mapped.shape}, {MANIFEST} says {dtype} "
-                    f"{(shard['count'], *shape)}; {_MEND}"
-                )
-            self._maps[number, name] = mapped.view(np.ndarray)  # a memmap's own indexing is slow
-        return self._maps[number, name]
+        mapped = self._maps.get((number, name))
+        if mapped is None:
+            path, count, (dtype, shape) = self._file(number, name), self.manifest.shards[number]["count"], self._specs[name]
+            mapped = map_file(path, dtype, shape, count)
+            if mapped is None:
+                raise ValueError(f"shard file {path} does not hold {count} records of {dtype} {shape}; {_MEND}")
+            self._maps[number, name] = mapped
+        return mapped
 
     def _places(self, indices: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """Where records lie: (shard, positions in the batch, rows in the shard) for each shard that holds any."""
@@ -199,12 +174,16 @@ class PackedDataset(Dataset):
             out = self._buffers.take((count, *shape), dtype)
             tensor = torch.from_numpy(out)
         large = out.nbytes > _LARGE_RECORD * count
-        for number, positions, rows in places:
-            source = self.map(number, name)
-            if large or len(rows) == 1:  # one copy each, straight from the map
-                for position, row in zip(positions.tolist(), rows.tolist()):
-                    out[position] = source[row]
-            else:
+        self._mapped_bytes += out.nbytes
+        sources = [self.map(number, name) for number, _, _ in places]
+        if large:
+            copy_large(out, [
+                (source, position, row)
+                for source, (_, positions, rows) in zip(sources, places)
+                for position, row in zip(positions.tolist(), rows.tolist())
+            ])  # fmt: skip
+        else:
+            for source, (_, positions, rows) in zip(sources, places):
                 out[positions] = source[rows]
         return tensor
 

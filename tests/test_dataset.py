@@ -1,8 +1,11 @@
 """The packed dataset: what was written is read back, damage is told at once, the order of training is a function."""
 
 import json
+import os
 import pickle
+import threading
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from dataset import (
     StepSampler,
     decode_moments,
     encode_moments,
+    read_ahead,
     read_manifest,
     write_manifest,
     write_shard,
@@ -134,7 +138,7 @@ def test_wrong_header_is_told(tmp_path):
     path = folder / "label-00000.npy"
     labels = np.load(path)
     np.save(path, labels.view(np.float64))
-    with pytest.raises(ValueError, match=r"label-00000\.npy holds float64"):
+    with pytest.raises(ValueError, match=r"label-00000\.npy does not hold 14 records of int64"):
         PackedDataset(folder)[[0]]
 
 
@@ -226,3 +230,70 @@ def _replace(path, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+def test_reading_ahead_keeps_order_and_content(tmp_path):
+    """Batches read ahead by threads are those of the order, all of them, also where the order ends."""
+    dataset = PackedDataset(write_dataset(tmp_path / "data"))
+    order = [np.array([i % 20, (3 * i) % 20]) for i in range(30)]
+    for threads in (0, 1, 3):
+        batches = list(read_ahead(dataset, order, threads=threads))
+        assert [b.index.tolist() for b in batches] == [i.tolist() for i in order]
+        for indices, batch in zip(order, batches):
+            assert torch.equal(batch.moments, dataset[indices].moments)
+
+
+def test_reading_ahead_raises_and_stops(tmp_path):
+    """An error in a thread comes out at its batch; a reader that is left behind ends its threads."""
+    dataset = PackedDataset(write_dataset(tmp_path / "data"))
+    stream = read_ahead(dataset, [np.array([1]), np.array([99])])
+    assert next(stream).index.tolist() == [1]
+    with pytest.raises(IndexError, match="99"):
+        next(stream)
+    before = threading.active_count()
+    endless = read_ahead(dataset, StepSampler(20, 4, seed=0), threads=3)
+    next(endless)
+    assert threading.active_count() > before
+    endless.close()
+    assert threading.active_count() == before
+
+
+def test_memory_is_used_again_but_never_while_it_is_held(tmp_path):
+    """A batch that somebody holds, even a part of it, keeps its values; memory that nobody holds is lent again."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    arrays = {"label": np.arange(64), "pixels": np.arange(64, dtype=np.uint8)[:, None, None, None].repeat(64 * 64 * 3, 1)}
+    arrays["pixels"] = arrays["pixels"].reshape(64, 64, 64, 3)
+    write_manifest(folder, _manifest(arrays, [write_shard(folder, 0, arrays)], 64))
+    dataset = PackedDataset(folder)
+    held, places = [], set()
+    for step in range(40):
+        batch = dataset[[step, step + 1]]
+        places.add(batch.pixels.data_ptr())
+        if step < 4:
+            held.append(batch.pixels[1])
+        del batch
+    assert [int(part[0, 0, 0]) for part in held] == [1, 2, 3, 4]
+    assert len(places) <= 6  # 4 are held, the others take turns
+
+
+def test_no_descriptors_and_little_memory_per_file(tmp_path):
+    """Hundreds of files open at once take no file descriptors, and an epoch no memory of the process's own."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(0, 256, (300, 4, 64, 64, 3), np.uint8)
+    shards = [write_shard(folder, k, {"label": np.arange(4), "pixels": rows[k]}) for k in range(300)]
+    write_manifest(folder, _manifest({"label": np.arange(4), "pixels": rows[0]}, shards, 1200))
+    dataset = PackedDataset(folder)
+    dataset[range(0, 1200, 4)]
+    descriptors, memory = len(os.listdir("/proc/self/fd")), _own_memory()
+    for _ in range(10):
+        dataset[np.random.default_rng(1).permutation(1200)[:300]]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert _own_memory() - memory < 40  # a buffer of 3.7 MB or two, and what Python fancies
+    assert np.array_equal(dataset[[1199]].pixels[0], rows[299, 3])
+
+
+def _own_memory():
+    """MiB of this process, without mapped files."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 2**10
