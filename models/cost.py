@@ -1,11 +1,12 @@
 """What a network costs: parameters, operations and memory, counted on the real module without memory for it, and the time
 a training step should take on a named GPU."""
 
+import copy
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,9 +149,15 @@ def encoder_macs(name: str, grid: int) -> int:
     name = PUBLISHED.get(name, name)
     with torch.device("meta"):
         patch = timm.create_model(name, pretrained=False, num_classes=0).patch_embed.patch_size[0]
-        vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=grid * patch).eval()
-        with FlopCounterMode(display=False) as counter:
-            vit.forward_features(torch.empty(1, 3, grid * patch, grid * patch))
+        vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=grid * patch)
+    return vit_macs(vit, grid * patch)
+
+
+def vit_macs(vit: nn.Module, size: int) -> int:
+    """Multiply-adds of a timm network's features for one image of size x size pixels; nothing is computed."""
+    copied = copy.deepcopy(vit).to("meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        copied.forward_features(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops() // 2
 
 

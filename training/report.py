@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from dataset import StepSampler, read_manifest
-from models.cost import cost, training_memory
+from models.cost import GPUS, cost, step_cost, training_memory, vit_macs
 from training.plan import Plan, make_plan
 
 
@@ -43,5 +43,19 @@ def _rows(settings: Any, plan: Plan, world: int, local: int) -> list[tuple[str, 
                       f"precision {settings.mixed_precision}"),
         ("memory", f"about {memory.total(local) / gib:.2f} GiB a process: {fixed / gib:.2f} GiB of weights, gradients, "
                    f"AdamW and EMA, {per_image}"),
+        ("time", f"{_hours(settings, plan, world)} on as many GPUs, by the roofline, without data and gradient exchange"),
         ("disk", f"{16 * (counted.parameters + counted.projector_parameters) / gib:.2f} GiB a checkpoint"),
     ]  # fmt: skip
+
+
+def _hours(settings: Any, plan: Plan, world: int) -> str:
+    """Expected hours of the whole run for a few GPUs, in words."""
+    macs = sum(vit_macs(encoder.vit, encoder.input_size) for encoder in plan.online)
+    hours = {
+        name: settings.max_train_steps / 3600 * step_cost(
+            plan.network, settings.batch_size // world, GPUS[name], encoder_macs=macs,
+            recompute=settings.gradient_checkpointing,
+        ).expected
+        for name in ("A100", "H100", "H200")
+    }  # fmt: skip
+    return ", ".join(f"{name} {value:.3g} h" for name, value in hours.items())
