@@ -25,9 +25,9 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """One step of the average towards `network` (the unwrapped one), as a single fused foreach lerp."""
-        averages = list(self.average.state_dict(keep_vars=True).values())
+        averages = [_local(average) for average in self.average.state_dict(keep_vars=True).values()]
         weights = [
-            weight.to(average.device, average.dtype, non_blocking=True)
+            _local(weight).to(average.device, average.dtype, non_blocking=True)
             for average, weight in zip(averages, network.state_dict(keep_vars=True).values(), strict=True)
         ]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
@@ -35,7 +35,16 @@ class EMA:
     @torch.no_grad()
     def distance(self, network: nn.Module) -> torch.Tensor:
         """Relative L2 distance |weights - average| / |weights| over all parameters: a scalar tensor."""
-        averages = [p.double() for p in self.average.parameters()]
-        weights = [p.detach().to(a.device).double() for p, a in zip(network.parameters(), averages)]
-        difference = torch.stack(torch._foreach_norm(torch._foreach_sub(weights, averages))).norm()
-        return difference / torch.stack(torch._foreach_norm(weights)).norm()
+        averages = [_local(p).double() for p in self.average.parameters()]
+        weights = [_local(p.detach()).to(a.device).double() for p, a in zip(network.parameters(), averages)]
+        squares = torch.stack(
+            [torch.stack(torch._foreach_norm(x)).square().sum() for x in (torch._foreach_sub(weights, averages), weights)]
+        )
+        if any(_local(p) is not p for p in network.parameters()):
+            torch.distributed.all_reduce(squares)
+        return (squares[0] / squares[1]).sqrt()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -72,13 +72,14 @@ def flat(tree, path=()):
 _number = count()
 
 
-def launch(tmp_path: Path, processes: int, runs: list[list[str]]) -> None:
+def launch(tmp_path: Path, processes: int, runs: list[list[str]], **environment: str) -> None:
     """Run training with `processes` gloo processes."""
     file = tmp_path / f"runs-{next(_number)}.json"
     file.write_text(json.dumps(runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "tests.many", str(file)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"processes: {processes}" in done.stdout  # and not two runs of one process each
 
@@ -136,6 +137,27 @@ def test_two_processes_continue_on_four(data, tmp_path):
                          flags(tmp_path, "eight", *data["cached"], "--gradient-accumulation-steps", "2")])  # fmt: skip
     assert_close(tmp_path / "whole", tmp_path / "four")
     assert_close(tmp_path / "whole", tmp_path / "eight")
+
+
+@pytest.mark.slow
+def test_sharded_runs_are_the_same_runs(data, tmp_path):
+    """FSDP (accelerate launch --use_fsdp): losses of DDP within 1e-5, bit-exact resume, whole tensors on the disk, so that a
+    run goes from shards to one process and from whole weights to shards."""
+    cached = (*data["cached"], "--gradient-accumulation-steps", "2")
+    launch(tmp_path, 2, [flags(tmp_path, "whole", *cached)])
+    cut(tmp_path, "whole", "into-shards", 4)
+    runs = [flags(tmp_path, "sharded", *cached), flags(tmp_path, "into-shards", *cached)]
+    launch(tmp_path, 2, runs, ACCELERATE_USE_FSDP="true")
+    cut(tmp_path, "sharded", "again", 5)
+    cut(tmp_path, "sharded", "one", 4)
+    launch(tmp_path, 2, [flags(tmp_path, "again", *cached)], ACCELERATE_USE_FSDP="true")
+    assert_same(tmp_path / "sharded", tmp_path / "again")
+    train.main(flags(tmp_path, "one", *cached))
+    for name in ("sharded", "into-shards", "one"):
+        assert_close(tmp_path / "whole", tmp_path / name)
+    a, b = (torch.load(tmp_path / name / "checkpoints/0000008/optimizer.pt", weights_only=True)["optimizer"]["state"]
+            for name in ("whole", "sharded"))  # fmt: skip
+    assert {i: e["exp_avg"].shape for i, e in a.items()} == {i: e["exp_avg"].shape for i, e in b.items()}
 
 
 def assert_close(one: Path, other: Path) -> None:

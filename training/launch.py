@@ -1,8 +1,9 @@
-"""The processes of a run, over accelerate: DDP by default, FSDP where its config says so."""
+"""The processes of a run, over accelerate: DDP, or FSDP where its launcher was told --use_fsdp."""
 
+import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -32,18 +33,31 @@ class Processes:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
+        self.sharded = self.world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.sharded and self.precision == "fp16":
+            raise UserError("--mixed-precision fp16 and FSDP do not go together: use bf16")
         self._wrapped: nn.Module | None = None
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """The network inside DDP, or itself for one process."""
+        """The network inside DDP; itself for one process, or when it is sharded."""
+        if self.sharded:
+            self._wrapped = network
+            return network
         with warnings.catch_warnings():  # newer torch renames broadcast_buffers
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
             self._wrapped = self.accelerator.prepare(network)
         return self._wrapped
 
-    def no_sync(self) -> AbstractContextManager:
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
         """Inside it a backward pass adds up gradients without exchanging them."""
-        return self.accelerator.no_sync(self._wrapped)
+        if not self.sharded:
+            with self.accelerator.no_sync(self._wrapped):
+                yield
+            return
+        self._wrapped.set_requires_gradient_sync(False)
+        yield
+        self._wrapped.set_requires_gradient_sync(True)
 
     def gather(self, row: Tensor) -> Tensor:
         """(K,) of each process => (world, K), in every process."""

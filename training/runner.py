@@ -23,7 +23,7 @@ from models.cost import cost
 from models.ema import EMA
 from models.samplers import Guidance
 from models.sit import SiT
-from training import previews, state
+from training import previews, sharding, state
 from training.evaluation import FrechetProbe
 from training.folder import RunLock, identity, record_settings
 from training.health import check_weights, describe
@@ -64,10 +64,9 @@ class Runner:
         processes.on_main(self._claim)
         allow_tf32(settings.allow_tf32)
         torch.manual_seed(settings.seed)
-        self.network = SiT(plan.network).to(self.device)
+        self.network = SiT(plan.network)
         self.network.gradient_checkpointing = settings.gradient_checkpointing
-        self.ema = EMA(self.network, SiT(plan.network).to(self.device), settings.ema_decay)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), **self._adam(), fused=True)
+        self.ema = EMA(self.network, SiT(plan.network), settings.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type) if processes.precision == "fp16" else None
         self.window = Window(self.device)
         self.step = self.saved_step = self._resume()  # optimiser steps taken, and how many of them are on disk
@@ -143,15 +142,21 @@ class Runner:
             rows = self.processes.gather(self.window.values).cpu()
             self._judge(rows)
             check_weights(self.processes, self.network, self.ema, self.step)
-            if self.processes.share(self.processes.on_main(lambda: self._write(rows))):
+            content = self._content(rows)
+            if self.processes.share(self.processes.on_main(lambda: self._write(content))):
                 self.saved_step = self.step
 
-    def _write(self, rows: Tensor) -> bool:
-        """True if the checkpoint is on the disk. Raises UserError where a failing disk is to stop the run."""
-        content = state.TrainingState(
-            self.step, self.network.state_dict(), self.ema.average.state_dict(), self.optimizer.state_dict(),
+    def _content(self, rows: Tensor) -> state.TrainingState:
+        """What is to be written; whole in the main process."""
+        keep = self.processes.is_main
+        return state.TrainingState(
+            self.step, sharding.whole_weights(self.network, keep=keep), sharding.whole_weights(self.ema.average, keep=keep),
+            sharding.whole_optimizer(self.optimizer, self.network, keep=keep),
             {} if self.scaler is None else self.scaler.state_dict(), rows, as_dict(self.settings),
         )  # fmt: skip
+
+    def _write(self, content: state.TrainingState) -> bool:
+        """True if the checkpoint is on the disk. Raises UserError where a failing disk is to stop the run."""
         try:
             state.save(self.folder / "checkpoints", content, self._model_info(), self._class_means())
             state.rotate(self.folder / "checkpoints", self.settings.keep_last, self.settings.keep_every)
@@ -164,23 +169,23 @@ class Runner:
 
     def preview(self) -> None:
         """Write previews/step_0000100.png from the EMA, in the main process."""
-        if self.processes.is_main:
-            with self._pause():
-                self._draw(self.folder / "previews" / f"step_{self.step:07d}.png")
+        with self._pause(), sharding.gathered(self.ema.average, self.device, keep=self.processes.is_main) as network:
+            if network is not None:
+                self._draw(network, self.folder / "previews" / f"step_{self.step:07d}.png")
 
     def evaluate(self) -> dict[str, float]:
         """The Frechet distance of samples of the EMA."""
-        with self._pause():
+        with self._pause(), sharding.gathered(self.ema.average, self.device, keep=True) as network:
             distance = self.probe.measure(
-                self.ema.average, self.plan.objective.interpolant, seed=self.settings.seed, steps=self.settings.preview_steps
+                network, self.plan.objective.interpolant, seed=self.settings.seed, steps=self.settings.preview_steps
             )
         return {"fd": distance, "fd_samples": self.settings.eval_samples}
 
-    def _draw(self, file: Path) -> None:
+    def _draw(self, network: SiT, file: Path) -> None:
         labels = previews.preview_labels(self.plan.network.num_classes, PREVIEWS).to(self.device)
         guidance = Guidance(self.settings.preview_scale, high=0.85)
         sampled = previews.sample(
-            self.ema.average, self.plan.objective.interpolant, labels, torch.arange(PREVIEWS, device=self.device),
+            network, self.plan.objective.interpolant, labels, torch.arange(PREVIEWS, device=self.device),
             seed=self.settings.seed, steps=self.settings.preview_steps, guidance=guidance,
         )  # fmt: skip
         means, nearest = self._class_means(), None
@@ -235,15 +240,22 @@ class Runner:
                 "eps": s.adam_epsilon}  # fmt: skip
 
     def _resume(self) -> int:
-        """Load the newest intact checkpoint; returns its step, 0 without one."""
+        """Place the networks, make the optimiser, and load the newest intact checkpoint; returns its step, 0 without one."""
         folder = self.folder / "checkpoints"
         found = self.processes.share(self.processes.on_main(lambda: state.newest(folder, self._say)))
-        if found is None:
+        loaded = None if found is None else state.load(found)
+        if loaded is not None:
+            self.network.load_state_dict(loaded.model)
+            self.ema.average.load_state_dict(loaded.ema)
+        for network in (self.network, self.ema.average):
+            if self.processes.sharded:
+                sharding.shard(network, self.device)
+            else:
+                network.to(self.device)
+        self.optimizer = torch.optim.AdamW(sharding.leaves(self.network), **self._adam(), fused=True)
+        if loaded is None:
             return 0
-        loaded = state.load(found)
-        self.network.load_state_dict(loaded.model)
-        self.ema.average.load_state_dict(loaded.ema)
-        self.optimizer.load_state_dict(loaded.optimizer)
+        sharding.load_optimizer(self.optimizer, self.network, loaded.optimizer)
         for group in self.optimizer.param_groups:
             group.update(self._adam())  # changed ones count from here on (--accept-changes)
         if self.scaler is not None and loaded.scaler:

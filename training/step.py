@@ -16,6 +16,7 @@ from models.ema import EMA
 from models.encoder import VisionEncoder
 from models.sit import SiT
 from models.state import State
+from training.sharding import local
 
 
 class StepResult(NamedTuple):
@@ -64,7 +65,8 @@ class TrainStep:
         self.precision, self.scaler = precision, scaler
         self.max_grad_norm, self.no_sync = max_grad_norm, no_sync
         self.device = next(network.parameters()).device
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.parameters = list(network.parameters())
+        self.sharded = any(local(p) is not p for p in self.parameters)  # then the optimiser has training.sharding.leaves
 
     def __call__(self, step: int, batches: Sequence[tuple[Batch, Tensor]]) -> StepResult:
         """Take step number `step` (from 0).
@@ -120,8 +122,14 @@ class TrainStep:
         """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters]
+        gradients = [local(p.grad) for p in self.parameters]
         norms = torch.stack(torch._foreach_norm(gradients))
+        if self.sharded:
+            norms = norms.square()
+            torch.distributed.all_reduce(norms)
+            norms = norms.sqrt()
+            for leaf, gradient in zip(self.optimizer.param_groups[0]["params"], gradients):
+                leaf.grad = gradient
         norm = torch.linalg.vector_norm(norms)
         torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         if self.scaler is None:
@@ -131,6 +139,7 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         self.ema.update(self.network)
         return norms
 

@@ -1,0 +1,102 @@
+"""Weights, gradients, optimiser and EMA in shards over the processes (FSDP2), for models that outgrow a GPU.
+
+What is written to disk is whole: a run may continue with or without shards. For whole tensors all functions here are the
+identity, so that their callers need not ask.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.sit import SiT
+
+
+def shard(network: SiT, device: torch.device) -> None:
+    """Give each process a part of every tensor, on its device; a block is gathered when it is needed. In place."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, in every process; a collective."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def leaves(network: nn.Module) -> list[Tensor]:
+    """What the optimiser updates: the parameters, or plain tensors that share the memory of their parts."""
+    return [p if local(p) is p else local(p).detach() for p in network.parameters()]
+
+
+def whole_weights(network: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The state dict of whole tensors, in every process that wants to keep it; a collective. Sharded ones go to the CPU."""
+    kept = {}
+    for name, tensor in network.state_dict().items():
+        gathered = whole(tensor)
+        if keep:
+            kept[name] = gathered if gathered is tensor else gathered.cpu()
+    return kept
+
+
+def whole_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, *, keep: bool) -> dict[str, Any]:
+    """The optimiser's state dict with whole moments; a collective."""
+    content = optimizer.state_dict()
+    parameters = list(network.parameters())
+    if not any(local(p) is not p for p in parameters):
+        return content
+    from torch.distributed.tensor import DTensor
+
+    entries = {}
+    for number, entry in content["state"].items():
+        p = parameters[number]
+        entries[number] = {}
+        for key, value in entry.items():
+            if value.ndim:
+                parts = DTensor.from_local(value, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                value = parts.full_tensor()
+            if keep:
+                entries[number][key] = value.cpu()
+    return {**content, "state": entries}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, content: dict[str, Any]) -> None:
+    """The inverse of `whole_optimizer`: every process takes its parts."""
+    from torch.distributed.tensor import distribute_tensor
+
+    parameters = list(network.parameters())
+    entries = {}
+    for number, entry in content["state"].items():
+        p = parameters[number]
+        entries[number] = {
+            key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements).to_local()
+            if value.ndim and local(p) is not p else value
+            for key, value in entry.items()
+        }  # fmt: skip
+    optimizer.load_state_dict({**content, "state": entries})
+
+
+@contextmanager
+def gathered(network: SiT, device: torch.device, *, keep: bool) -> Iterator[SiT | None]:
+    """A network of whole weights for sampling, itself if it is not sharded; None where it is not kept. A collective."""
+    if all(local(p) is p for p in network.parameters()):
+        yield network if keep else None
+        return
+    weights = whole_weights(network, keep=keep)
+    if not keep:
+        yield None
+        return
+    copy = SiT(network.config)
+    copy.load_state_dict(weights)
+    yield copy.to(device).eval().requires_grad_(False)
