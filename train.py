@@ -32,7 +32,7 @@ class TrainConfig:
     resolution: int | None = setting(None, "check that the dataset has this resolution", group="data")
     num_classes: int | None = setting(None, "check that the dataset has so many classes", group="data")
     vae: str | None = setting(None, "decodes previews: ema, mse, hub id or folder; default: the dataset's", group="data")
-    num_workers: int = setting(4, "data loading processes", group="data")
+    num_workers: int = setting(2, "threads that read batches ahead; 0: none", group="data")
 
     enc_type: tuple[str, ...] = setting((), "encoders; default: the dataset's, or dinov2-vit-b on pixels", group="loss")
     proj_coeff: float = setting(0.5, "lambda, weight of the alignment; 0: no projectors", group="loss")

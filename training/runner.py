@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import UserError, as_dict
-from dataset import Batch, PackedDataset, StepSampler, read_manifest
+from dataset import PackedDataset, StepSampler, read_ahead, read_manifest
 from models.acceleration import allow_tf32, compile_encoder, compile_network
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.checkpoint import ModelInfo
@@ -83,7 +82,10 @@ class Runner:
         self.positions = [
             torch.from_numpy(self.sampler.positions(m)).to(self.device) for m in range(settings.gradient_accumulation_steps)
         ]
-        self.batches = self._load_batches()
+        self.sampler.start_step = self.step
+        self.batches = self._open.enter_context(closing(read_ahead(
+            self.dataset, self.sampler, threads=settings.num_workers, pin_memory=self.device.type == "cuda"
+        )))  # fmt: skip
         self.tracker = processes.on_main(self._track)
         self.bar = self._open.enter_context(
             tqdm(total=settings.max_train_steps, initial=self.step, unit="step", disable=not processes.is_main)
@@ -267,15 +269,6 @@ class Runner:
         if self.processes.is_main:
             self._say(f"resuming from {found}")
         return loaded.step
-
-    def _load_batches(self) -> Iterator[Batch]:
-        self.sampler.start_step = self.step
-        workers = self.settings.num_workers
-        loader = DataLoader(
-            self.dataset, batch_size=None, sampler=self.sampler, num_workers=workers,
-            pin_memory=self.device.type == "cuda", persistent_workers=workers > 0,
-        )  # fmt: skip
-        return iter(loader)
 
     def _load_autoencoder(self) -> None:
         """The VAE for previews and evaluation, at the start of the run: a missing one is told now and not after hours."""
