@@ -94,24 +94,21 @@ def test_killed_inside_a_save(data, unbroken, tmp_path, stage):
 def test_killed_at_random_instants(data, tmp_path, kills):
     """One run, killed again and again at random instants while it saves every step, never loses more than one interval and
     ends bit for bit like one that was left alone."""
-    steps = 8 * kills
+    steps = 20 * kills  # each life takes less than that, however fast the machine
     generator = random.Random(kills)
     run = tmp_path / "run"
     done = 0
     while done < kills:
-        before = logged(run)
+        goal = logged(run) + generator.randint(2, 8)
         process = start(flags(data, tmp_path, "run", steps=steps), tmp_path / "log")
-        while process.is_alive() and logged(run) <= before + 1:  # let it come as far as a new step
+        while process.is_alive() and logged(run) < goal:
             time.sleep(0.01)
-        time.sleep(generator.uniform(0, 0.3))
+        time.sleep(generator.uniform(0, 0.05))  # any instant of a step or a save
         process.kill()
         process.join()
-        if process.exitcode == 0:
-            break
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
         done += 1
         assert newest(run) >= logged(run) - 1
-    assert done >= kills - 1  # it did not finish long before the last kill
     train.main(flags(data, tmp_path, "run", steps=steps))
     train.main(flags(data, tmp_path, "alone", steps=steps))
     ends = [tmp_path / name / "checkpoints" / f"{steps:07d}" for name in ("run", "alone")]
