@@ -145,9 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(dry_run(settings))
         return
-    status = train(settings)
-    from training.launch import leave
+    from training.launch import leave, once
 
+    with once():
+        status = train(settings)
     leave()
     if status:
         raise SystemExit(status)

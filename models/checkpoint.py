@@ -102,7 +102,7 @@ def find_model(path: Path) -> Path:
         return path
     if (path / MODEL_FILE).is_file():
         return path / MODEL_FILE
-    candidates = sorted(path.glob(f"checkpoints/[0-9]*/{MODEL_FILE}"))
+    candidates = sorted(file for file in path.glob(f"checkpoints/*/{MODEL_FILE}") if file.parent.name.isdigit())
     if not candidates:
         raise FileNotFoundError(f"no model file at {path}: give a .safetensors file, a checkpoint folder or a run folder")
     return candidates[-1]

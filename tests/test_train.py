@@ -389,3 +389,13 @@ def test_two_nodes(tools, tmp_path):
     train.main(flags(tools["data"], tmp_path, name="alone"))
     for a, b in zip(lines(tmp_path), lines(tmp_path, "alone"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once(tools, tmp_path):
+    """Two processes find the same wrong flag: one line on stderr, and the launcher's own report."""
+    command, options = torchrun("--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+                                "train.py", *flags(tools["data"], tmp_path, "--batch-size", "9"))  # fmt: skip
+    done = subprocess.run(command, **options, capture_output=True)
+    assert done.returncode != 0
+    assert done.stderr.count("error: batch size 9 must be divisible by 2 processes") == 1

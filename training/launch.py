@@ -1,6 +1,7 @@
 """The processes of a run, over accelerate: DDP, or FSDP where its launcher was told --use_fsdp."""
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,6 +102,18 @@ class Processes:
         if peak is None:
             return None
         return flops_per_second / (peak * (0.5 if self.precision == "no" else 1) * 1e12 * self.world)  # TF32: half
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """A user's mistake that every process finds is told by the first one alone; the others leave after it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError):
+        if int(os.environ.get("RANK", 0)) == 0:
+            raise
+        time.sleep(1)  # a launcher ends all processes with the first one that fails: let that be the one that speaks
+        raise SystemExit(2) from None
 
 
 def leave() -> None:

@@ -92,6 +92,7 @@ class Runner:
         )
         self.interrupt = self._open.enter_context(Interrupt(processes.world, settings.max_hours))
         self._flops = cost(plan.network).train_flops if self.device.type == "cuda" else None
+        self._last: dict[str, Any] = {}  # of the newest log line
         self._start = time.monotonic()
         self._restart_clock()
 
@@ -129,6 +130,7 @@ class Runner:
             values["loss_scale"] = self.scaler.get_scale()
         if self.tracker:
             self.tracker.log(self.step, values)
+            self._last = values
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
         self.window.clear()
         self._restart_clock()
@@ -214,6 +216,9 @@ class Runner:
             hours = (time.monotonic() - self._start) / 3600
             ended = f"stopped by {reason}, the same command resumes" if reason else "done"
             self._say(f"step {self.step} of {self.settings.max_train_steps}: {ended}; {hours:.2f} hours, {self.folder}")
+            shown = ("loss", "velocity", "class_velocity", "alignment", "fd", "images_per_second", "peak_memory_gib")
+            if self._last:
+                self._say("  " + ", ".join(f"{name} {self._last[name]:.4g}" for name in shown if name in self._last))
             if reason == "SIGUSR1" and self.settings.requeue_command:
                 subprocess.run(self.settings.requeue_command, shell=True, check=False)
         return EXIT_STATUS[reason] if reason and self.step < self.settings.max_train_steps else 0
