@@ -85,15 +85,21 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
         raise ValueError(f"{path} has schema {content['schema']}, this code reads {SCHEMA}")
     info = ModelInfo(**{**content, "network": SiTConfig(**content["network"])})
     class_means = tensors.pop("class_means", None)
-    with torch.device("meta"):
-        network = SiT(info.network)
-    network.to_empty(device=device)
-    network.t_embedder.reset_frequencies()
+    network = blank_network(info.network, device)
     try:
         network.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit the config in its header: {error}") from error
     return Model(network.eval(), info, class_means)
+
+
+def blank_network(config: SiTConfig, device: torch.device | str = "cpu") -> SiT:
+    """A network whose weights are yet to be loaded, without the time to initialise them."""
+    with torch.device("meta"):
+        network = SiT(config)
+    network.to_empty(device=device)
+    network.t_embedder.reset_frequencies()
+    return network
 
 
 def find_model(path: Path) -> Path:

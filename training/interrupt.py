@@ -33,11 +33,12 @@ class Interrupt:
             self._former[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pending is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pending is not None and kind is None:  # after an error the others may not answer any more
             self._pending[0].wait()
-            self._pending = None
-        self._restore()
+        self._pending = None
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     def requested(self) -> str | None:
         """The reason to stop now ("SIGTERM", "SIGUSR1", "SIGINT", "max-hours"), the same in every process, or None."""
@@ -57,7 +58,3 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._told = max(self._told, _REASONS.index(signal.Signals(number).name))
         signal.signal(number, self._former[number])
-
-    def _restore(self) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """The rooms of a training run, built once, and what the loop in train.py asks of them."""
 
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -17,7 +18,7 @@ from config import UserError, as_dict
 from dataset import PackedDataset, StepSampler, read_ahead, read_manifest
 from models.acceleration import allow_tf32, compile_encoder, compile_network
 from models.autoencoder import Autoencoder, load_autoencoder
-from models.checkpoint import ModelInfo
+from models.checkpoint import ModelInfo, blank_network
 from models.cost import cost
 from models.ema import EMA
 from models.samplers import Guidance
@@ -55,7 +56,7 @@ class Runner:
         try:
             self._build()
         except BaseException:
-            self._open.close()
+            self._open.__exit__(*sys.exc_info())
             raise
 
     def _build(self) -> None:
@@ -65,7 +66,7 @@ class Runner:
         torch.manual_seed(settings.seed)
         self.network = SiT(plan.network)
         self.network.gradient_checkpointing = settings.gradient_checkpointing
-        self.ema = EMA(self.network, SiT(plan.network), settings.ema_decay)
+        self.ema = EMA(self.network, blank_network(plan.network), settings.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type) if processes.precision == "fp16" else None
         self.window = Window(self.device)
         self.step = self.saved_step = self._resume()  # optimiser steps taken, and how many of them are on disk
@@ -207,8 +208,8 @@ class Runner:
     def __enter__(self) -> "Runner":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._open.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._open.__exit__(*exception)
 
     def conclude(self, reason: str | None) -> int:
         """After the run is closed: say how it ended, requeue if asked to; returns the exit status."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.checkpoint import blank_network
 from models.sit import SiT
 
 
@@ -97,6 +98,6 @@ def gathered(network: SiT, device: torch.device, *, keep: bool) -> Iterator[SiT 
     if not keep:
         yield None
         return
-    copy = SiT(network.config)
+    copy = blank_network(network.config, device)
     copy.load_state_dict(weights)
-    yield copy.to(device).eval().requires_grad_(False)
+    yield copy.eval().requires_grad_(False)

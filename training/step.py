@@ -139,7 +139,8 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.network.zero_grad(set_to_none=True)
+        if self.sharded:
+            self.network.zero_grad(set_to_none=True)
         self.ema.update(self.network)
         return norms
 
