@@ -15,7 +15,7 @@ from tqdm import tqdm
 from evaluations.features import Extractor
 from evaluations.images import ImageSet
 from evaluations.metrics import InceptionScore
-from evaluations.statistics import Moments, Statistics
+from evaluations.statistics import Moments, Statistics, jackknife_groups
 
 
 class Collected(NamedTuple):
@@ -88,7 +88,7 @@ def collect(
     auditor: Auditor | None = None,
     progress: str | None = None,
 ) -> Collected:
-    """Run `extractor` over `images`. groups: of spatial features, image i in group i mod groups. keep: rows of pooled
+    """Run `extractor` over `images`. groups: of spatial features, by jackknife_groups. keep: rows of pooled
     features to return (None: all). split: chunk of the Inception Score."""
     moments: dict[str, list[Moments]] = {}
     start, stop = _stretch(images)
@@ -109,7 +109,7 @@ def collect(
                 count = groups if kind == "spatial" else 1
                 moments[kind] = [Moments(values.shape[1], values.device) for _ in range(count)]
             for number, group in enumerate(moments[kind]):
-                chosen = values[rows % len(moments[kind]) == number]
+                chosen = values[jackknife_groups(rows, len(moments[kind])) == number]
                 if len(chosen):
                     group.update(chosen)
         if filled == 0:

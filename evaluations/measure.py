@@ -15,7 +15,7 @@ from evaluations.collect import Auditor, Collected, collect
 from evaluations.images import ImageSet, open_images
 from evaluations.reference import Reference, read_reference
 from evaluations.results import Metric, Results, sample_warnings
-from evaluations.statistics import Statistics, compute_moments, jackknife_error, without
+from evaluations.statistics import Statistics, compute_moments, jackknife_error, jackknife_groups, without
 from models.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ def frechet(reference: Statistics, found: Collected, kind: str, groups: int) -> 
     left = []
     for number in range(groups):
         if kind == "pooled":
-            part = compute_moments(found.pooled[number::groups].to(whole.mean.device))
+            chosen = jackknife_groups(torch.arange(len(found.pooled)), groups) == number
+            part = compute_moments(found.pooled[chosen].to(whole.mean.device))
         else:
             part = found.moments[kind][number]
         left.append(metrics.frechet_distance(reference, without(whole, part)))

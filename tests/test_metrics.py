@@ -12,7 +12,15 @@ from evaluations.coherence import token_metrics
 from evaluations.memorization import closest_pairs
 from evaluations.metrics import InceptionScore, clip_mmd, frechet_distance, inception_score, kernel_distance
 from evaluations.neighbours import density_coverage, nearest, neighbour_radii, precision_recall
-from evaluations.statistics import Moments, Statistics, compute_moments, compute_statistics, jackknife_error, without
+from evaluations.statistics import (
+    Moments,
+    Statistics,
+    compute_moments,
+    compute_statistics,
+    jackknife_error,
+    jackknife_groups,
+    without,
+)
 from tests.reference_metrics import check
 
 
@@ -88,6 +96,17 @@ def test_one_image_has_no_statistics():
         moments.statistics()
     with pytest.raises(ValueError, match=r"features must be \(N, 2\)"):
         moments.update(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("groups", [2, 5, 7])
+def test_jackknife_groups_share_every_class(groups):
+    """Each group has about its share of each class, be the file sorted by class or its classes interleaved."""
+    rows = torch.arange(1000)
+    number = jackknife_groups(rows, groups)
+    for labels in (rows % 10, rows // 100, rows % groups):
+        for label in labels.unique():
+            shares = torch.bincount(number[labels == label], minlength=groups) / (labels == label).sum()
+            assert (shares - 1 / groups).abs().max() < 0.05
 
 
 def test_jackknife_error_of_a_mean():
