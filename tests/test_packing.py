@@ -213,10 +213,10 @@ def test_kill_sweep(toys, tmp_path):
     for trial in range(25):
         out = tmp_path / f"random{trial}"
         for _ in range(3):
-            survived += not killed([*flags(toys, out), "--num-workers", str(trial % 3)], rng.uniform(0.0, 1.2))
+            survived += not killed([*flags(toys, out), "--num-workers", str(trial % 3)], rng.uniform(0.0, 0.12))
         pack.main(flags(toys, out))
         assert content(out) == content(toys / "packed"), trial
-    assert survived < 50  # the instants lie within the work
+    assert survived < 75  # some of the instants lie within the work, which takes about 0.1 s; the sweep above misses none
 
 
 @pytest.mark.slow
