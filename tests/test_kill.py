@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,9 +19,6 @@ from tests.killable import STAGES
 from tests.tiny import FLAGS, write_dataset
 from training import state
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.killable"])
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -35,9 +31,7 @@ def flags(data, out, name, *extra, steps=8):
 
 
 def start(arguments, log, stage=None):
-    process = FORKS.Process(target=killable.run, args=(arguments, str(log), stage))
-    process.start()
-    return process
+    return killable.start(killable.run_training, arguments, str(log), stage)
 
 
 def logged(run: Path) -> int:

@@ -1,5 +1,6 @@
 """Packing: the same records however it is run or interrupted, damage found and mended, mistakes told in one sentence."""
 
+import contextlib
 import errno
 import os
 import random
@@ -19,6 +20,7 @@ from dataset import PackedDataset, decode_moments, read_manifest
 from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
 from preprocessing import pack
+from tests import killable
 from tests.test_preprocessing import encoded, noise, write_folder, write_published, write_zip
 from tests.tiny import write_encoder, write_vae
 
@@ -151,49 +153,23 @@ def test_two_processes_write_the_same_bytes(toys, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ restart
 
 
-def killed(arguments, when):
-    """Run a packing in a child and kill -9 it. when: seconds, or the number of a write to the disk (fsync or rename).
+def killed(arguments, log, when):
+    """Run a packing in a process and kill -9 it. when: seconds, or the number of a write to the disk (fsync or rename).
     Returns whether it was killed before it was done."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(1, 2)
-            if isinstance(when, int):
-                _die_at_write(when)
-            pack.main(arguments)
-            status = 0
-        finally:
-            os._exit(status)
-    if isinstance(when, float):
-        time.sleep(when)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def _die_at_write(number):
-    """Kill this process at its `number`-th fsync or rename, before it takes place."""
-    left = [number]
-
-    def counted(function):
-        def call(*arguments, **keywords):
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            return function(*arguments, **keywords)
-
-        return call
-
-    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    process = killable.start(killable.run_packing, arguments, str(log), when if isinstance(when, int) else None)
+    process.join(when if isinstance(when, float) else 120)
+    process.kill()
+    process.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its reading processes would end by themselves, in seconds
+    assert process.exitcode in (0, -signal.SIGKILL), Path(log).read_text()
+    return process.exitcode != 0
 
 
 @pytest.mark.parametrize("when", [0, 2, 3, 5, 18, 42, 43])
 def test_killed_packing_is_finished_by_the_same_command(toys, tmp_path, when):
     """kill -9 at a write of the index, the plan, a shard, an entry, the manifest: the result is that of an unbroken run."""
-    assert killed(flags(toys, tmp_path / "out"), when)
+    assert killed(flags(toys, tmp_path / "out"), tmp_path / "log", when)
     pack.main(flags(toys, tmp_path / "out"))
     assert content(tmp_path / "out") == content(toys / "packed")
 
@@ -202,21 +178,25 @@ def test_killed_packing_is_finished_by_the_same_command(toys, tmp_path, when):
 def test_kill_sweep(toys, tmp_path):
     """kill -9 at every write to the disk, and then at random instants one after the other, with reading processes."""
     writes = 0
-    while killed(flags(toys, tmp_path / f"at{writes}"), writes):
+    while killed(flags(toys, tmp_path / f"at{writes}"), tmp_path / "log", writes):
         assert not (tmp_path / f"at{writes}" / "dataset.json").exists() or writes > 40
         pack.main(flags(toys, tmp_path / f"at{writes}"))
         assert content(tmp_path / f"at{writes}") == content(toys / "packed"), writes
         writes += 1
     assert writes > 40  # 3 shards of 5 fields, checksums and an entry, and index, plan, means, manifest: twice each
     rng = random.Random(0)
-    survived = 0
-    for trial in range(25):
+    kills = 0
+    for trial in range(200):  # 25 folders, and as many more as it takes for 20 kills to land before the work is done
+        if trial >= 25 and kills >= 20:
+            break
         out = tmp_path / f"random{trial}"
         for _ in range(3):
-            survived += not killed([*flags(toys, out), "--num-workers", str(trial % 3)], rng.uniform(0.0, 0.12))
+            workers = ("--num-workers", str(trial % 3))
+            kills += killed([*flags(toys, out), *workers], tmp_path / "log", rng.uniform(0.0, 0.2))
         pack.main(flags(toys, out))
         assert content(out) == content(toys / "packed"), trial
-    assert survived < 75  # some of the instants lie within the work, which takes about 0.1 s; the sweep above misses none
+    print(f"{kills} random kills landed in {trial} folders")
+    assert kills >= 20
 
 
 @pytest.mark.slow
@@ -224,13 +204,22 @@ def test_killed_with_two_processes(toys, tmp_path):
     """Two processes killed together, finished by one and by two: the same bytes."""
     for world in (1, 2):
         out = tmp_path / f"out{world}"
-        process = subprocess.Popen(_torchrun(2, flags(toys, out)), cwd=ROOT, start_new_session=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(random.randint(20000, 60000))}  # fmt: skip
+        # without torchrun, which gives each process a session of its own and, killed, leaves them running
+        ranks = [
+            subprocess.Popen([sys.executable, "-m", "preprocessing.pack", *flags(toys, out)], cwd=ROOT,
+                             env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for rank in "01"
+        ]  # fmt: skip
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not list(out.glob("shard-*.json")):
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            time.sleep(0.001)
+        for process in ranks:
+            process.kill()
+            process.wait()
+        assert list(out.glob("shard-*.json"))
         if world == 1:
             pack.main(flags(toys, out))
         else:
