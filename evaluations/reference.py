@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import sys
+import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,16 +46,17 @@ def read_reference(reference: ImageSet, extractor: Extractor, settings: "Evaluat
     )  # fmt: skip
     if given and not neighbours_wanted:
         return empty._replace(statistics=given)
-    file, hit = None, torch.zeros(1)
+    file, cached = None, None
     if settings.cache and _rank() == 0:
         parts = (CACHE_SCHEMA, reference.digest(), extractor.digest, settings.dtype, settings.pr_reference, bool(given))
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
         file = settings.cache_dir.expanduser() / f"{key}.npz"
-        hit += file.is_file()
+        cached = _read_cache(file, empty, given)
+    hit = torch.tensor(float(cached is not None))
     if dist.is_initialized():
         dist.broadcast(hit, 0)
     if hit:
-        return empty if file is None else _read_cache(file, empty, given)
+        return cached or empty
     images = reference
     if given and len(reference) > settings.pr_reference:  # the statistics are there: only neighbours are missing
         images = open_images(settings.reference, settings.pr_reference)
@@ -84,14 +88,21 @@ def _write_cache(file: Path, known: Reference, given: dict) -> None:
     temporary.replace(file)
 
 
-def _read_cache(file: Path, empty: Reference, given: dict) -> Reference:
-    with np.load(file, allow_pickle=False) as stored:
-        statistics = dict(given)
-        for name in stored.files:
-            if name.endswith("_mean"):
-                kind = name.removesuffix("_mean")
-                statistics[kind] = Statistics(int(stored[f"{kind}_n"]), stored[name], stored[f"{kind}_covariance"])
-        return Reference(empty.n, statistics, torch.from_numpy(stored["pooled_features"]), stored["rows"])
+def _read_cache(file: Path, empty: Reference, given: dict) -> Reference | None:
+    """None when there is no such file, or when it cannot be read: it will be written anew."""
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            statistics = dict(given)
+            for name in stored.files:
+                if name.endswith("_mean"):
+                    kind = name.removesuffix("_mean")
+                    statistics[kind] = Statistics(int(stored[f"{kind}_n"]), stored[name], stored[f"{kind}_covariance"])
+            return Reference(empty.n, statistics, torch.from_numpy(stored["pooled_features"]), stored["rows"])
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        sys.stderr.write(f"cached reference statistics {file} cannot be read ({error}): they are computed again\n")
+        return None
 
 
 def _rank() -> int:

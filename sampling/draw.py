@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.class_token import agreement
 from models.interpolant import Interpolant
 from models.samplers import Guidance, Meter, Velocity, network_velocity
 from models.solvers import Solver
 from models.state import State
 from sampling.plan import NoiseSource
-from sampling.tokens import agreement
 
 
 class Drawn(NamedTuple):

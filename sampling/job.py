@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from models import acceleration
 from models.checkpoint import Model, find_model
+from models.class_token import between, nearest_class
 from models.interpolant import Interpolant
 from models.samplers import Guidance
 from models.solvers import Solver
@@ -27,7 +28,7 @@ from sampling.parts import Parts, check_space
 from sampling.pictures import write_png
 from sampling.plan import Labels, batches, read_labels, share
 from sampling.processes import Process
-from sampling.tokens import between, nearest_class, read_tokens
+from sampling.tokens import read_tokens
 
 
 @dataclass(frozen=True)

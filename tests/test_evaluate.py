@@ -616,6 +616,17 @@ def test_reference_statistics_are_cached_by_content(settings, tmp_path, monkeypa
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+@pytest.mark.parametrize("keep", [0, 100, -40])
+def test_a_damaged_cache_is_told_and_written_anew(settings, tmp_path, capsys, keep):
+    first = measure.measure(settings())
+    (entry,) = (tmp_path / "cache").iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:keep])
+    assert measure.measure(settings()).metrics == first.metrics
+    assert f"{entry} cannot be read" in capsys.readouterr().err
+    assert len(entry.read_bytes()) == len(whole)
+
+
 def test_statistics_in_a_reference_file_are_used(tmp_path, monkeypatch):
     """mu, sigma, mu_s and sigma_s of an ADM file give FID and sFID; its images serve the neighbours only."""
     colours = averages()

@@ -385,7 +385,7 @@ def test_the_npz_is_streamed(tmp_path):
 
 def test_best_of_keeps_the_better_token(place):
     """Every kept token agrees with its label at least as well as the first candidate's; the cost counts all candidates."""
-    from sampling.tokens import agreement
+    from models.class_token import agreement
 
     one, three = loaded(place), loaded(place, "--best-of", "3")
     label, first = one.sample(range(0, 11))

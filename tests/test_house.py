@@ -60,6 +60,7 @@ def test_no_module_imports_the_programs():
     [
         ("models.interpolant", set()),
         ("models.state", set()),
+        ("models.class_token", set()),
         ("models.philox", set()),
         ("models.sit", set()),
         ("models.ema", set()),

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from config import UserError
 from dataset import PackedDataset, decode_moments, read_manifest
 from models.autoencoder import load_autoencoder
@@ -254,7 +256,7 @@ def test_changed_weights_and_images_are_refused(toys, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(toys / "vae", tmp_path / "vae")
     arguments = flags(toys, out, "--vae", str(tmp_path / "vae"), source=write_folder(tmp_path / "images", IMAGES))
-    assert killed(arguments, 20)
+    assert killed(arguments, tmp_path / "log", 20)
     torch.manual_seed(7)
     from diffusers import AutoencoderKL
 
@@ -478,6 +480,23 @@ def test_cifar_with_one_and_two_processes(toys, tmp_path, name):
     assert content(tmp_path / "a") == content(tmp_path / "b")
     counts = np.bincount(PackedDataset(tmp_path / "a").labels())
     assert len(counts) == 10 and len(set(counts.tolist())) == 1
+
+
+@pytest.mark.slow
+def test_an_epoch_of_training_on_cifar(toys, tmp_path):
+    """CIFAR-10, packed with tokens, trains for one epoch of 100 steps (benchmarks/epoch.py measures the data wait)."""
+    source = SHARED / "data" / "cifar10-test.zip"
+    if not source.is_file():
+        pytest.skip("CIFAR-10 is not here")
+    pack.main(flags(toys, tmp_path / "cifar", "--resolution", "32", "--batch-size", "256", "--no-pixels", source=source))
+    train.main([
+        "--data-dir", str(tmp_path / "cifar"), "--output-dir", str(tmp_path), "--exp-name", "run", "--model", "SiT-S/2",
+        "--depth", "4", "--hidden-size", "128", "--num-heads", "4", "--encoder-depth", "2", "--projector-dim", "256",
+        "--batch-size", "100", "--max-train-steps", "100", "--num-workers", "1", "--mixed-precision", "no",
+        "--sampling-steps", "0", "--log-every", "50",
+    ])  # fmt: skip
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 100 and np.isfinite(last["loss"]) and 0 <= last["data_wait"] < 1
 
 
 def flip(path, place):

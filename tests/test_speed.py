@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import harness, overhead, published, roofline, train_step
+from benchmarks import epoch, harness, overhead, published, roofline, train_step
 from benchmarks.train_variants import OurStep, encoded_ahead
 from config import UserError
 from dataset import MOMENTS_STD_SCALE, Batch
 from models import acceleration
 from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
 from models.sit import SiTConfig, preset
+from tests.tiny import write_dataset
 from training.tracking import Window
 
 SIX_BLOCKS = SiTConfig(
@@ -256,6 +257,15 @@ def test_overhead_benchmark_runs(results):
     overhead.main([*TOY, "--batch-size", "4", "--label", "toy", "--no-train"])
     rows = json.loads((results / "overhead-toy.json").read_text())["rows"]
     assert rows[1]["parameters"] > rows[0]["parameters"] and rows[2]["parameters"] > 0
+
+
+def test_epoch_benchmark_runs(results, tmp_path):
+    """Every record once, in equal steps; waiting is a share."""
+    data = write_dataset(tmp_path / "data", count=20)
+    epoch.main(["--data-dir", str(data), "--depth", "2", "--hidden-size", "32", "--num-heads", "2", "--batch-size", "4",
+                "--intervals", "3", "--label", "toy"])  # fmt: skip
+    (row,) = json.loads((results / "epoch-toy.json").read_text())["rows"]
+    assert row["steps"] == 5 and row["ms a step"]["median"] > 0 and 0 <= row["waiting for data %"]["median"] < 100
 
 
 def test_roofline_reads_recipes(results):

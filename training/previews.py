@@ -37,14 +37,6 @@ def sample(
     return euler_maruyama(velocity, noise(-1), sde_times(steps), interpolant, noise)
 
 
-def nearest_class(class_token: Tensor, class_means: Tensor) -> Tensor:
-    """(N, D) tokens and (classes, D) mean tokens => (N,) int64: the class whose mean has the largest cosine."""
-    return (
-        torch.nn.functional.normalize(class_token.float(), dim=-1)
-        @ torch.nn.functional.normalize(class_means.to(class_token.device).float(), dim=-1).T
-    ).argmax(1)
-
-
 def save_grid(
     file: Path, pixels: Tensor, labels: Tensor, classes: list[str], nearest: Tensor | None, columns: int = 8
 ) -> None:

@@ -19,6 +19,7 @@ from dataset import PackedDataset, StepSampler, read_ahead, read_manifest
 from models.acceleration import allow_tf32, compile_encoder, compile_network
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.checkpoint import ModelInfo, blank_network
+from models.class_token import nearest_class
 from models.cost import cost
 from models.ema import EMA
 from models.samplers import Guidance
@@ -195,7 +196,7 @@ class Runner:
         )  # fmt: skip
         means, nearest = self._class_means(), None
         if means is not None and sampled.class_token is not None:
-            nearest = previews.nearest_class(sampled.class_token, means)
+            nearest = nearest_class(sampled.class_token, means)
         try:
             pixels = previews.decode(self.autoencoder, sampled.latent)
             previews.save_grid(file, pixels, labels, self.plan.manifest.classes, nearest)

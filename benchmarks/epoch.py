@@ -1,0 +1,58 @@
+"""An epoch of train.py on a packed dataset: how much of a step is spent waiting for data.
+
+    python -m benchmarks.epoch --data-dir runs/cifar10 --enc-type runs/quickstart/networks/encoder
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from config import parse, run, setting
+
+
+@dataclass(frozen=True)
+class EpochBenchmark:
+    data_dir: Path = setting(help="packed dataset (preprocessing/pack.py)", group="what")
+    enc_type: tuple[str, ...] = setting((), "run these encoders in the step; default: cached tokens", group="what")
+    model: str = setting("SiT-S/2", "network, as of train.py", group="what")
+    depth: int = setting(4, "its blocks", group="what")
+    hidden_size: int = setting(128, "its width", group="what")
+    num_heads: int = setting(4, "its attention heads", group="what")
+    batch_size: int = setting(100, "images a step", group="what")
+    mixed_precision: str = setting("no", "arithmetic", group="what", choices=("no", "fp16", "bf16"))
+    num_workers: int = setting(2, "reading threads", group="how")
+    intervals: int = setting(10, "stretches of the epoch to measure", group="how")
+    label: str = setting("run", "names the result files", group="how")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(EpochBenchmark, (__doc__ or "").splitlines()[0], argv)
+    import train
+    from benchmarks import harness
+    from dataset import read_manifest
+
+    steps = read_manifest(settings.data_dir).count // settings.batch_size
+    every = max(1, steps // settings.intervals)
+    with tempfile.TemporaryDirectory() as folder:
+        train.main([
+            "--data-dir", str(settings.data_dir), "--output-dir", folder, "--exp-name", "epoch", "--model", settings.model,
+            "--depth", str(settings.depth), "--hidden-size", str(settings.hidden_size), "--num-heads",
+            str(settings.num_heads), "--encoder-depth", str(settings.depth // 2), "--projector-dim",
+            str(2 * settings.hidden_size), "--batch-size", str(settings.batch_size), "--max-train-steps", str(steps),
+            "--mixed-precision", settings.mixed_precision, "--num-workers", str(settings.num_workers), "--sampling-steps",
+            "0", "--log-every", str(every), *(["--enc-type", *settings.enc_type] if settings.enc_type else []),
+        ])  # fmt: skip
+        lines = [json.loads(line) for line in (Path(folder) / "epoch/metrics.jsonl").read_text().splitlines()]
+    lines = lines[1:] or lines  # the first interval also starts up
+    row = {
+        "encoder": "online" if settings.enc_type else "cached tokens", "steps": steps,
+        "ms a step": harness.spread([1000 * settings.batch_size / line["images_per_second"] for line in lines]),
+        "waiting for data %": harness.spread([100 * line["data_wait"] for line in lines]),
+    }  # fmt: skip
+    print(harness.write("epoch", settings.label, asdict(settings) | {"data_dir": settings.data_dir.name}, [row]))
+
+
+if __name__ == "__main__":
+    run(main)
