@@ -51,10 +51,6 @@ def copy_large(out: np.ndarray, records: list[tuple[np.ndarray, int, int]]) -> N
                 _madvise(aligned, begin - aligned + following[other].nbytes, _WILLNEED)
 
 
-_madvise = ctypes.CDLL(None).madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
 class Buffers:
     """Memory for batches, used again once nobody holds the batch: fresh pages cost as much as the copy into them."""
 
