@@ -157,10 +157,12 @@ class PackedDataset(Dataset):
         """Where records lie: (shard, positions in the batch, rows in the shard) for each shard that holds any."""
         shards = np.searchsorted(self._ends, indices, side="right")
         order = np.argsort(shards, kind="stable")
-        numbers, firsts = np.unique(shards[order], return_index=True)
+        ordered = shards[order]
+        borders = [0, *((ordered[1:] != ordered[:-1]).nonzero()[0] + 1).tolist(), len(order)]
         return [
-            (int(number), positions, indices[positions] - self._starts[number])
-            for number, positions in zip(numbers, np.split(order, firsts[1:]))
+            (int(ordered[a]), order[a:b], indices[order[a:b]] - self._starts[ordered[a]])
+            for a, b in zip(borders, borders[1:])
+            if b > a
         ]
 
     def _gather(
@@ -273,13 +275,13 @@ class StepSampler(Sampler):
 
     def indices(self, step: int, micro_step: int) -> np.ndarray:
         """(local,) int64 record numbers of this process's micro-batch."""
-        row = step * self.global_batch + self.positions(micro_step)
-        epochs = row // self.count
-        out = np.empty_like(row)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            out[chosen] = self._permutation(int(epoch))[row[chosen] % self.count]
-        return out
+        start = step * self.global_batch + (self.rank * self.micro + micro_step) * self.local
+        parts, stop = [], start + self.local
+        while start < stop:
+            epoch, offset = divmod(start, self.count)
+            parts.append(self._permutation(epoch)[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """Shuffle by sorting random 64-bit keys: stable across library versions, unlike their shuffles."""

@@ -148,7 +148,7 @@ def _compare(folder: Path, settings: DataBenchmark, workers: int, *, cold: bool)
         files = {name: [p for p in (folder / name.split(", ")[-1]).rglob("*") if p.is_file()] for name in readers}
         readers = {name: _chilled(read, files[name]) for name, read in readers.items()}
     timed = harness.alternate(
-        readers, rounds=settings.rounds, warmup=6, repeats=1 if cold else 4,
+        readers, rounds=settings.rounds, warmup=6, repeats=1 if cold else 16,
         clock="wall" if workers or cold else settings.clock,
     )  # fmt: skip
     each = {name: harness.spread([s / settings.batch_size for s in t.values]) for name, t in timed.items()}
