@@ -11,6 +11,7 @@ Record i of shard k is row i of each of its files. Fields:
     patch_tokens.K (T, D_K)   float16   likewise
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -161,7 +162,7 @@ class PackedDataset(Dataset):
         borders = [0, *((ordered[1:] != ordered[:-1]).nonzero()[0] + 1).tolist(), len(order)]
         return [
             (int(ordered[a]), order[a:b], indices[order[a:b]] - self._starts[ordered[a]])
-            for a, b in zip(borders, borders[1:])
+            for a, b in itertools.pairwise(borders)
             if b > a
         ]
 
