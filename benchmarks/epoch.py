@@ -1,6 +1,6 @@
 """An epoch of train.py on a packed dataset: how much of a step is spent waiting for data.
 
-    python -m benchmarks.epoch --data-dir runs/cifar10 --enc-type runs/quickstart/networks/encoder
+    python -m benchmarks.epoch --data-dir data/cifar10
 """
 
 import json
@@ -15,7 +15,7 @@ from config import parse, run, setting
 @dataclass(frozen=True)
 class EpochBenchmark:
     data_dir: Path = setting(help="packed dataset (preprocessing/pack.py)", group="what")
-    enc_type: tuple[str, ...] = setting((), "run these encoders in the step; default: cached tokens", group="what")
+    enc_type: tuple[str, ...] = setting((), "encoders to run in the step, if tokens are not in the dataset", group="what")
     model: str = setting("SiT-S/2", "network, as of train.py", group="what")
     depth: int = setting(4, "its blocks", group="what")
     hidden_size: int = setting(128, "its width", group="what")
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from benchmarks import harness
     from dataset import read_manifest
 
-    steps = read_manifest(settings.data_dir).count // settings.batch_size
+    manifest = read_manifest(settings.data_dir)
+    steps = manifest.count // settings.batch_size
     every = max(1, steps // settings.intervals)
     with tempfile.TemporaryDirectory() as folder:
         train.main([
@@ -47,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines = [json.loads(line) for line in (Path(folder) / "epoch/metrics.jsonl").read_text().splitlines()]
     lines = lines[1:] or lines  # the first interval also starts up
     row = {
-        "encoder": "online" if settings.enc_type else "cached tokens", "steps": steps,
+        "tokens": "cached" if manifest.encoders else "computed in the step", "steps": steps,
         "ms a step": harness.spread([1000 * settings.batch_size / line["images_per_second"] for line in lines]),
         "waiting for data %": harness.spread([100 * line["data_wait"] for line in lines]),
     }  # fmt: skip
-    print(harness.write("epoch", settings.label, asdict(settings) | {"data_dir": settings.data_dir.name}, [row]))
+    shown = {k: v for k, v in asdict(settings).items() if k not in ("data_dir", "enc_type", "label")}
+    print(harness.write("epoch", settings.label, {"data": settings.data_dir.name, **shown}, [row]))
 
 
 if __name__ == "__main__":
