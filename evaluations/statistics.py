@@ -21,7 +21,7 @@ class Moments:
     fold is centred first (Chan et al. 1983), so features far from zero lose no digits.
     """
 
-    def __init__(self, dim: int, device: torch.device | str = "cpu", chunk: int = 1024):
+    def __init__(self, dim: int, device: torch.device | str = "cpu", chunk: int = 2048):
         self.n = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
@@ -49,23 +49,31 @@ class Moments:
         self._rows, self._buffered = [], 0
 
     def _fold(self, rows: torch.Tensor) -> None:
-        rows = rows.double()
-        mean = rows.mean(0)
-        rows = rows - mean
-        if rows.device.type == "cpu":  # NumPy turns x.T @ x into BLAS syrk: half the work of a general product
-            centred = rows.numpy()
-            scatter = torch.from_numpy(centred.T @ centred)
+        if rows.device.type == "cpu":
+            # NumPy turns x.T @ x into BLAS syrk, half the work of a general product. And NumPy alone here: its threads and
+            # those of torch would wait for each other's cores.
+            centred = rows.numpy().astype(np.float64)
+            mean = centred.mean(0)
+            centred -= mean
+            self._combine(len(rows), torch.from_numpy(mean), torch.from_numpy(centred.T @ centred))
         else:
-            scatter = rows.T @ rows
-        self._combine(len(rows), mean, scatter)
+            rows = rows.double()
+            mean = rows.mean(0)
+            rows = rows - mean
+            self._combine(len(rows), mean, rows.T @ rows)
 
     def _combine(self, n: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
         total = self.n + n
         if n == 0:
             return
         shift = mean - self.mean
-        self.scatter += scatter
-        self.scatter.addr_(shift, shift, alpha=self.n * n / total)
+        if scatter.device.type == "cpu":
+            mine = self.scatter.numpy()
+            mine += scatter.numpy()
+            mine += np.outer(shift.numpy() * (self.n * n / total), shift.numpy())
+        else:
+            self.scatter += scatter
+            self.scatter.addr_(shift, shift, alpha=self.n * n / total)
         self.mean += shift * (n / total)
         self.n = total
 
