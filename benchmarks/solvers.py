@@ -4,7 +4,8 @@
         --features timm:runs/quickstart/networks/judge --label digits
 
 Every setting starts from the same noise and labels. Measures each at the given budgets of evaluations (NFE) and the
-published SDE with 250 steps, several seeds each, and names the cheapest setting whose mean distance is within 2 % of that.
+published SDE with 250 steps, several seeds each, and names the cheapest setting whose mean distance is within 2 % of that
+and stays so with more evaluations.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,9 +101,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cheapest(measured: Sequence[Measured]) -> Measured:
-    """The setting with the fewest network passes whose mean distance is within TOLERANCE of the first one's."""
-    good = [m for m in measured if m.mean <= TOLERANCE * measured[0].mean]
-    return min(good, key=lambda m: (m.forwards, m.mean))
+    """The setting with the fewest network passes whose mean distance is within TOLERANCE of the first one's, and stays so
+    with more passes of the same solver: a coarse solver's error can undo what guidance does to the distance, by luck."""
+
+    def holds(setting: Measured) -> bool:
+        solver = [m for m in measured if m.name.split()[0] == setting.name.split()[0]]
+        return all(m.mean <= TOLERANCE * measured[0].mean for m in solver if m.forwards >= setting.forwards)
+
+    return min(filter(holds, measured), key=lambda m: (m.forwards, m.mean))
 
 
 def steps_of(name: str, budget: int) -> int:

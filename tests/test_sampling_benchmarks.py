@@ -49,6 +49,8 @@ def test_the_cheapest_within_two_percent():
     good, costly, bad = Measured("a", 20, 37, (1.12,)), Measured("b", 40, 70, (0.9,)), Measured("c", 5, 9, (1.13,))
     assert cheapest([mark, costly, bad, good]) == good
     assert cheapest([mark, bad]) == mark
+    lucky = Measured("c", 3, 5, (1.0,))  # the same solver is worse with more evaluations
+    assert cheapest([mark, costly, bad, good, lucky]) == good
 
 
 def test_our_variants_share_weights_and_noise():
