@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from config import UserError
 from tests.tiny import FLAGS, write_dataset, write_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -176,3 +177,16 @@ def assert_close(one: Path, other: Path) -> None:
         for key, value in left.items():
             if value is not None:
                 assert right[key] == pytest.approx(value, abs=1e-5, rel=1e-5), (left["step"], key)
+
+
+def test_settings_of_fsdp():
+    """accelerate's answers to when weights are freed; what is not followed is refused by name."""
+    from training.sharding import reshard_after_forward
+
+    assert reshard_after_forward({}) and reshard_after_forward({"FSDP_VERSION": "1"})
+    assert not reshard_after_forward({"FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_VERSION": "2"})
+    assert not reshard_after_forward({"FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"})
+    for name, value in (("FSDP_OFFLOAD_PARAMS", "true"), ("FSDP_ACTIVATION_CHECKPOINTING", "true"),
+                        ("FSDP_RESHARD_AFTER_FORWARD", "sometimes")):  # fmt: skip
+        with pytest.raises(UserError, match=name.lower()):
+            reshard_after_forward({name: value})

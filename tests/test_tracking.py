@@ -11,8 +11,11 @@ import torch
 
 import train
 from loss import LossTerms, Objective
+from models.class_token import nearest_class
+from models.cost import GPUS
 from tests.tiny import FLAGS, write_dataset, write_encoder, write_vae
-from training.previews import nearest_class, preview_labels
+from training.launch import Processes
+from training.previews import preview_labels
 from training.step import StepResult
 from training.tracking import Tracker, Window, averages, first_fault, merge_windows
 
@@ -248,3 +251,18 @@ def test_a_full_disk_does_not_end_the_log(tools, tmp_path, capsys, monkeypatch):
     assert failing["count"] == 4
     assert len(re.findall("could not be written", capsys.readouterr().out)) == 1
     assert (tmp_path / "run/checkpoints/0000004/ema.safetensors").is_file()
+
+
+def test_utilization_is_the_share_of_the_peak(monkeypatch):
+    """An H200's dense bf16 peak is 989.5 TFLOP/s: two of them at 500 do a good half of it; float32 runs at the TF32 rate."""
+    processes = Processes.__new__(Processes)
+    processes.device, processes.world, processes.precision = torch.device("cuda"), 2, "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    assert processes.utilization(1e15) == pytest.approx(1000 / (2 * GPUS["H200"].tflops))
+    assert GPUS["H200"].tflops == pytest.approx(989, abs=1)
+    processes.precision = "no"
+    assert processes.utilization(1e15) == pytest.approx(2 * 1000 / (2 * GPUS["H200"].tflops))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Other GPU")
+    assert processes.utilization(1e15) is None
+    processes.device = torch.device("cpu")
+    assert processes.utilization(1e15) is None

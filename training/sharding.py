@@ -4,13 +4,15 @@ What is written to disk is whole: a run may continue with or without shards. For
 identity, so that their callers need not ask.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from config import UserError
 from models.checkpoint import blank_network
 from models.sit import SiT
 
@@ -21,9 +23,26 @@ def shard(network: SiT, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    reshard = reshard_after_forward(os.environ)
     for block in network.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(network, mesh=mesh, reshard_after_forward=reshard)
+
+
+def reshard_after_forward(environment: Mapping[str, str]) -> bool:
+    """What accelerate's FSDP settings ask for: whether a block's weights are freed between its passes (less memory, more
+    exchange). Raises UserError for settings that are not followed here; how to wrap and save is this module's own affair."""
+    for name, instead in (("OFFLOAD_PARAMS", "more processes"), ("ACTIVATION_CHECKPOINTING", "--gradient-checkpointing")):
+        if environment.get(f"FSDP_{name}", "false").lower() == "true":
+            raise UserError(f"accelerate's fsdp_{name.lower()} is not supported: use {instead}")
+    if environment.get("FSDP_VERSION", "2") == "1":
+        name, answers = "FSDP_SHARDING_STRATEGY", {"full_shard": True, "1": True, "shard_grad_op": False, "2": False}
+    else:
+        name, answers = "FSDP_RESHARD_AFTER_FORWARD", {"true": True, "false": False}
+    value = environment.get(name, next(iter(answers)))
+    if value.lower() not in answers:
+        raise UserError(f"accelerate's {name.lower()} {value!r} is not supported: choose from {', '.join(answers)}")
+    return answers[value.lower()]
 
 
 def local(tensor: Tensor) -> Tensor:
