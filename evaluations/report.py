@@ -115,12 +115,15 @@ def write_report_png(
     names = [name for name in _curve_names(curves) if name in CURVES]
     texts = {"summary": list(summary), "commands": ["Commands:", *commands] if commands else []}
     wrapped = {name: [piece for line in lines for piece in _wrap(line, 130)] for name, lines in texts.items()}
-    # heights in inches of each band, from top to bottom
-    bands: list[tuple[str, float]] = [("summary", 0.2 * len(wrapped["summary"]) + 0.2)] if summary else []
-    bands += [(f"table {number}", 0.3 * (len(table.rows) + 1) + 0.5) for number, table in enumerate(tables)]
-    bands += [(f"images {row}", 4.2) for row in range(math.ceil(len(images) / 3))]
-    bands += [(f"curves {row}", 2.6) for row in range(math.ceil(len(names) / 3))]
-    bands += [("commands", 0.2 * len(wrapped["commands"]) + 0.2)] if commands else []
+    # heights in inches of each band, from top to bottom; captions stand in the gap above theirs
+    bands: list[tuple[str, float]] = [("summary", 0.17 * len(wrapped["summary"]) + 0.1)] if summary else []
+    for number, table in enumerate(tables):
+        bands += [("gap", 0.5), (f"table {number}", 0.22 * (len(table.rows) + 1))]
+    for row in range(math.ceil(len(images) / 3)):
+        bands += [("gap", 0.5), (f"images {row}", 3.4)]
+    for row in range(math.ceil(len(names) / 3)):
+        bands += [("gap", 0.6), (f"curves {row}", 2.2)]
+    bands += [("gap", 0.5), ("commands", 0.17 * len(wrapped["commands"]) + 0.1)] if commands else []
     if not bands:
         bands = [("empty", 1.0)]
     height = sum(size for _, size in bands) + 0.8
@@ -128,10 +131,12 @@ def write_report_png(
     figure.suptitle(title, fontsize=15, y=1 - 0.3 / height)
     grid = figure.add_gridspec(
         len(bands), 3, height_ratios=[size for _, size in bands], top=1 - 0.6 / height, bottom=0.2 / height,
-        left=0.06, right=0.97, hspace=0.3, wspace=0.28,
+        left=0.06, right=0.97, hspace=0, wspace=0.2,
     )  # fmt: skip
     for row, (band, _) in enumerate(bands):
         kind, _, number = band.partition(" ")
+        if kind == "gap":
+            continue
         if kind == "curves":
             for column, name in enumerate(names[int(number) * 3 : int(number) * 3 + 3]):
                 _draw_curve(figure.add_subplot(grid[row, column]), name, curves)
@@ -224,7 +229,7 @@ def _draw_table(axes: "Axes", table: Table) -> None:
     axes.set_title(table.title, fontsize=10, loc="left")
     if not table.rows:
         return
-    drawn = axes.table(cellText=[list(row) for row in table.rows], colLabels=list(table.header), loc="upper center")
+    drawn = axes.table(cellText=[list(row) for row in table.rows], colLabels=list(table.header), loc="upper left")
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(9)
     drawn.scale(1, 1.25)
