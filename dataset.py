@@ -11,7 +11,6 @@ Record i of shard k is row i of each of its files. Fields:
     patch_tokens.K (T, D_K)   float16   likewise
 """
 
-import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from mapped import Buffers, copy_large, map_file
+from mapped import Buffers, copy_records, map_file
 from models import philox
 from shards import (  # what readers need is named here again
     MANIFEST,
@@ -42,7 +41,6 @@ __all__ = [
     "read_ahead", "read_manifest", "write_manifest", "write_shard",
 ]  # fmt: skip
 _SHUFFLE = 2  # philox purpose of the data order
-_LARGE_RECORD = 2048  # bytes: from here on copying record by record beats numpy's gather, which copies twice
 _UNMAP = 16 * 2**30  # bytes read after which files are mapped anew: page tables of a whole epoch would take 1 GB
 _MEND = "redo this shard with preprocessing/pack.py --repair"
 
@@ -122,10 +120,12 @@ class PackedDataset(Dataset):
         if self._mapped_bytes > _UNMAP:
             self._maps, self._mapped_bytes = {}, 0
         indices = np.asarray(indices, dtype=np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(f"record {indices.min()} or {indices.max()} is not in [0, {len(self)})")
-        places = self._places(indices)
-        get = {name: self._gather(name, len(indices), places, pin_memory) for name in self.fields}
+        records = indices.tolist()
+        if records and not 0 <= min(records) <= max(records) < len(self):
+            raise IndexError(f"record {min(records)} or {max(records)} is not in [0, {len(self)})")
+        shards = np.searchsorted(self._ends, indices, side="right")
+        places = list(zip(shards.tolist(), (indices - self._starts[shards]).tolist()))
+        get = {name: self._gather(name, places, pin_memory) for name in self.fields}
         encoders = range(len(self.manifest.encoders))
         return Batch(
             moments=get.get("moments"),
@@ -154,40 +154,18 @@ class PackedDataset(Dataset):
             self._maps[number, name] = mapped
         return mapped
 
-    def _places(self, indices: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Where records lie: (shard, positions in the batch, rows in the shard) for each shard that holds any."""
-        shards = np.searchsorted(self._ends, indices, side="right")
-        order = np.argsort(shards, kind="stable")
-        ordered = shards[order]
-        borders = [0, *((ordered[1:] != ordered[:-1]).nonzero()[0] + 1).tolist(), len(order)]
-        return [
-            (int(ordered[a]), order[a:b], indices[order[a:b]] - self._starts[ordered[a]])
-            for a, b in itertools.pairwise(borders)
-            if b > a
-        ]
-
-    def _gather(
-        self, name: str, count: int, places: list[tuple[int, np.ndarray, np.ndarray]], pin_memory: bool
-    ) -> Tensor:
+    def _gather(self, name: str, places: list[tuple[int, int]], pin_memory: bool) -> Tensor:
+        """One field of the records at `places`: (shard, row of it) each."""
         dtype, shape = self._specs[name]
         if pin_memory:  # torch keeps such memory itself, and knows when copies from it are done
-            tensor = torch.empty((count, *shape), dtype=_torch_dtype(dtype), pin_memory=True)
+            tensor = torch.empty((len(places), *shape), dtype=_torch_dtype(dtype), pin_memory=True)
             out = tensor.numpy()
         else:
-            out = self._buffers.take((count, *shape), dtype)
+            out = self._buffers.take((len(places), *shape), dtype)
             tensor = torch.from_numpy(out)
-        large = out.nbytes > _LARGE_RECORD * count
         self._mapped_bytes += out.nbytes
-        sources = [self.map(number, name) for number, _, _ in places]
-        if large:
-            copy_large(out, [
-                (source, position, row)
-                for source, (_, positions, rows) in zip(sources, places)
-                for position, row in zip(positions.tolist(), rows.tolist())
-            ])  # fmt: skip
-        else:
-            for source, (_, positions, rows) in zip(sources, places):
-                out[positions] = source[rows]
+        maps = {number: self.map(number, name) for number in {number for number, _ in places}}
+        copy_records(out, [maps[number][row : row + 1] for number, row in places])
         return tensor
 
     def _file(self, number: int, name: str) -> Path:

@@ -31,7 +31,7 @@ class DataBenchmark:
     workers: tuple[int, ...] = setting((0, 2), "numbers of reading processes or threads", group="what")
     cold: bool = setting(True, "also read with the files dropped from the page cache before each batch", group="what")
     full_size: bool = setting(True, "also start up on a dataset of ImageNet's size (files without content)", group="what")
-    rounds: int = setting(9, "timed batches of each variant", group="how")
+    rounds: int = setting(9, "turns of each variant: 16 batches and 0.2 s at least; 1 batch of a cold cache", group="how")
     one_core: bool = setting(True, "keep all processes on one core", group="how")
     clock: str = setting("wall", "cpu: time of this process alone, on a busy CPU", group="how", choices=("wall", "cpu"))
     folder: Path | None = setting(None, "where to write the records; default: a temporary folder", group="how")
@@ -148,7 +148,7 @@ def _compare(folder: Path, settings: DataBenchmark, workers: int, *, cold: bool)
         files = {name: [p for p in (folder / name.split(", ")[-1]).rglob("*") if p.is_file()] for name in readers}
         readers = {name: _chilled(read, files[name]) for name, read in readers.items()}
     timed = harness.alternate(
-        readers, rounds=settings.rounds, warmup=6, repeats=1 if cold else 16,
+        readers, rounds=settings.rounds, warmup=6, repeats=1 if cold else 16, turn=0 if cold else 0.2,
         clock="wall" if workers or cold else settings.clock,
     )  # fmt: skip
     each = {name: harness.spread([s / settings.batch_size for s in t.values]) for name, t in timed.items()}

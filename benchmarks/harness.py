@@ -54,13 +54,15 @@ def alternate(
     rounds: int,
     warmup: int = 1,
     repeats: int = 1,
+    turn: float = 0.0,
     device: str | torch.device = "cpu",
     clock: str = "wall",
 ) -> dict[str, Spread]:
     """Seconds of one call of each variant, measured in turn in this process.
 
-    Each round times every variant once (`repeats` calls, divided by their number), in the given order in even rounds and
-    reversed in odd ones, so that a slow drift of the machine falls on all alike. `warmup` untimed calls of each come first.
+    Each round times every variant once (`repeats` calls, or more until `turn` seconds have passed, divided by their
+    number), in the given order in even rounds and reversed in odd ones, so that a slow drift of the machine falls on all
+    alike. `warmup` untimed calls of each come first.
     clock: "wall", or "cpu" for the time this process was on the CPU, which other programs disturb less.
     """
     now = CLOCKS[clock]
@@ -72,11 +74,12 @@ def alternate(
         names = list(variants) if number % 2 == 0 else list(reversed(variants))
         for name in names:
             synchronize(device)
-            start = now()
-            for _ in range(repeats):
+            calls, start = 0, now()
+            while calls < repeats or now() - start < turn:
                 variants[name]()
+                calls += 1
             synchronize(device)
-            seconds[name].append((now() - start) / repeats)
+            seconds[name].append((now() - start) / calls)
     return {name: spread(values) for name, values in seconds.items()}
 
 
