@@ -21,7 +21,7 @@ class EvaluateBenchmark:
     baseline_limit: int = setting(
         50_000, "more samples than this are not given to NumPy's precision and recall", group="what"
     )
-    rounds: int = setting(1, "timed calls of each", group="how")
+    rounds: int = setting(5, "timed calls of each; of precision and recall, which takes minutes, one", group="how")
     device: str = setting("cpu", "of our side: cpu or cuda", group="how", choices=("cpu", "cuda"))
     label: str = setting("run", "names the result files", group="how")
 
@@ -45,9 +45,11 @@ def main() -> None:
 
     rows = []
 
-    def row(name: str, baseline: Callable[[], Any], ours: Callable[[], Any], what: str) -> None:
+    def row(
+        name: str, baseline: Callable[[], Any], ours: Callable[[], Any], what: str, rounds: int = settings.rounds
+    ) -> None:
         calls = {"baseline": keep("baseline", baseline), "ours": keep("ours", ours)}
-        seconds = harness.alternate(calls, rounds=settings.rounds, warmup=0, device=settings.device)
+        seconds = harness.alternate(calls, rounds=rounds, warmup=0, device=settings.device)
         deviation = float(np.max(np.abs(np.subtract(found["ours"], found["baseline"])) / np.abs(found["baseline"]).max()))
         rows.append({
             "what": name, "baseline": what, "s baseline": seconds["baseline"], "s ours": seconds["ours"],
@@ -74,7 +76,7 @@ def main() -> None:
             row(
                 f"precision and recall, {rule}, {len(reference)} x {len(samples)}",
                 lambda dtype=dtype: numpy_precision_recall(reference.numpy(), samples.numpy(), dtype),
-                lambda rule=rule: precision_recall(*on_device, rule=rule)[:2], f"NumPy, {dtype.__name__} distances",
+                lambda rule=rule: precision_recall(*on_device, rule=rule)[:2], f"NumPy, {dtype.__name__} distances", 1,
             )  # fmt: skip
     path = harness.write(
         "evaluate", settings.label,

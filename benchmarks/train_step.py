@@ -140,7 +140,7 @@ def builders_of(settings: TrainStepBenchmark, config: Any, device: str, precisio
     builders: Builders = {}
     if settings.published:
         builders["published"] = lambda n: theirs(n, "fp16" if cuda else "no", True)
-        if cuda:
+        if cuda or precision == "bf16":
             builders["published, best case"] = lambda n: theirs(n, "bf16", False)
     builders["ours"] = lambda n: ours(n, False)
     if settings.compile:

@@ -1,5 +1,6 @@
 """Mean and covariance of features, streamed in float64 and merged over batches, groups and processes."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ class Statistics(NamedTuple):
 
 
 class Moments:
-    """Running mean and scatter matrix of (N, D) features.
+    """Running mean and scatter matrix of (N, D) features; of the matrix, which is symmetric, the lower triangle counts.
 
     Rows are buffered and folded in chunks of fixed length, so the batch size leaves no trace in the result; every
     fold is centred first (Chan et al. 1983), so features far from zero lose no digits.
@@ -49,31 +50,34 @@ class Moments:
         self._rows, self._buffered = [], 0
 
     def _fold(self, rows: torch.Tensor) -> None:
-        if rows.device.type == "cpu":
-            # NumPy turns x.T @ x into BLAS syrk, half the work of a general product. And NumPy alone here: its threads and
-            # those of torch would wait for each other's cores.
-            centred = rows.numpy().astype(np.float64)
-            mean = centred.mean(0)
-            centred -= mean
-            self._combine(len(rows), torch.from_numpy(mean), torch.from_numpy(centred.T @ centred))
-        else:
+        if rows.device.type != "cpu":
             rows = rows.double()
             mean = rows.mean(0)
             rows = rows - mean
             self._combine(len(rows), mean, rows.T @ rows)
+            return
+        # A symmetric update adds one triangle of the product to what is there: half the work of a general product, and no
+        # (D, D) temporary. The shift between the means (_combine) is its last row. No torch in between: its threads and
+        # those of BLAS would wait for each other's cores.
+        from scipy.linalg.blas import dsyrk
+
+        values, n = rows.numpy(), len(rows)
+        mean = values.mean(0, dtype=np.float64)
+        shift = mean - self.mean.numpy()
+        centred = np.empty((n + 1, len(mean)))
+        np.subtract(values, mean, out=centred[:n])
+        centred[n] = shift * math.sqrt(self.n * n / (self.n + n))
+        dsyrk(1.0, centred.T, beta=1.0, c=self.scatter.numpy().T, overwrite_c=True)
+        self.n += n
+        self.mean += torch.from_numpy(shift * (n / self.n))
 
     def _combine(self, n: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        total = self.n + n
         if n == 0:
             return
+        total = self.n + n
         shift = mean - self.mean
-        if scatter.device.type == "cpu":
-            mine = self.scatter.numpy()
-            mine += scatter.numpy()
-            mine += np.outer(shift.numpy() * (self.n * n / total), shift.numpy())
-        else:
-            self.scatter += scatter
-            self.scatter.addr_(shift, shift, alpha=self.n * n / total)
+        self.scatter += scatter
+        self.scatter.addr_(shift, shift, alpha=self.n * n / total)
         self.mean += shift * (n / total)
         self.n = total
 
@@ -105,7 +109,9 @@ class Moments:
         self._flush()
         if self.n < 2:
             raise ValueError(f"statistics need at least 2 images, got {self.n}")
-        return Statistics(self.n, self.mean.cpu().numpy().copy(), (self.scatter / (self.n - 1)).cpu().numpy())
+        covariance = self.scatter.cpu().numpy() / (self.n - 1)
+        covariance = np.tril(covariance) + np.tril(covariance, -1).T
+        return Statistics(self.n, self.mean.cpu().numpy().copy(), covariance)
 
 
 def compute_moments(features: np.ndarray | torch.Tensor) -> Moments:
