@@ -5,6 +5,7 @@
     write("train_step", "b2-cpu", settings, [{"batch": 32, "ours ms": ..., "speedup": speedup.median}])
 """
 
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -21,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -81,6 +83,16 @@ def alternate(
             synchronize(device)
             seconds[name].append((now() - start) / calls)
     return {name: spread(values) for name, values in seconds.items()}
+
+
+def keep_memory() -> None:
+    """Let malloc keep what is freed. Else glibc gives large blocks back to the kernel, and each training step on a CPU takes
+    300 MiB of new pages, up to a sixth of its time, which falls on one variant or another. Needs glibc, else does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def ratio(numerator: Spread, denominator: Spread) -> Spread:

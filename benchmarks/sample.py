@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     commit = published.check(settings.published) if settings.published else None
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    harness.keep_memory()
     acceleration.allow_tf32(True)
     bench = Bench(settings, device)
     variants: dict[str, Callable[[], Any]] = {}

@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     cuda = torch.device(device).type == "cuda"
     precision = acceleration.best_precision(device) if settings.precision == "auto" else settings.precision
+    harness.keep_memory()
     acceleration.allow_tf32(True)  # the published launch script asks for it as well
     sizes = {name: getattr(settings, name) for name in ("depth", "hidden_size", "num_heads")}
     config = sized(preset(settings.model, input_size=settings.input_size), sizes)
@@ -229,16 +230,11 @@ def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str
     from benchmarks.harness import alternate
     from benchmarks.train_variants import OurStep
     from loss import draw
-    from models.acceleration import autocast
 
     ours = OurStep(config, n, device, encoder=settings.encoder, precision=precision, compiled=settings.compile,
                    gradient_checkpointing=settings.gradient_checkpointing)  # fmt: skip
     step, batch, positions = ours.step, ours.batch, ours.positions
     shape = (config.in_channels, config.input_size, config.input_size)
-
-    def targets() -> None:
-        with autocast(device, precision):
-            step.targets(batch)
 
     def backward() -> None:
         step.objective.total(step.loss(0, batch, positions)).backward()
@@ -246,7 +242,7 @@ def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str
 
     pieces = {
         "draws": lambda: draw(0, 1, positions, shape, config.class_token_dim, "uniform"),
-        "targets": targets,
+        "targets": lambda: step.targets(batch),
         "forward": lambda: step.loss(0, batch, positions),
         "backward": backward,
         "all": ours,
