@@ -53,6 +53,7 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     temporary.rename(path)
 
 
+_NO_CLASS = "no class"  # the null label
 _STYLE = """
 body{font:14px/1.4 system-ui,sans-serif;margin:1.5em;color:#222;background:#fff}
 h1{font-size:1.3em}h2{font-size:1.05em;margin:1.2em 0 .3em}
@@ -70,11 +71,12 @@ def write_gallery(path: Path, shown: list[Shown], names: tuple[str, ...], sideca
     """
 
     def name(label: int) -> str:
-        return names[label] if label < len(names) else str(label)
+        return (*names, _NO_CLASS)[label] if label <= len(names) > 0 else str(label)
 
     parts = []
     for label in sorted({picture.label for picture in shown}):
-        parts.append(f"<h2>{html.escape(f'{label}: {name(label)}' if label < len(names) else str(label))}</h2>")
+        numbered = label < len(names) and names[label] != str(label)
+        parts.append(f"<h2>{html.escape(f'{label}: {name(label)}' if numbered else name(label))}</h2>")
         parts.append('<div class="row">')
         parts += [_figure(picture, name) for picture in shown if picture.label == label]
         parts.append("</div>")
@@ -103,6 +105,7 @@ def _figure(picture: Shown, name: Any) -> str:
     source = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(data.getvalue()).decode()}"
     caption = f"{picture.index}"
     if picture.nearest is not None and picture.nearest != picture.label:
-        caption += f' <span class="other">token: {html.escape(name(picture.nearest))}</span>'
+        mark = "" if name(picture.label) == _NO_CLASS else ' class="other"'
+        caption += f" <span{mark}>token: {html.escape(name(picture.nearest))}</span>"
     style = ' class="small"' if small else ""
     return f'<figure><img{style} src="{source}" alt="sample {picture.index}"><figcaption>{caption}</figcaption></figure>'
