@@ -62,73 +62,72 @@ class Curve(NamedTuple):
     values: list[float]
 
 
-def write_report(
-    out_html: Path,
-    *,
-    title: str,
-    summary: Sequence[str],
-    tables: Sequence[Table],
-    runs: Mapping[str, Path],
-    images: Sequence[tuple[str, Path]],
-    commands: Sequence[str],
-) -> None:
+class Report(NamedTuple):
+    """What a report shows, in this order but for the curves, which come after the images.
+
+    runs: name -> run folder, whose metrics.jsonl gives the curves. images: (caption, PNG).
+    """
+
+    title: str
+    summary: Sequence[str]
+    tables: Sequence[Table]
+    runs: Mapping[str, Path]
+    images: Sequence[tuple[str, Path]]
+    commands: Sequence[str] = ()
+
+    def curves(self) -> dict[str, dict[str, Curve]]:
+        """Run name -> curves. Raises FileNotFoundError or ValueError naming the file at fault."""
+        return {name: read_curves(folder) for name, folder in self.runs.items()}
+
+
+def write_html(report: Report, file: Path) -> None:
     """One HTML file that needs no other: curves and images are inside it.
 
-    runs: name -> run folder, whose metrics.jsonl gives the curves. images: (caption, PNG). Raises FileNotFoundError
-    for a missing image, ValueError for a broken metrics.jsonl or a ragged table.
+    Raises FileNotFoundError for a missing image, ValueError for a broken metrics.jsonl or a ragged table.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f"<p>{html.escape(line)}</p>" for line in summary]
-    parts += [_html_table(table) for table in tables]
-    if images:
+    parts = [f"<h1>{html.escape(report.title)}</h1>"]
+    parts += [f"<p>{html.escape(line)}</p>" for line in report.summary]
+    parts += [_html_table(table) for table in report.tables]
+    if report.images:
         parts.append("<h2>Images</h2>")
-    for caption, file in images:
-        picture = f'<img alt="{html.escape(caption)}" src="{_data_uri(_read_png(file))}">'
+    for caption, image in report.images:
+        picture = f'<img alt="{html.escape(caption)}" src="{_data_uri(_read_png(image))}">'
         parts.append(f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    figure = _curve_figure({name: read_curves(folder) for name, folder in runs.items()})
+    figure = _curve_figure(report.curves())
     if figure is not None:
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=110)
         parts.append(f'<h2>Training</h2><img class="curves" alt="curves" src="{_data_uri(stream.getvalue())}">')
-    if commands:
-        parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    if report.commands:
+        parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(report.commands))}</pre>")
+    head = f'<meta charset="utf-8"><title>{html.escape(report.title)}</title><style>{STYLE}</style>'
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    out_html.write_text(page, encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page, encoding="utf-8")
 
 
-def write_report_png(
-    out_png: Path,
-    *,
-    title: str,
-    summary: Sequence[str],
-    tables: Sequence[Table],
-    runs: Mapping[str, Path],
-    images: Sequence[tuple[str, Path]],
-    commands: Sequence[str],
-) -> None:
-    """The content of `write_report` as one picture, of the curves the chief ones."""
+def write_png(report: Report, file: Path) -> None:
+    """The content of `write_html` as one picture, of the curves the chief ones. Raises as `write_html`."""
     import matplotlib.image
 
-    curves = {name: read_curves(folder) for name, folder in runs.items()}
+    curves, images = report.curves(), report.images
     names = [name for name in _curve_names(curves) if name in CURVES]
-    texts = {"summary": list(summary), "commands": ["Commands:", *commands] if commands else []}
+    texts = {"summary": list(report.summary), "commands": ["Commands:", *report.commands] if report.commands else []}
     wrapped = {name: [piece for line in lines for piece in _wrap(line, 130)] for name, lines in texts.items()}
     # heights in inches of each band, from top to bottom; captions stand in the gap above theirs
-    bands: list[tuple[str, float]] = [("summary", 0.17 * len(wrapped["summary"]) + 0.1)] if summary else []
-    for number, table in enumerate(tables):
+    bands: list[tuple[str, float]] = [("summary", 0.17 * len(wrapped["summary"]) + 0.1)] if texts["summary"] else []
+    for number, table in enumerate(report.tables):
         bands += [("gap", 0.5), (f"table {number}", 0.22 * (len(table.rows) + 1))]
     for row in range(math.ceil(len(images) / 3)):
         bands += [("gap", 0.5), (f"images {row}", 3.4)]
     for row in range(math.ceil(len(names) / 3)):
         bands += [("gap", 0.6), (f"curves {row}", 2.2)]
-    bands += [("gap", 0.5), ("commands", 0.17 * len(wrapped["commands"]) + 0.1)] if commands else []
+    bands += [("gap", 0.5), ("commands", 0.17 * len(wrapped["commands"]) + 0.1)] if texts["commands"] else []
     if not bands:
         bands = [("empty", 1.0)]
     height = sum(size for _, size in bands) + 0.8
     figure = _figure(12, height)
-    figure.suptitle(title, fontsize=15, y=1 - 0.3 / height)
+    figure.suptitle(report.title, fontsize=15, y=1 - 0.3 / height)
     grid = figure.add_gridspec(
         len(bands), 3, height_ratios=[size for _, size in bands], top=1 - 0.6 / height, bottom=0.2 / height,
         left=0.06, right=0.97, hspace=0, wspace=0.2,
@@ -141,9 +140,9 @@ def write_report_png(
             for column, name in enumerate(names[int(number) * 3 : int(number) * 3 + 3]):
                 _draw_curve(figure.add_subplot(grid[row, column]), name, curves)
         elif kind == "images":
-            for column, (caption, file) in enumerate(images[int(number) * 3 : int(number) * 3 + 3]):
+            for column, (caption, image) in enumerate(images[int(number) * 3 : int(number) * 3 + 3]):
                 axes = figure.add_subplot(grid[row, column])
-                axes.imshow(matplotlib.image.imread(io.BytesIO(_read_png(file)), format="png"), cmap="gray")
+                axes.imshow(matplotlib.image.imread(io.BytesIO(_read_png(image)), format="png"), cmap="gray")
                 axes.set_title("\n".join(_wrap(caption, 50)), fontsize=9)
                 axes.axis("off")
         else:
@@ -152,9 +151,9 @@ def write_report_png(
             if kind in wrapped:
                 axes.text(0, 1, "\n".join(wrapped[kind]), fontsize=9, va="top", family="monospace", transform=axes.transAxes)
             elif kind == "table":
-                _draw_table(axes, tables[int(number)])
-    out_png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, dpi=100)
+                _draw_table(axes, report.tables[int(number)])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
@@ -297,11 +296,9 @@ def main() -> None:
         ]
         tables.append(Table("Metrics", ["Samples", "n", "Sampler", "Guidance", *map(title, keys)], cells))
     summary = [f"{name}: {folder}" for name, folder in names.items()]
-    content = {
-        "title": settings.title, "summary": summary, "tables": tables, "runs": names, "images": images, "commands": [],
-    }  # fmt: skip
-    write_report(settings.out, **content)
-    write_report_png(settings.out.with_suffix(".png"), **content)
+    report = Report(settings.title, summary, tables, names, images)
+    write_html(report, settings.out)
+    write_png(report, settings.out.with_suffix(".png"))
     print(f"wrote {settings.out} and {settings.out.with_suffix('.png')}")
 
 

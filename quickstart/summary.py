@@ -56,7 +56,7 @@ def rows(results: dict) -> list[list[str]]:
 
 def summarize(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool) -> str:
     """Write results.json, report.html and report.png into `out`; returns the text to print."""
-    from evaluations.report import Table, write_report, write_report_png
+    from evaluations.report import Report, Table, write_html, write_png
 
     results = collect(out, runs, records, gpu)
     (out / "results.json").write_text(json.dumps(results, indent=1))
@@ -66,28 +66,28 @@ def summarize(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool
         (f"{TITLES[s['run']]}, {s['sampler'].upper()}, {s['guidance']}", out / "samples" / s["name"] / "grid.png")
         for s in results["settings"]
     ]
-    content = {
-        "title": "REG quickstart: handwritten digits",
-        "summary": [
+    report = Report(
+        title="REG quickstart: handwritten digits",
+        summary=[
             "Recognised: share of images whose class the judge names, a classifier of real digits that takes no part "
             "in generation. FD: Frechet distance to the held-out digits in the judge's features. NFE: evaluations of the "
             "velocity for each sample; a guided one takes two passes of the network.",
             f"{results['total_seconds'] / 60:.1f} minutes in all on {results['device']}, largest process "
             f"{results['peak_memory_gib']:.2f} GiB.",
         ],
-        "tables": [
+        tables=[
             Table("Samples and real digits", table[0], table[1:]),
             Table("Stages", ["stage", "seconds", "peak GiB"],
                   [[r.name, f"{r.seconds:.1f}", f"{r.peak_gib:.2f}"] for r in records]),
         ],
-        "runs": {TITLES[run]: out / run for run in runs},
-        "images": pictures,
-        "commands": [record.command for record in records],
-    }  # fmt: skip
-    write_report(out / "report.html", **content)
-    write_report_png(out / "report.png", **content)
+        runs={TITLES[run]: out / run for run in runs},
+        images=pictures,
+        commands=[record.command for record in records],
+    )  # fmt: skip
+    write_html(report, out / "report.html")
+    write_png(report, out / "report.png")
     lines = [_line(row, [max(len(r[i]) for r in table) for i in range(len(table[0]))]) for row in table]
-    return "\n".join([*lines, "", *content["summary"], f"Report: {out / 'report.html'} (picture: {out / 'report.png'})"])
+    return "\n".join([*lines, "", *report.summary, f"Report: {out / 'report.html'} (picture: {out / 'report.png'})"])
 
 
 def _line(row: list[str], widths: list[int]) -> str:

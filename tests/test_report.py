@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations.report import Table, read_curves, write_report, write_report_png
+from evaluations.report import Report, Table, read_curves, write_html, write_png
 from evaluations.results import Metric, Results
 
 ROOT = Path(__file__).parents[1]
@@ -32,13 +32,13 @@ def run_folder(tmp_path):
     return make
 
 
-def content(run_folder) -> dict:
+def content(run_folder) -> Report:
     a, b = run_folder("a"), run_folder("b", 0.5)
-    return {
-        "title": "Two <runs>", "summary": ["All & everything."], "tables": [Table("Numbers", ["x", "y"], [["1", "2"]])],
-        "runs": {"first": a, "second": b}, "images": [("a grid", a / "previews" / "step_0000050.png")],
-        "commands": ["python train.py --a < b"],
-    }  # fmt: skip
+    return Report(
+        title="Two <runs>", summary=["All & everything."], tables=[Table("Numbers", ["x", "y"], [["1", "2"]])],
+        runs={"first": a, "second": b}, images=[("a grid", a / "previews" / "step_0000050.png")],
+        commands=["python train.py --a < b"],
+    )  # fmt: skip
 
 
 def test_curves_are_read_as_logged(run_folder):
@@ -60,7 +60,7 @@ def test_curves_are_read_as_logged(run_folder):
 
 def test_html_needs_no_other_file(run_folder, tmp_path):
     """Images and curves are data URIs, nothing is loaded from elsewhere, text is escaped."""
-    write_report(tmp_path / "out" / "report.html", **content(run_folder))
+    write_html(content(run_folder), tmp_path / "out" / "report.html")
     page = (tmp_path / "out" / "report.html").read_text()
     sources = re.findall(r'src="([^"]{0,30})', page)
     assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
@@ -72,24 +72,24 @@ def test_html_needs_no_other_file(run_folder, tmp_path):
 def test_png_shows_the_same(run_folder, tmp_path):
     """One picture: a grid, curves of both runs in their colours, and more height with more content."""
     everything = content(run_folder)
-    write_report_png(tmp_path / "report.png", **everything)
+    write_png(everything, tmp_path / "report.png")
     with Image.open(tmp_path / "report.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
         height = picture.height
     for colour in ((31, 119, 180), (214, 39, 40), (200, 200, 200)):
         assert (np.abs(pixels - colour).sum(1) < 12).sum() > 50, colour
-    write_report_png(tmp_path / "short.png", **(everything | {"images": [], "commands": []}))
+    write_png(everything._replace(images=[], commands=[]), tmp_path / "short.png")
     with Image.open(tmp_path / "short.png") as picture:
         assert picture.height < height - 300
 
 
 def test_broken_content_is_named(run_folder, tmp_path):
     everything = content(run_folder)
-    for write in (write_report, write_report_png):
+    for write in (write_html, write_png):
         with pytest.raises(ValueError, match="table 'Numbers': a row has 1 cells, the header 2"):
-            write(tmp_path / "r", **(everything | {"tables": [Table("Numbers", ["x", "y"], [["1"]])]}))
+            write(everything._replace(tables=[Table("Numbers", ["x", "y"], [["1"]])]), tmp_path / "r")
         with pytest.raises(FileNotFoundError, match=r"image .*absent\.png does not exist"):
-            write(tmp_path / "r", **(everything | {"images": [("absent", tmp_path / "absent.png")]}))
+            write(everything._replace(images=[("absent", tmp_path / "absent.png")]), tmp_path / "r")
 
 
 def test_report_of_run_folders(run_folder, tmp_path):
