@@ -198,6 +198,20 @@ def test_alternate_takes_turns():
     assert all(len(t.values) == 3 for t in timings.values())
 
 
+def test_a_turn_lasts(monkeypatch):
+    """A variant is called until its turn has lasted; what counts is the time of one call."""
+    now = [0.0]
+    monkeypatch.setitem(harness.CLOCKS, "wall", lambda: now[0])
+    calls = []
+
+    def slow() -> None:
+        calls.append(1)
+        now[0] += 2
+
+    timings = harness.alternate({"slow": slow}, rounds=2, warmup=0, turn=5)
+    assert len(calls) == 6 and timings["slow"].values == (2.0, 2.0)
+
+
 def test_ratio_of_two_timings():
     """A function that sleeps four times as long takes about four times as long."""
     timings = harness.alternate({"a": lambda: time.sleep(0.01), "b": lambda: time.sleep(0.04)}, rounds=5)
@@ -236,19 +250,23 @@ def test_single_functions_are_taken_from_a_clone(tmp_path):
 def results(tmp_path, monkeypatch):
     """The folder the benchmarks write to in a test."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "keep_memory", lambda: None)  # for the whole process it would be
     return tmp_path
 
 
 TOY = ("--model", "SiT-S/2", "--depth", "2", "--input-size", "4", "--rounds", "2", "--warmup", "1", "--device", "cpu")
 
 
-def test_train_step_benchmark_runs(results):
-    """It writes a row for ours; with a clone of the published code named by REG_PUBLISHED also theirs."""
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_train_step_benchmark_runs(results, capsys, precision):
+    """A row for ours, its parts printed; with a clone of the published code named by REG_PUBLISHED also theirs."""
     clone = os.environ.get("REG_PUBLISHED")
     flags = ("--published", clone) if clone else ()
-    train_step.main([*TOY, "--batch-size", "4", "--label", "toy", *flags])
+    train_step.main([*TOY, "--batch-size", "4", "--label", "toy", "--precision", precision, "--parts", *flags])
     rows = json.loads((results / "train_step-toy.json").read_text())["rows"]
-    assert [row["variant"] for row in rows] == (["published", "ours"] if clone else ["ours"])
+    theirs = ["published", "published, best case"] if precision == "bf16" else ["published"]
+    assert [row["variant"] for row in rows] == [*(theirs if clone else []), "ours"]
+    assert "our step at batch 4, ms: draws" in capsys.readouterr().out
     assert all(row["images/s"]["median"] > 0 and row["ATen operations"] > 1000 for row in rows)
 
 
