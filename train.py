@@ -62,6 +62,11 @@ class TrainConfig:
     compile: bool = setting(False, "torch.compile network and encoders, block by block", group="speed")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory", group="speed")
 
+    ema_device: str = setting(
+        "same", "where the average is kept; cpu: 4 bytes a parameter less on the GPU, slower steps", group="speed",
+        choices=("same", "cpu"),
+    )  # fmt: skip
+
     report_to: str = setting(
         "none", "tracker beside metrics.jsonl (WANDB_MODE=offline for wandb without network)", group="watching",
         choices=("none", "wandb", "tensorboard"),

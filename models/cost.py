@@ -125,14 +125,16 @@ class TrainingMemory(NamedTuple):
         return self.state + self.copies + batch * self.activations
 
 
-def training_memory(config: SiTConfig, *, half: bool = True, recompute: bool = False) -> TrainingMemory:
+def training_memory(
+    config: SiTConfig, *, half: bool = True, recompute: bool = False, average: bool = True
+) -> TrainingMemory:
     """Count what the backward pass keeps, on fake tensors, as an eager step does; a compiled one keeps less.
 
     half: fp16 or bf16 by autocast. recompute: gradient checkpointing, which keeps the input of each block and recomputes
-    one block at a time.
+    one block at a time. average: the EMA is there, too.
     """
     c = cost(config)
-    state = (c.parameters + c.projector_parameters) * (4 + 4 + 8 + 4)
+    state = (c.parameters + c.projector_parameters) * (4 + 4 + 8 + 4 * average)
     two, three = (_kept_bytes(config, n, half=half) for n in (2, 3))
     activations, copies = three - two, max(0, 3 * two - 2 * three)
     if recompute:

@@ -15,6 +15,7 @@ from config import UserError
 from dataset import MOMENTS_STD_SCALE, Batch
 from models import acceleration
 from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
+from models.ema import EMA
 from models.sit import SiTConfig, preset
 from tests.tiny import write_dataset
 from training.tracking import Window
@@ -362,3 +363,17 @@ def test_gpu_step_equals_cpu_step():
         state = {name: weight.clone() for name, weight in state.items()}
         losses.append(torch.stack([torch.stack(ours().terms[:3]).cpu() for _ in range(3)]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_average_on_the_cpu_follows_the_one_on_the_gpu():
+    """The copies have arrived when the average takes them: large weights that change at once give the same numbers."""
+    network = torch.nn.Linear(4096, 4096, device="cuda")
+    averages = [EMA(network, torch.nn.Linear(4096, 4096, device=device), decay=0.9) for device in ("cuda", "cpu")]
+    for _ in range(5):
+        with torch.no_grad():
+            network.weight.normal_()
+        for average in averages:
+            average.update(network)
+    torch.testing.assert_close(averages[0].average.weight.cpu(), averages[1].average.weight, rtol=1e-6, atol=1e-6)
+    assert float(averages[0].distance(network)) == pytest.approx(float(averages[1].distance(network)), rel=1e-5)

@@ -14,9 +14,10 @@ CONFIG, LOCK = "config.json", "run.lock"
 # Settings that do not change what is learned; every other one is part of the run's identity.
 FREE = frozenset({
     "data_dir", "output_dir", "exp_name", "vae", "max_train_steps", "gradient_accumulation_steps", "num_workers", "compile",
-    "gradient_checkpointing", "allow_tf32", "report_to", "wandb_project", "log_every", "sampling_steps", "preview_steps",
-    "preview_scale", "checkpointing_steps", "keep_last", "keep_every", "on_save_error", "on_nonfinite", "max_hours",
-    "requeue_command", "eval_every", "eval_samples", "eval_reference", "eval_features", "dry_run", "accept_changes",
+    "gradient_checkpointing", "ema_device", "allow_tf32", "report_to", "wandb_project", "log_every", "sampling_steps",
+    "preview_steps", "preview_scale", "checkpointing_steps", "keep_last", "keep_every", "on_save_error", "on_nonfinite",
+    "max_hours", "requeue_command", "eval_every", "eval_samples", "eval_reference", "eval_features", "dry_run",
+    "accept_changes",
 })  # fmt: skip
 
 

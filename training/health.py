@@ -34,7 +34,7 @@ def check_weights(processes: Processes, network: nn.Module, ema: EMA, step: int)
     """Before a save: weights and EMA finite, weights bit for bit the same in every process. Raises UserError if not."""
     for kind, module in (("weights", network), ("EMA weights", ema.average)):
         flags = torch.stack([local(t).isfinite().all() for t in module.state_dict().values()])
-        flags = processes.gather(flags).all(0)
+        flags = processes.gather(flags.to(processes.device)).all(0)
         if not flags.all():
             name = list(network.state_dict())[int((~flags).int().argmax())]
             raise UserError(f"step {step}: the {kind} {name} are not finite; nothing is saved, the last checkpoint stands")

@@ -21,7 +21,10 @@ def dry_run(settings: Any) -> str:
 def _rows(settings: Any, plan: Plan, world: int, local: int) -> list[tuple[str, str]]:
     config, manifest = plan.network, plan.manifest
     counted = cost(config)
-    memory = training_memory(config, half=settings.mixed_precision != "no", recompute=settings.gradient_checkpointing)
+    average = settings.ema_device == "same"
+    memory = training_memory(
+        config, half=settings.mixed_precision != "no", recompute=settings.gradient_checkpointing, average=average
+    )
     images = settings.max_train_steps * settings.batch_size
     slot = f"class token of width {config.class_token_dim}" if config.class_token_dim else "no class token"
     aligned = f"aligned after block {config.align_depth}" if config.align_dims else "no alignment"
@@ -42,7 +45,7 @@ def _rows(settings: Any, plan: Plan, world: int, local: int) -> list[tuple[str, 
         ("processes", f"{world}, with micro-batches of {local} images, {settings.gradient_accumulation_steps} a step, "
                       f"precision {settings.mixed_precision}"),
         ("memory", f"about {memory.total(local) / gib:.2f} GiB a process: {fixed / gib:.2f} GiB of weights, gradients, "
-                   f"AdamW and EMA, {per_image}"),
+                   f"{'AdamW and EMA' if average else 'and AdamW'}, {per_image}"),
         ("time", f"{_hours(settings, plan, world)} on as many GPUs, by the roofline, without data and gradient exchange"),
         ("disk", f"{16 * (counted.parameters + counted.projector_parameters) / gib:.2f} GiB a checkpoint"),
     ]  # fmt: skip

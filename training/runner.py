@@ -62,6 +62,8 @@ class Runner:
 
     def _build(self) -> None:
         settings, plan, processes = self.settings, self.plan, self.processes
+        if processes.sharded and settings.ema_device == "cpu":
+            raise UserError("--ema-device cpu and FSDP do not go together: each process has a part of the average alone")
         processes.on_main(self._claim)
         allow_tf32(settings.allow_tf32)
         torch.manual_seed(settings.seed)
@@ -259,7 +261,7 @@ class Runner:
         for network in (self.network, self.ema.average):
             if self.processes.sharded:
                 sharding.shard(network, self.device)
-            else:
+            elif network is self.network or self.settings.ema_device == "same":
                 network.to(self.device)
         self.optimizer = torch.optim.AdamW(sharding.leaves(self.network), **self._adam(), fused=True)
         if loaded is None:

@@ -109,8 +109,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, content
 
 @contextmanager
 def gathered(network: SiT, device: torch.device, *, keep: bool) -> Iterator[SiT | None]:
-    """A network of whole weights for sampling, itself if it is not sharded; None where it is not kept. A collective."""
-    if all(local(p) is p for p in network.parameters()):
+    """A network of whole weights on the device, for sampling: itself if it is that; None where not kept. A collective."""
+    if all(local(p) is p and p.device.type == device.type for p in network.parameters()):
         yield network if keep else None
         return
     weights = whole_weights(network, keep=keep)
