@@ -21,18 +21,44 @@ class UserError(ValueError):
     """A mistake of the user's, told in one sentence that names the culprit and the mend."""
 
 
-def setting(default: Any = dataclasses.MISSING, help: str = "", *, group: str, choices: Sequence | None = None) -> Any:
-    """Declare one field of a settings dataclass; without a default the flag is required."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "choices": choices})
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    group: str,
+    choices: Sequence | None = None,
+    also: Sequence[str] = (),
+) -> Any:
+    """Declare one field of a settings dataclass.
+
+    Args:
+        default: value if the flag is not given; without one the flag is required.
+        help: half a sentence for `--help`.
+        group: heading in `--help`.
+        choices: the only values allowed.
+        also: names that people type for it in other projects; they are not accepted, the error names the right flag.
+    """
+    metadata = {"help": help, "group": group, "choices": choices, "also": tuple(also)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type[T], description: str, argv: Sequence[str] | None = None) -> T:
+def parse(cls: type[T], description: str, argv: Sequence[str] | None = None, *, examples: Sequence[str] = ()) -> T:
     """Read `cls` from the command line (and `--config FILE.yaml`).
+
+    Args:
+        cls: a dataclass whose fields are made by `setting`.
+        description: of the program, for `--help`.
+        argv: the arguments; default: those of this process.
+        examples: whole commands, shown at the end of `--help`.
 
     Raises: SystemExit(2) from argparse for a malformed flag, UserError for a bad recipe or a missing required flag.
     """
     hints = typing.get_type_hints(cls)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        epilog="\n  ".join(["examples:", *examples]) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="recipe: any of the settings below, by name")
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
@@ -45,7 +71,7 @@ def parse(cls: type[T], description: str, argv: Sequence[str] | None = None) -> 
             text += " (required)"
         elif field.default not in (None, "", ()):
             text += f" (default: {_show(field.default)})"
-        flag = "--" + field.name.replace("_", "-")
+        flag = _flag(field.name)
         if kind is bool:
             groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -54,15 +80,15 @@ def parse(cls: type[T], description: str, argv: Sequence[str] | None = None) -> 
             groups[name].add_argument(flag, type=kind, nargs=nargs, choices=choices, help=text, metavar=metavar)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)] + ["--config"]
-        raise UserError(f"unknown argument {unknown[0]!r}{_closest(unknown[0].split('=')[0], flags)}; see --help")
+        name = unknown[0].split("=")[0].removeprefix("--no-").lstrip("-").replace("-", "_")
+        raise UserError(f"unknown argument {unknown[0]!r}{_closest(name, cls, _flag)}; see --help")
     values = vars(given)
     recipe = values.pop("config", None)
     if recipe is not None:
         values = {**_read_recipe(cls, hints, recipe), **values}
     for field in dataclasses.fields(cls):
         if field.name not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"--{field.name.replace('_', '-')} is required: {field.metadata['help']}")
+            raise UserError(f"{_flag(field.name)} is required: {field.metadata['help']}")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -88,6 +114,10 @@ def as_dict(settings: Any) -> dict[str, Any]:
     return plain
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _kind(hint: Any) -> tuple[type, str | None]:
     """Annotation => (type of one value, argparse nargs)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -101,9 +131,14 @@ def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _closest(name: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+def _closest(name: str, cls: type, flag: Callable[[str], str] = str) -> str:
+    """What may have been meant by an unknown name: a setting that other projects call so, or one spelled alike."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for field in fields.values():
+        if name in field.metadata["also"]:
+            return f": here it is {flag(field.name)!r}, {field.metadata['help']}"
+    match = difflib.get_close_matches(name, [*fields, "config"], n=1)
+    return f" (did you mean {flag(match[0])!r}?)" if match else ""
 
 
 def _read_recipe(cls: type, hints: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -122,7 +157,7 @@ def _read_recipe(cls: type, hints: dict[str, Any], path: Path) -> dict[str, Any]
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            raise UserError(f"--config {path}: unknown key {key!r}{_closest(name, list(fields))}")
+            raise UserError(f"--config {path}: unknown key {key!r}{_closest(name, cls)}")
         kind, nargs = _kind(hints[name])
         try:
             values[name] = _convert(value, kind, nargs, optional=type(None) in typing.get_args(hints[name]))

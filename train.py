@@ -14,10 +14,10 @@ from config import UserError, parse, run, setting
 
 @dataclass(frozen=True)
 class TrainConfig:
-    data_dir: Path = setting(help="packed dataset (preprocessing/pack.py)", group="run")
-    exp_name: str = setting(help="name of the run: its folder is OUTPUT_DIR/EXP_NAME", group="run")
-    output_dir: Path = setting(Path("runs"), "where run folders are", group="run")
-    seed: int = setting(0, "of weights, data order and all noise", group="run")
+    data_dir: Path = setting(help="packed dataset (preprocessing/pack.py)", group="run", also=("data", "data_path"))
+    exp_name: str = setting(help="name of the run: its folder is OUTPUT_DIR/EXP_NAME", group="run", also=("name", "run"))
+    output_dir: Path = setting(Path("runs"), "where run folders are", group="run", also=("out", "output", "results_dir"))
+    seed: int = setting(0, "of weights, data order and all noise", group="run", also=("global_seed",))
     dry_run: bool = setting(False, "print the plan and stop", group="run")
     accept_changes: bool = setting(False, "resume although settings differ from the run's", group="run")
 
@@ -43,16 +43,25 @@ class TrainConfig:
     weighting: str = setting("uniform", "distribution of t", group="loss", choices=("uniform", "lognormal"))
     cfg_prob: float = setting(0.1, "label dropout", group="loss")
 
-    batch_size: int = setting(256, "images a step, over all processes", group="optimisation")
-    max_train_steps: int = setting(400_000, "optimiser steps in all", group="optimisation")
-    gradient_accumulation_steps: int = setting(1, "micro-batches a step", group="optimisation")
-    learning_rate: float = setting(1e-4, "constant", group="optimisation")
+    batch_size: int = setting(
+        256, "images a step, over all processes", group="optimisation", also=("bs", "b", "global_batch_size")
+    )
+    max_train_steps: int = setting(
+        400_000, "optimiser steps in all; an epoch is as many as the images divided by the batch size",
+        group="optimisation", also=("epochs", "epoch", "num_epochs", "steps", "max_steps", "iterations"),
+    )  # fmt: skip
+    gradient_accumulation_steps: int = setting(
+        1, "micro-batches a step", group="optimisation", also=("grad_accum", "accumulation_steps", "accum")
+    )
+    learning_rate: float = setting(1e-4, "of AdamW, constant", group="optimisation", also=("lr",))
     adam_beta1: float = setting(0.9, "", group="optimisation")
     adam_beta2: float = setting(0.999, "", group="optimisation")
-    adam_weight_decay: float = setting(0.0, "", group="optimisation")
+    adam_weight_decay: float = setting(0.0, "of AdamW", group="optimisation", also=("wd", "weight_decay"))
     adam_epsilon: float = setting(1e-8, "", group="optimisation")
-    max_grad_norm: float = setting(1.0, "clip the gradient to this norm", group="optimisation")
-    ema_decay: float = setting(0.9999, "of the averaged weights", group="optimisation")
+    max_grad_norm: float = setting(
+        1.0, "clip the gradient to this norm", group="optimisation", also=("clip", "grad_clip", "clip_grad")
+    )
+    ema_decay: float = setting(0.9999, "of the averaged weights", group="optimisation", also=("ema", "decay"))
 
     mixed_precision: str = setting(
         "auto", "over float32 weights; auto: bf16 where the GPU has it, else fp16, no on the CPU (published: fp16)",

@@ -1,5 +1,6 @@
 """Settings come from flags, then the recipe, then defaults; a mistake is one sentence."""
 
+import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from config import UserError, as_dict, parse, setting
+from evaluations.evaluate import EvaluateConfig
+from generate import SampleConfig
+from preprocessing.pack import PackConfig
+from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +77,31 @@ def test_missing_recipe_and_required_flag():
 def test_unknown_flag_suggests_the_nearest():
     with pytest.raises(UserError, match=r"unknown argument '--batchsize' \(did you mean '--batch-size'\?\)"):
         read("--data-dir", "d", "--batchsize", "3")
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [("--lr", "--learning-rate"), ("--epochs=80", "--max-train-steps"), ("--bs", "--batch-size"),
+     ("--wd", "--adam-weight-decay"), ("--data-path", "--data-dir"), ("--ema", "--ema-decay")],
+)  # fmt: skip
+def test_flags_of_other_projects_are_answered_by_ours(flag, ours):
+    """What people type from habit is an error that names the right flag and says what it is."""
+    with pytest.raises(UserError, match=f"unknown argument '{flag}': here it is '{ours}', [a-z]"):
+        parse(TrainConfig, "", [flag, "1"])
+
+
+def test_names_of_other_projects_do_not_hide_ours():
+    """No alias is the name of another setting, and none stands for two settings."""
+    for program in (TrainConfig, SampleConfig, PackConfig, EvaluateConfig):
+        fields = dataclasses.fields(program)
+        aliases = [alias for field in fields for alias in field.metadata["also"]]
+        assert len(set(aliases)) == len(aliases) and not set(aliases) & {field.name for field in fields}
+
+
+def test_examples_end_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(Example, "", ["--help"], examples=("toy --rate 1", "toy --rate 2"))
+    assert capsys.readouterr().out.rstrip().endswith("examples:\n  toy --rate 1\n  toy --rate 2")
 
 
 @pytest.mark.parametrize("program", ["train.py", "generate.py", "preprocessing/pack.py", "evaluations/evaluate.py"])

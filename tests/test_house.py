@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(
     path
-    for pattern in ("*.py", "models/*.py", "training/*.py", "sampling/*.py", "preprocessing/*.py", "evaluations/*.py",
-                    "benchmarks/*.py", "quickstart/*.py")
+    for pattern in ("*.py", "common/*.py", "models/*.py", "training/*.py", "sampling/*.py", "preprocessing/*.py",
+                    "evaluations/*.py", "benchmarks/*.py", "quickstart/*.py")
     for path in ROOT.glob(pattern)
 )
-PACKAGES = {"models", "training", "sampling", "preprocessing", "evaluations", "benchmarks", "quickstart", "tests"}
+PACKAGES = {"common", "models", "training", "sampling", "preprocessing", "evaluations", "benchmarks", "quickstart", "tests"}
 OURS = {p.stem for p in ROOT.glob("*.py")} | PACKAGES
 
 
@@ -72,6 +72,7 @@ def test_no_module_imports_the_programs():
         ("mapped", {"shards"}),
         ("shards", set()),
         ("config", set()),
+        ("common.reporting", set()),
         ("evaluations.statistics", set()),
         ("evaluations.metrics", {"evaluations.statistics", "evaluations.neighbours"}),
         ("evaluations.features", set()),
@@ -87,7 +88,7 @@ def test_layers():
     for module, found in GRAPH.items():
         tops = {m.split(".")[0] for m in found}
         if module.startswith("models"):
-            assert tops <= {"models", "config"}, (module, found)
+            assert tops <= {"models", "common", "config"}, (module, found)
         if module.startswith("evaluations"):
             assert "preprocessing" not in tops, (module, found)
         if not module.startswith("benchmarks"):

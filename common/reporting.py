@@ -1,0 +1,57 @@
+"""How the programs speak: one line at a time from rank 0, and progress bars that also read well in a log file."""
+
+import os
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0  # of a bar in a log file
+
+
+def say(text: str) -> None:
+    """Print one message on stdout, above a progress bar if there is one; ranks other than 0 stay silent."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(total: int, *, unit: str, description: str | None = None, initial: int = 0, shown: bool = True) -> tqdm:
+    """A progress bar on stderr; where stderr is no terminal, a line now and then and one at the end.
+
+    Args:
+        total: units of work in all.
+        unit: what is counted, in the singular.
+        description: words before the bar.
+        initial: units that were done before.
+        shown: False for a bar that prints nothing (ranks other than 0).
+
+    Returns:
+        The bar, to be used as a context manager and moved with `update(units)`.
+    """
+    bar = {"total": total, "unit": unit, "desc": description, "initial": initial, "disable": not shown, "smoothing": 0.05}
+    if sys.stderr.isatty():
+        return tqdm(**bar)
+    return _Lines(**bar, mininterval=SECONDS_BETWEEN_LINES, miniters=1, leave=False)
+
+
+class _Lines(tqdm):
+    """A bar for log files: each state is a line of its own, the first one when there is progress."""
+
+    monitor_interval = 0  # no thread that would print more often
+    _printed = 0  # units in the newest line
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Print the state; tqdm calls this with an empty message when the bar closes."""
+        if self.n > max(self.initial, self._printed):
+            self._printed = self.n
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return False
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool:
+        """Called with nolock after a message was printed above the bar: nothing to draw again."""
+        return True if nolock else super().refresh(nolock, lock_args)
+
+    def clear(self, nolock: bool = False) -> None:
+        """Nothing to wipe: a line once written stays."""
