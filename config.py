@@ -18,7 +18,11 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one sentence that names the culprit and the mend."""
+    """Bad input: one sentence that names the file, value or flag and says what to do."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file or folder that the user named, or that belongs to one, does not exist."""
 
 
 def setting(

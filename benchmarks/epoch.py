@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(EpochBenchmark, (__doc__ or "").splitlines()[0], argv)
     import train
     from benchmarks import harness
-    from dataset import read_manifest
+    from packed.format import read_manifest
 
     manifest = read_manifest(settings.data_dir)
     steps = manifest.count // settings.batch_size

@@ -12,13 +12,14 @@ from torch import Tensor
 from torchvision.transforms import Normalize
 
 from benchmarks import published
-from dataset import MOMENTS_STD_SCALE, Batch
+from dataset import Batch
 from loss import Objective
 from models import acceleration
 from models.autoencoder import LatentNormalization
 from models.ema import EMA
 from models.encoder import PUBLISHED, VisionEncoder
 from models.sit import SiT, SiTConfig
+from packed.format import MOMENTS_STD_SCALE
 from training.step import StepResult, TrainStep
 
 CACHED = "cached"  # in place of an encoder: tokens are given

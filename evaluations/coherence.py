@@ -79,7 +79,7 @@ def class_means(
 ) -> torch.Tensor | None:
     """(classes, D) mean encoder token of each class: from a packed dataset that stores them, or from labelled reference
     images; None without labels."""
-    from dataset import MANIFEST, read_manifest
+    from packed.format import MANIFEST, read_manifest
 
     if len(paths) == 1 and (paths[0] / MANIFEST).is_file():
         stored = read_manifest(paths[0]).class_means

@@ -272,7 +272,7 @@ def open_packed(path: Path) -> ImageSet:
         for number in shards:
             low, high = max(start, starts[number]) - starts[number], min(stop, starts[number + 1]) - starts[number]
             if low < high:
-                pieces.append(np.array(dataset.map(number, "pixels")[low:high]))
+                pieces.append(np.array(dataset.records(number, "pixels")[low:high]))
         return np.concatenate(pieces)
 
     def digest() -> str:  # the manifest holds the checksum of every shard

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from config import UserError
+from packed.format import MANIFEST, write_manifest
 from preprocessing.finish import describe, write_class_means
 from preprocessing.index import Index
 from preprocessing.networks import Encoded, Networks, Pending
 from preprocessing.plan import INDEX, PLAN, Plan, check_room, check_settings, index_source, make_plan
 from preprocessing.read import CropDataset, Crops, Reader, Request, as_is
 from preprocessing.writer import BackgroundWriter
-from shards import MANIFEST, write_manifest
 
 _PATIENCE = datetime.timedelta(days=7)  # processes wait for each other only at the two ends
 

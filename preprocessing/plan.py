@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.files import fingerprint, sha256
 from config import UserError
+from packed.format import MANIFEST, entry_file, npy_size, read_json, write_json
 from preprocessing.index import Choice, Index
 from preprocessing.networks import Networks
 from preprocessing.sources import list_source
-from shards import MANIFEST, entry_file, fingerprint, npy_size, read_json, sha256, write_json
 
 PLAN = "packing.json"
 INDEX = "index.npz"

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.files import sha256
 from config import UserError
+from packed.format import CRC, MANIFEST, entry_file, npy_size, read_json, read_manifest
 from preprocessing.finish import MEANS, describe
 from preprocessing.index import Index
 from preprocessing.plan import INDEX, PLAN, Plan, read_plan
-from shards import CRC, MANIFEST, entry_file, npy_size, read_json, read_manifest, sha256
 
 _SHOWN = 5  # names of broken records in a line
 

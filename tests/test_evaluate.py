@@ -74,7 +74,9 @@ def test_every_form_of_a_set_reads_alike(tmp_path):
 
 def test_packed_dataset_as_reference(tmp_path):
     """The pixels of a packed dataset are read over its shards; one without pixels is refused with the reason."""
-    from dataset import Manifest, encode_moments, write_manifest, write_shard
+    from dataset import encode_moments
+    from packed.format import Manifest, write_manifest
+    from packed.writer import write_shard
 
     images = pixels(10)
     shards = []

@@ -18,9 +18,10 @@ import torch
 
 import train
 from config import UserError
-from dataset import PackedDataset, decode_moments, read_manifest
+from dataset import PackedDataset, decode_moments
 from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
+from packed.format import read_manifest
 from preprocessing import pack
 from tests import killable
 from tests.test_preprocessing import encoded, noise, write_folder, write_published, write_zip
@@ -67,7 +68,7 @@ def records(folder):
     """Everything a dataset holds, in order: field => array, without what depends on the division into shards."""
     dataset = PackedDataset(folder)
     shards = range(len(dataset.manifest.shards))
-    return {name: np.concatenate([dataset.map(k, name) for k in shards]) for name in dataset.manifest.fields}
+    return {name: np.concatenate([dataset.records(k, name) for k in shards]) for name in dataset.manifest.fields}
 
 
 # ------------------------------------------------------------------------------------------------------------ records

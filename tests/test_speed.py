@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import epoch, harness, overhead, published, roofline, train_step
 from benchmarks.train_variants import OurStep, encoded_ahead
 from config import UserError
-from dataset import MOMENTS_STD_SCALE, Batch
+from dataset import Batch
 from models import acceleration
 from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
 from models.ema import EMA
 from models.sit import SiTConfig, preset
+from packed.format import MOMENTS_STD_SCALE
 from tests.tiny import write_dataset
 from training.tracking import Window
 

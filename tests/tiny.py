@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset import EncoderInfo, Manifest, encode_moments, write_manifest, write_shard
+from dataset import encode_moments
 from models.autoencoder import LatentNormalization
+from packed.format import EncoderInfo, Manifest, write_manifest
+from packed.writer import write_shard
 
 SIZE = 4  # latent; 8 pixels
 FLAGS = (

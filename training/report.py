@@ -3,8 +3,9 @@
 import os
 from typing import Any
 
-from dataset import StepSampler, read_manifest
+from dataset import StepSampler
 from models.cost import GPUS, cost, step_cost, training_memory, vit_macs
+from packed.format import read_manifest
 from training.plan import Plan, make_plan
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError, as_dict
-from dataset import PackedDataset, StepSampler, read_ahead, read_manifest
+from dataset import PackedDataset, StepSampler, read_ahead
 from models.acceleration import allow_tf32, compile_encoder, compile_network
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.checkpoint import ModelInfo, blank_network
@@ -24,6 +24,7 @@ from models.cost import cost
 from models.ema import EMA
 from models.samplers import Guidance
 from models.sit import SiT
+from packed.format import read_manifest
 from training import previews, sharding, state
 from training.evaluation import FrechetProbe
 from training.folder import RunLock, identity, record_settings
