@@ -26,10 +26,10 @@ from torch.utils.data import Dataset, Sampler
 
 from config import MissingFile, UserError
 from models import philox
+from models.noise import Stream
 from packed.format import MANIFEST, MOMENTS_STD_SCALE, npy_header, npy_size, read_manifest
 from packed.memory import Buffers, read_record
 
-_SHUFFLE = 2  # philox purpose of the data order
 _REPAIR = "redo this shard with preprocessing/pack.py --repair"
 
 
@@ -257,7 +257,7 @@ class StepSampler(Sampler):
     def _permutation(self, epoch: int) -> np.ndarray:
         """Shuffle by sorting random 64-bit keys: stable across library versions, unlike their shuffles."""
         if self._epoch is None or self._epoch[0] != epoch:
-            keys = philox.uniform(self.seed, _SHUFFLE, epoch, torch.arange(self.count), 2)
+            keys = philox.uniform(self.seed, Stream.DATA_ORDER, epoch, torch.arange(self.count), 2)
             self._epoch = (epoch, torch.argsort(keys[:, 0] + keys[:, 1] * 2.0**-32, stable=True).numpy())
         return self._epoch[1]
 

@@ -116,8 +116,9 @@ def main() -> None:
 
 def requested(s: SampleConfig) -> dict[str, Any]:
     """The fields of sampling.job.Request that the settings mean."""
-    from models.samplers import Diffusion, Guidance
-    from models.solvers import Solver
+    from models.guidance import Guidance
+    from models.samplers import Solver
+    from models.solvers import Diffusion
     from sampling.networks import Precision
 
     solver = Solver(

@@ -121,7 +121,7 @@ class Bench:
         } if settings.published else {}  # fmt: skip
 
     def noise(self, rows: int | None = None) -> Any:
-        from sampling.plan import NoiseSource
+        from models.noise import NoiseSource
 
         return NoiseSource(self.config, 0, self.index[:rows], self.settings.steps)
 
@@ -136,10 +136,10 @@ class Bench:
         """What generate.py runs between the noise and the VAE."""
         import torch
 
+        from models.guidance import Guidance
         from models.interpolant import Interpolant
-        from models.samplers import Guidance
+        from models.samplers import Solver
         from models.sit import SiT
-        from models.solvers import Solver
         from sampling.draw import Sampler
         from sampling.networks import Precision, prepare
 

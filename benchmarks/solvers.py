@@ -26,7 +26,7 @@ class SolverBenchmark:
     features: str = setting("inception", "feature space, as evaluate.py takes it", group="what")
     vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="what")
     solvers: tuple[str, ...] = setting(
-        ("sde-euler", "sde-dpmpp", "ode-euler", "ode-heun", "ode-ab2", "ode-ab3", "ode-dpmpp", "ode-dopri5"),
+        ("sde-euler", "sde-dpmpp", "ode-euler", "ode-heun", "ode-dpmpp", "ode-dopri5"),
         "MODE-SOLVER or MODE-SOLVER-GRID", group="what",
     )  # fmt: skip
     budgets: tuple[int, ...] = setting((6, 10, 16, 25, 50, 100), "evaluations of a sample", group="what")
@@ -112,14 +112,14 @@ def cheapest(measured: Sequence[Measured]) -> Measured:
 
 
 def steps_of(name: str, budget: int) -> int:
-    """Steps that cost `budget` evaluations: Heun takes two a step but one in the last, ab3 one more in the first."""
+    """Steps that cost `budget` evaluations: Heun takes two per step but one in the last."""
     solver = name.split("-")[1]
-    return {"heun": (budget + 1) // 2, "ab3": budget - 1}.get(solver, budget)
+    return (budget + 1) // 2 if solver == "heun" else budget
 
 
 def solver_of(name: str, steps: int, tolerance: float = 1e-3) -> Any:
     """MODE-SOLVER[-GRID] => Solver. Raises UserError for a word that is not of this form."""
-    from models.solvers import Solver
+    from models.samplers import Solver
 
     words = name.split("-")
     if len(words) not in (2, 3):
@@ -137,8 +137,8 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     from evaluations.metrics import frechet_distance
     from evaluations.statistics import compute_statistics
     from models.checkpoint import load_model
+    from models.guidance import Guidance
     from models.interpolant import Interpolant
-    from models.samplers import Guidance
     from sampling.draw import Sampler
     from sampling.networks import Precision, load_decoder, prepare
 

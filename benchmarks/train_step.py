@@ -234,14 +234,13 @@ def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str
     ours = OurStep(config, n, device, encoder=settings.encoder, precision=precision, compiled=settings.compile,
                    gradient_checkpointing=settings.gradient_checkpointing)  # fmt: skip
     step, batch, positions = ours.step, ours.batch, ours.positions
-    shape = (config.in_channels, config.input_size, config.input_size)
 
     def backward() -> None:
         step.objective.total(step.loss(0, batch, positions)).backward()
         step.optimizer.zero_grad(set_to_none=True)
 
     pieces = {
-        "draws": lambda: draw(0, 1, positions, shape, config.class_token_dim, "uniform"),
+        "draws": lambda: draw(0, 1, positions, config, "uniform"),
         "targets": lambda: step.targets(batch),
         "forward": lambda: step.loss(0, batch, positions),
         "backward": backward,

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from dataset import PackedDataset
     from models.checkpoint import Model
 
-_PROBE = 4  # philox purpose: noise of this measurement
 
 
 @dataclass(frozen=True)
@@ -231,6 +230,7 @@ def _forward(
     from models import philox
     from models.autoencoder import LatentNormalization, sample_posterior
     from models.interpolant import Interpolant
+    from models.noise import Stream, as_state, latent_size
     from models.state import State
 
     config, device = model.info.network, token.device
@@ -241,15 +241,13 @@ def _forward(
             f"{data.directory} holds latents of {moments.shape[1] // 2} x {moments.shape[2]} x {moments.shape[3]}, the "
             f"network was trained on {shape[1]} x {shape[2]} x {shape[3]}"
         )
-    size = shape[1] * shape[2] * shape[3]
-    z = philox.normal(seed, _PROBE, 0, rows.to(device), 2 * size + config.class_token_dim)
-    posterior, noise, token_noise = z.split([size, size, config.class_token_dim], dim=1)
-    latent = sample_posterior(moments, posterior.view(shape), LatentNormalization(**model.info.normalization))
+    size = latent_size(config)
+    z = philox.normal(seed, Stream.CKNNA, 0, rows.to(device), 2 * size + config.class_token_dim)
+    latent = sample_posterior(moments, z[:, :size].view(shape), LatentNormalization(**model.info.normalization))
     time = torch.full((len(rows),), t, device=device)
     path = Interpolant(model.info.path)
     clean = State(latent, token if config.class_token_dim else None)
-    drawn = State(noise.view(shape), token_noise if config.class_token_dim else None)
-    state = clean.map(lambda x, e: path.interpolate(x, e, time), drawn)
+    state = clean.map(lambda x, e: path.interpolate(x, e, time), as_state(z[:, size:], config))
     label = data[rows.numpy()].label.to(device)
     output = model.network(state.latent, time, label, state.class_token)
     if output.class_velocity is None:

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from models import acceleration
 from models.checkpoint import Model, find_model
 from models.class_token import between, nearest_class
+from models.guidance import Guidance
 from models.interpolant import Interpolant
-from models.samplers import Guidance
-from models.solvers import Solver
+from models.samplers import Solver
 from sampling import processes
 from sampling.draw import Drawn, Sampler
 from sampling.finish import Output, assemble, is_finished, png_file

@@ -9,9 +9,9 @@ import torch
 from benchmarks.sample import Bench, SampleBenchmark
 from benchmarks.solvers import Measured, cheapest, solver_of, steps_of
 from config import UserError
+from models.choices import SOLVERS
+from models.guidance import Meter
 from models.interpolant import Interpolant
-from models.samplers import Meter
-from models.solvers import SOLVERS
 from models.state import State
 
 CLONE = os.environ.get("REG_PUBLISHED")
@@ -38,7 +38,6 @@ def test_solvers_are_compared_at_equal_cost(budget):
 
 
 def test_solvers_by_name():
-    assert solver_of("ode-dpmpp-quadratic", 7).grid == "quadratic"
     assert solver_of("ode-euler-shifted", 7).shift == 3.0
     with pytest.raises(UserError, match="--solvers heun: expected MODE-SOLVER"):
         solver_of("heun", 7)

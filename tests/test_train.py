@@ -84,7 +84,7 @@ def test_twenty_steps_follow_a_plain_restatement_of_the_recipe(tools):
         batch = dataset[sampler.indices(number, 0)]
         result = step(number, [(batch, positions)])
 
-        draws = draw(3, number, positions, (4, 4, 4), 16, "uniform")
+        draws = draw(3, number, positions, network.config, "uniform")
         total = 0.0
         for i in range(4):
             t, drop = draws.time[i], draws.drop[i]

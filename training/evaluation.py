@@ -11,8 +11,8 @@ from evaluations.images import open_images
 from evaluations.metrics import frechet_distance
 from evaluations.statistics import Moments, Statistics
 from models.autoencoder import Autoencoder
+from models.guidance import Guidance
 from models.interpolant import Interpolant
-from models.samplers import Guidance
 from models.sit import SiT
 from training import previews
 from training.launch import Processes

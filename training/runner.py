@@ -22,7 +22,7 @@ from models.checkpoint import ModelInfo, blank_network
 from models.class_token import nearest_class
 from models.cost import cost
 from models.ema import EMA
-from models.samplers import Guidance
+from models.guidance import Guidance
 from models.sit import SiT
 from packed.format import read_manifest
 from training import previews, sharding, state

@@ -87,8 +87,7 @@ class TrainStep:
     def loss(self, step: int, batch: Batch, positions: Tensor) -> LossTerms:
         """The loss terms of one micro-batch on the device, with gradient."""
         config = self.network.config
-        shape = (config.in_channels, config.input_size, config.input_size)
-        draws = draw(self.seed, step, positions, shape, config.class_token_dim, self.objective.weighting)
+        draws = draw(self.seed, step, positions, config, self.objective.weighting)
         latent = sample_posterior(decode_moments(batch.moments), draws.posterior, self.normalization)
         targets = self.targets(batch)
         with autocast(self.device, self.precision):
