@@ -10,7 +10,7 @@ from models import solvers
 from models.choices import GRIDS, LAST_STEPS, MODES, SOLVERS
 from models.guidance import Velocity
 from models.interpolant import Interpolant
-from models.solvers import Diffusion, Noise
+from models.solvers import Diffusion, Noise, Progress
 from models.state import State
 
 T_LAST = 0.04  # the published SDE grid ends here and then jumps to 0 without noise
@@ -82,13 +82,18 @@ class Solver:
         inner = shifted(torch.linspace(1, 0, self.num_steps, dtype=torch.float64), self.shift)
         return torch.cat([self.t_last + (1 - self.t_last) * inner, torch.zeros(1, dtype=torch.float64)])
 
-    def __call__(self, velocity: Velocity, start: State, interpolant: Interpolant, noise: Noise) -> State:
-        """start: standard normals, the State at t = 1. noise: step number => State of standard normals."""
-        times = self.times
-        if self.name == "dpmpp":
-            return solvers.dpm_solver_pp(velocity, start, times, interpolant, noise if self.mode == "sde" else None)
+    def __call__(
+        self, velocity: Velocity, start: State, interpolant: Interpolant, noise: Noise, progress: Progress | None = None
+    ) -> State:
+        """start: standard normals, the State at t = 1. noise: step number => State of standard normals. progress: takes the
+        finished fraction, from 0 to 1, after each step."""
         if self.name == "dopri5":
-            return solvers.dormand_prince(velocity, start, times, self.rtol, self.atol)
+            return solvers.dormand_prince(velocity, start, self.times, self.rtol, self.atol, progress)
+        if self.name == "dpmpp":
+            fresh = noise if self.mode == "sde" else None
+            return solvers.dpm_solver_pp(velocity, start, self.times, interpolant, fresh, progress)
         if self.mode == "sde":
-            return solvers.euler_maruyama(velocity, start, times, interpolant, noise, self.diffusion, self.last_step)
-        return {"euler": solvers.euler, "heun": solvers.heun}[self.name](velocity, start, times)
+            return solvers.euler_maruyama(
+                velocity, start, self.times, interpolant, noise, self.diffusion, self.last_step, progress
+            )
+        return {"euler": solvers.euler, "heun": solvers.heun}[self.name](velocity, start, self.times, progress)

@@ -5,7 +5,7 @@ A velocity function takes (state, t), t a scalar float64 tensor, and returns a S
 Latent and class token move as one State. "Evaluation" is one call of the velocity function.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ from models.interpolant import Interpolant
 from models.state import State
 
 Noise = Callable[[int], State]  # step number => standard normals
+Progress = Callable[[float], object]  # takes the finished fraction of a trajectory, a number of the host
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,33 @@ class Diffusion:
         return self.scale * 2 * (t if self.name == "linear" else interpolant.coefficients(t).sigma)
 
 
-def euler(velocity: Velocity, state: State, times: Tensor) -> State:
+def steps(times: Tensor, progress: Progress | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs (t, t_next) of a grid of times; after each step that was taken, `progress` gets the fraction that is done.
+
+    It counts on the host, without device-to-host synchronisation: on a GPU the step may still be running.
+    """
+    for number, pair in enumerate(pairwise(times), start=1):
+        yield pair
+        if progress:
+            progress(number / (len(times) - 1))
+
+
+def euler(velocity: Velocity, state: State, times: Tensor, progress: Progress | None = None) -> State:
     """First-order ODE solver: x + dt v. state at times[0] => state at times[-1], float64. One evaluation per step."""
     state = state.double()
-    for t, t_next in pairwise(times):
+    for t, t_next in steps(times, progress):
         state = state + (t_next - t) * velocity(state, t)
     return state
 
 
-def heun(velocity: Velocity, state: State, times: Tensor) -> State:
+def heun(velocity: Velocity, state: State, times: Tensor, progress: Progress | None = None) -> State:
     """Second-order ODE solver: average the velocities at both ends of each step (EDM, algorithm 1); the last step is
     Euler's.
 
     Two evaluations per step, one in the last: at t = 0 the network has never been trained.
     """
     state = state.double()
-    for i, (t, t_next) in enumerate(pairwise(times)):
+    for i, (t, t_next) in enumerate(steps(times, progress)):
         dt = t_next - t
         v = velocity(state, t)
         if i < len(times) - 2:
@@ -73,6 +85,7 @@ def euler_maruyama(
     noise: Noise,
     diffusion: Diffusion = Diffusion(),
     last_step: str = "drift",
+    progress: Progress | None = None,
 ) -> State:
     """Reverse SDE dx = (v - w/2 score) dt + sqrt(w) dW (SiT eq. 5): state at times[0] => at times[-1], float64.
 
@@ -81,7 +94,7 @@ def euler_maruyama(
     the velocity alone, which on the linear path gives the data estimate.
     """
     state = state.double()
-    for i, (t, t_next) in enumerate(pairwise(times)):
+    for i, (t, t_next) in enumerate(steps(times, progress)):
         dt, w, last = t_next - t, diffusion(t, interpolant), i == len(times) - 2
         drift = velocity(state, t)
         if not last or last_step == "drift":
@@ -93,7 +106,12 @@ def euler_maruyama(
 
 
 def dpm_solver_pp(
-    velocity: Velocity, state: State, times: Tensor, interpolant: Interpolant, noise: Noise | None = None
+    velocity: Velocity,
+    state: State,
+    times: Tensor,
+    interpolant: Interpolant,
+    noise: Noise | None = None,
+    progress: Progress | None = None,
 ) -> State:
     """DPM-Solver++(2M) for velocity models (Lu et al. 2022, algorithm 2); with noise, SDE-DPM-Solver++(2M).
 
@@ -104,7 +122,7 @@ def dpm_solver_pp(
     state = state.double()
     previous: State | None = None
     h_previous = torch.tensor(torch.inf)
-    for i, (t, t_next) in enumerate(pairwise(times)):
+    for i, (t, t_next) in enumerate(steps(times, progress)):
         now, then = interpolant.coefficients(t), interpolant.coefficients(t_next)
         h = (then.alpha / then.sigma).log() - (now.alpha / now.sigma).log()
         data = interpolant.denoised(velocity(state, t), state, t)
@@ -121,20 +139,33 @@ def dpm_solver_pp(
     return state
 
 
-def dormand_prince(velocity: Velocity, state: State, times: Tensor, rtol: float, atol: float) -> State:
+def dormand_prince(
+    velocity: Velocity, state: State, times: Tensor, rtol: float, atol: float, progress: Progress | None = None
+) -> State:
     """Adaptive fifth-order Runge-Kutta by torchdiffeq between the first and the last of `times`.
 
-    Step sizes follow the error of the whole batch, so a sample depends on its batch to within the tolerance. Raises
-    UserError when torchdiffeq is not installed.
+    Step sizes follow the error of the whole batch, so a sample depends on its batch to within the tolerance. The number of
+    steps is not known before: `progress` gets the part of the time that evaluations have reached, at each that goes
+    further. Raises UserError when torchdiffeq is not installed.
     """
     try:
         from torchdiffeq import odeint
     except ImportError as error:
         raise UserError("the solver dopri5 needs torchdiffeq: pip install torchdiffeq, or choose heun") from error
     parts = tuple(x.double() for x in state if x is not None)
+    reached = 0.0
 
     def derivative(t: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(x for x in velocity(State(*parts), t) if x is not None)
+        nonlocal reached
+        t = t.cpu()  # once: the velocity, and the line below, need it on the host
+        result = tuple(x for x in velocity(State(*parts), t) if x is not None)
+        if progress and reached < (now := min(1.0, 1 - float(t))):
+            reached = now
+            progress(reached)
+        return result
 
     ends = torch.stack([times[0], times[-1]]).to(parts[0].device)
-    return State(*(x[-1] for x in odeint(derivative, parts, ends, rtol=rtol, atol=atol, method="dopri5")))
+    path = odeint(derivative, parts, ends, rtol=rtol, atol=atol, method="dopri5")
+    if progress and reached < 1:
+        progress(1.0)
+    return State(*(x[-1] for x in path))
