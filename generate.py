@@ -14,7 +14,9 @@ from config import UserError, parse, run, setting
 
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: Path = setting(help="model file, checkpoint folder, or run folder (its newest)", group="what")
+    checkpoint: Path = setting(
+        help="model file, checkpoint or run folder (its newest), published .pt, or hub OWNER/NAME[/FILE]", group="what"
+    )
     out: Path = setting(help="folder to write; the same command again continues there", group="what")
     num_fid_samples: int = setting(50_000, "number of samples", group="what")
     seed: int = setting(0, "of noise and labels", group="what")

@@ -21,7 +21,9 @@ DOPRI5 = (1e-1, 1e-2, 1e-3)  # tolerances; its evaluations are what they are
 
 @dataclass(frozen=True)
 class SolverBenchmark:
-    checkpoint: Path = setting(help="model file, checkpoint folder or run folder", group="what")
+    checkpoint: Path = setting(
+        help="model file, checkpoint or run folder (its newest), published .pt, or hub OWNER/NAME[/FILE]", group="what"
+    )
     reference: tuple[Path, ...] = setting(help="real images: .npz files, image folders or packed datasets", group="what")
     features: str = setting("inception", "feature space, as evaluate.py takes it", group="what")
     vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="what")
@@ -138,12 +140,13 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     from evaluations.statistics import compute_statistics
     from models.checkpoint import load_model
     from models.interpolant import Interpolant
+    from models.published import obtain
     from models.samplers import Guidance
     from sampling.draw import Sampler
     from sampling.networks import Precision, load_decoder, prepare
 
     precision = Precision(settings.dtype, vae_batch_size=settings.batch_size)
-    model = load_model(settings.checkpoint, device)
+    model = load_model(obtain(settings.checkpoint), device)
     decoder = load_decoder(model, settings.vae, precision, device)
     extractor = features.load(settings.features, device=device)
     network = prepare(model.network, precision)

@@ -31,7 +31,9 @@ _PROBE = 4  # philox purpose: noise of this measurement
 
 @dataclass(frozen=True)
 class CknnaConfig:
-    checkpoint: Path = setting(help="model file, checkpoint folder or run folder", group="input")
+    checkpoint: Path = setting(
+        help="model file, checkpoint or run folder (its newest), published .pt, or hub OWNER/NAME[/FILE]", group="input"
+    )
     dataset: Path = setting(help="packed dataset, with cached tokens or with pixels", group="input")
     encoder: str | None = setting(
         None, "encoder for a dataset of pixels; default: the first one the model was trained with", group="input"
@@ -301,12 +303,14 @@ def main() -> None:
     import torch
 
     from dataset import PackedDataset
-    from models.checkpoint import find_model, load_model
+    from models.checkpoint import load_model
+    from models.published import obtain
 
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable CUDA device")
     device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-    model = load_model(settings.checkpoint, device)
+    checkpoint = obtain(settings.checkpoint)
+    model = load_model(checkpoint, device)
     data = PackedDataset(settings.dataset)
     count = min(settings.num_images, len(data))
     rows = torch.from_numpy(np.arange(count) * len(data) // count)
@@ -314,7 +318,7 @@ def main() -> None:
     targets = read_targets(data, rows, encoder, settings.batch_size, device)
     alignment = measure(model, data, rows, targets, settings)
     content = {
-        "schema": 1, "checkpoint": str(find_model(settings.checkpoint)), "step": model.info.step, "n": count,
+        "schema": 1, "checkpoint": str(checkpoint), "step": model.info.step, "n": count,
         "dataset": str(settings.dataset), "k": settings.neighbours, "seed": settings.seed, **alignment._asdict(),
     }  # fmt: skip
     settings.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from models import acceleration
 from models.checkpoint import Model, find_model
 from models.class_token import between, nearest_class
 from models.interpolant import Interpolant
+from models.published import file_sha256, obtain
 from models.samplers import Guidance
 from models.solvers import Solver
 from sampling import processes
 from sampling.draw import Drawn, Sampler
 from sampling.finish import Output, assemble, is_finished, png_file
-from sampling.networks import Decoder, Precision, file_sha256, load_decoder, load_guided, prepare, weights_sha256
+from sampling.networks import Decoder, Precision, load_decoder, load_guided, prepare, weights_sha256
 from sampling.parts import Parts, check_space
 from sampling.pictures import write_png
 from sampling.plan import Labels, batches, read_labels, share
@@ -227,7 +228,7 @@ def generate(request: Request, say: Callable[[str], object] = lambda text: None)
         seconds, made = time.monotonic() - start, sum(map(len, work))
         measured = {
             "vae": job.decoder.autoencoder.name,
-            "checkpoint": str(find_model(request.checkpoint)),
+            "checkpoint": str(job.request.checkpoint),
             "per_proc_batch_size": request.batch_size,
             "processes": process.world,
             "device": torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu",
@@ -243,18 +244,21 @@ def generate(request: Request, say: Callable[[str], object] = lambda text: None)
 def _agree(request: Request, process: Process, say: Callable[[str], object]) -> tuple[Job | None, list[range]]:
     """Rank 0 loads first and says what there is to do, so that an error is told once. No job: everything is there."""
     if not process.first:
-        work = processes.broadcast(None)
-        if work is None:
+        resolved = processes.broadcast(None)
+        if resolved is None:
             time.sleep(1)  # the first exit ends all processes, and rank 0 is still to tell why
             raise SystemExit(2)
+        request, work = resolved
         return (load(request, process) if work else None), work
     try:
+        guide = request.guide_checkpoint
+        request = replace(request, checkpoint=obtain(request.checkpoint), guide_checkpoint=guide and obtain(guide))
         job = load(request, process)
         work = _begin(job, say)
     except (ValueError, FileNotFoundError):
         processes.broadcast(None)
         raise
-    processes.broadcast(work or [])
+    processes.broadcast((request, work or []))  # every rank loads the files that rank 0 has found
     return (job if work is not None else None), work or []
 
 

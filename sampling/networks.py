@@ -26,11 +26,6 @@ class Precision:
     vae_tiling: bool = False
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def weights_sha256(module: nn.Module) -> str:
     """Of names and values of all parameters and buffers, in order."""
     digest = hashlib.sha256()
