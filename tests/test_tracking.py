@@ -12,7 +12,7 @@ import torch
 import train
 from loss import LossTerms, Objective
 from models.class_token import nearest_class
-from models.cost import GPUS
+from models.cost import GPUS, named_gpu
 from tests.tiny import FLAGS, write_dataset, write_encoder, write_vae
 from training.launch import Processes
 from training.previews import preview_labels
@@ -260,6 +260,11 @@ def test_utilization_is_the_share_of_the_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     assert processes.utilization(1e15) == pytest.approx(1000 / (2 * GPUS["H200"].tflops))
     assert GPUS["H200"].tflops == pytest.approx(989, abs=1)
+    names = {"NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A10": "A10", "NVIDIA A10G": None, "NVIDIA L4": "L4",
+             "NVIDIA L40": None, "NVIDIA L40S": "L40S", "NVIDIA H100 80GB HBM3": "H100",
+             "Tesla V100-SXM2-32GB": "V100", "Tesla T4": "T4", "NVIDIA GeForce RTX 3090": "RTX3090",
+             "NVIDIA RTX A6000": "A6000", "rtx-5090": "RTX5090"}  # fmt: skip
+    assert {name: named_gpu(name) for name in names} == names
     processes.precision = "no"
     assert processes.utilization(1e15) == pytest.approx(2 * 1000 / (2 * GPUS["H200"].tflops))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Other GPU")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from config import UserError
 from models.acceleration import best_precision
-from models.cost import GPUS
+from models.cost import GPUS, named_gpu
 
 T = TypeVar("T")
 class Processes:
@@ -97,11 +97,10 @@ class Processes:
         """MFU: share of the GPUs' dense peak; None for hardware whose peak is not in the table."""
         if self.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.device).replace(" ", "")
-        peak = next((gpu.tflops for key, gpu in GPUS.items() if key in name), None)
-        if peak is None:
+        name = named_gpu(torch.cuda.get_device_name(self.device))
+        if name is None:
             return None
-        return flops_per_second / (peak * (0.5 if self.precision == "no" else 1) * 1e12 * self.world)  # TF32: half
+        return flops_per_second / (GPUS[name].tflops * (0.5 if self.precision == "no" else 1) * 1e12 * self.world)  # TF32
 
 
 @contextmanager
