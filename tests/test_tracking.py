@@ -198,8 +198,9 @@ def test_tensorboard(tools, tmp_path):
     assert [e.value for e in losses] == pytest.approx([line["loss"] for line in lines(tmp_path)], rel=1e-6)
 
 
-def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch):
-    """A grid after every interval, from fixed noise and labels; the distance in the same curves; both by the EMA's VAE."""
+def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch, capsys):
+    """A grid after every interval, from fixed noise and labels; the distance in the same curves; both by the EMA's VAE; in a
+    log file a line at the end of each."""
     from PIL import Image
 
     from training import previews
@@ -228,6 +229,11 @@ def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch):
     measured = {line["step"]: line.get("fd") for line in lines(tmp_path)}
     assert measured[1] is None and measured[3] is None and measured[2] > 0 and measured[4] > 0
     assert measured[2] != measured[4]
+    said = capsys.readouterr().err.splitlines()
+    for words, times in (("preview of step 3: 100%", 1), ("preview of step 4: 100%", 1), ("training: 100%", 1),
+                         ("| 4/4 ", 3), (f"reference {reference}: 100%", 1), ("| 40/40 ", 1), ("| 8/8 ", 2),
+                         ("sampling 40 images for the Frechet distance: 100%", 2)):  # fmt: skip
+        assert sum(words in line for line in said) == times, (words, said)
 
 
 def test_preview_labels_and_nearest_classes():
