@@ -24,7 +24,7 @@ from models.cost import cost
 from models.ema import EMA
 from models.samplers import Guidance
 from models.sit import SiT
-from training import previews, sharding, state
+from training import previews, sharding, state, trackers
 from training.evaluation import FrechetProbe
 from training.folder import RunLock, identity, record_settings
 from training.health import check_weights, describe
@@ -46,6 +46,7 @@ class Runner:
         self.folder = Path(settings.output_dir) / settings.exp_name
         check_launcher(settings.gradient_accumulation_steps)
         self.processes = Processes(settings.mixed_precision)
+        self.processes.on_main(lambda: trackers.check(settings.report_to))
         if self.processes.sharded:
             sharding.check(self.processes.precision, settings.ema_device)
         self.device = self.processes.device
