@@ -23,10 +23,10 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class TrainConfig:
     data_dir: Path | None = setting(
-        None, "packed dataset (preprocessing/pack.py); required, but for --assume", group="run", also=("data", "data_path")
+        None, "packed dataset (preprocessing/pack.py); required without --assume", group="run", also=("data", "data_path")
     )
     exp_name: str | None = setting(
-        None, "name of the run: its folder is OUTPUT_DIR/EXP_NAME; required, but for --assume", group="run",
+        None, "name of the run: its folder is OUTPUT_DIR/EXP_NAME; required without --assume", group="run",
         also=("name", "run"),
     )  # fmt: skip
     output_dir: Path = setting(Path("runs"), "where run folders are", group="run", also=("out", "output", "results_dir"))
@@ -36,19 +36,19 @@ class TrainConfig:
         None, "with --dry-run: plan for a dataset that is not packed yet", group="run",
         choices=("imagenet256", "imagenet512"),
     )  # fmt: skip
-    gpu: str | None = setting(None, "with --dry-run: whether it fits this GPU, e.g. RTX4090, and how long", group="run")
+    gpu: str | None = setting(None, "with --dry-run: whether the run fits this GPU, e.g. RTX4090, and its time", group="run")
     accept_changes: bool = setting(False, "resume although settings differ from the run's", group="run")
 
     model: str = setting("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}", group="model")
     depth: int | None = setting(None, "blocks; default: the model's", group="model")
     hidden_size: int | None = setting(None, "width; default: the model's", group="model")
     num_heads: int | None = setting(None, "attention heads; default: the model's", group="model")
-    patch_size: int | None = setting(None, "latent pixels a patch side; default: the model's", group="model")
+    patch_size: int | None = setting(None, "latent pixels per patch side; default: the model's", group="model")
     qk_norm: bool = setting(False, "normalise queries and keys", group="model")
     class_token: bool = setting(True, "denoise the encoder's class token too (REG)", group="model")
 
     resolution: int | None = setting(None, "check that the dataset has this resolution", group="data")
-    num_classes: int | None = setting(None, "check that the dataset has so many classes", group="data")
+    num_classes: int | None = setting(None, "check that the dataset has this number of classes", group="data")
     vae: str | None = setting(None, "decodes previews: ema, mse, hub id or folder; default: the dataset's", group="data")
     num_workers: int = setting(2, "threads that read batches ahead; 0: none", group="data")
 
@@ -62,14 +62,14 @@ class TrainConfig:
     cfg_prob: float = setting(0.1, "label dropout", group="loss")
 
     batch_size: int = setting(
-        256, "images a step, over all processes", group="optimisation", also=("bs", "b", "global_batch_size")
+        256, "images per optimiser step, over all processes", group="optimisation", also=("bs", "b", "global_batch_size")
     )
     max_train_steps: int = setting(
         400_000, "optimiser steps in all; an epoch is as many as the images divided by the batch size",
         group="optimisation", also=("epochs", "epoch", "num_epochs", "steps", "max_steps", "iterations"),
     )  # fmt: skip
     gradient_accumulation_steps: int = setting(
-        1, "micro-batches a step", group="optimisation", also=("grad_accum", "accumulation_steps", "accum")
+        1, "micro-batches per step", group="optimisation", also=("grad_accum", "accumulation_steps", "accum")
     )
     learning_rate: float = setting(1e-4, "of AdamW, constant", group="optimisation", also=("lr",))
     adam_beta1: float = setting(0.9, "", group="optimisation")
@@ -91,7 +91,7 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory", group="speed")
 
     ema_device: str = setting(
-        "same", "where the average is kept; cpu: 4 bytes a parameter less on the GPU, slower steps", group="speed",
+        "same", "where the average is kept; cpu: 4 bytes per parameter less on the GPU, slower steps", group="speed",
         choices=("same", "cpu"),
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ class TrainConfig:
         choices=("none", "wandb", "tensorboard"),
     )  # fmt: skip
     wandb_project: str = setting("REG", "wandb project", group="watching")
-    log_every: int = setting(100, "steps a log line", group="watching")
+    log_every: int = setting(100, "steps per log line", group="watching")
     sampling_steps: int = setting(10_000, "steps between preview grids; 0: none", group="watching")
     preview_steps: int = setting(50, "SDE steps of a preview", group="watching")
     preview_scale: float = setting(2.3, "guidance scale of a preview", group="watching")

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from config import UserError, parse, run, setting
 
-GPU_NAMES = ("T4", "V100", "RTX3090", "RTX4090", "RTX5090", "A10", "L4", "A6000", "L40S", "A100", "H100", "H200", "B200")
+GPU_NAMES = ("T4", "V100", "RTX3090", "RTX4090", "RTX5090", "A10", "L4", "A6000", "L40S", "A100", "H100", "H200",
+             "B200")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from dataset import PackedDataset
 from models.cost import USABLE, _by_depth, _count, training_memory
 from models.sit import preset
 from tests.test_train import flags, lines
-from tests.tiny import write_dataset, write_vae
+from tests.tiny import write_dataset, write_encoder, write_vae
 from train import TrainConfig
 from training.assumed import ASSUMED, assumed_manifest, record_bytes
 from training.launch import asked_precision, check_launcher
 from training.plan import make_plan
-from training.report import duration
+from training.report import Machine, duration, needed_memory, start_text
 from training.runner import Runner
 from training.step import TrainStep
 
@@ -109,7 +109,7 @@ def test_an_assumed_dataset_is_what_packing_writes(tools):
     ],
 )
 def test_a_plan_says_whether_it_fits(capsys, gpu, depth, words):
-    """256 images a step of XL/2: the smallest accumulation that fits, with and without checkpointing; a T4 has no place
+    """256 images per step of XL/2: the smallest accumulation that fits, with and without checkpointing; a T4 has no place
     for weights, gradients, AdamW and EMA of a deeper one."""
     train.main(["--dry-run", "--assume", "imagenet256", "--gpu", gpu, "--depth", str(depth)])
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("GPU"))
@@ -123,6 +123,46 @@ def test_a_plan_says_whether_it_fits(capsys, gpu, depth, words):
         assert smallest > 1
         flag = "--gradient-checkpointing " if recompute else ""
         assert f"{flag}--gradient-accumulation-steps {smallest} ({memory.total(256 // smallest) / 2**30:.1f} GiB)" in row
+
+
+def test_a_run_is_compared_with_the_gpu_it_found(tools, monkeypatch):
+    """By its own name and memory, of which the data sheet's name is a part; an unknown GPU gets no prediction of time."""
+    settings = parse(TrainConfig, "", flags(tools["data"], Path("runs"), "--mixed-precision", "auto"))
+    plan = make_plan(settings, PackedDataset(tools["data"]).manifest)
+    processes = SimpleNamespace(device=torch.device("cuda"), world=8, precision="bf16")
+    texts = {}
+    for device, memory in (("NVIDIA H100 80GB HBM3", 79.1 * 2**30), ("Voodoo 2", 12 * 2**20), ("Voodoo 1", 2**10)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, device=device: device)
+        properties = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
+        texts[device] = start_text(settings, plan, processes, Path("runs/run"))
+    text = texts["NVIDIA H100 80GB HBM3"]
+    assert "NVIDIA H100 80GB HBM3, 79.1 GiB, of which 73.6 GiB are for tensors: " in text and "on 8 H100, by the" in text
+    assert "MiB fit" in text
+    assert "time         not predicted for Voodoo 2" in texts["Voodoo 2"] and "do not fit at any" in texts["Voodoo 1"]
+
+
+def test_encoders_and_shards_count(tmp_path, capsys, monkeypatch):
+    """The weights of an encoder that runs in the step, in float32; under FSDP a process has a share of the state."""
+    data = write_dataset(tmp_path / "data", dims=(), pixels=True)
+    command = [*flags(data, tmp_path, "--enc-type", str(write_encoder(tmp_path / "encoder"))), "--dry-run", "--gpu", "h100"]
+    settings = parse(TrainConfig, "", command)
+    plan = make_plan(settings, PackedDataset(data).manifest)
+    weights = 4 * sum(p.numel() for p in plan.online[0].parameters())
+
+    def needed(world):
+        machine = Machine(world, "no", ())
+        return needed_memory(settings, plan, machine, accumulation=1, recompute=False, average=True)
+
+    counted = training_memory(plan.network, half=False)
+    assert needed(2) == counted.total(4) + weights
+    train.main(command)
+    assert f"{weights / 2**10:.1f} KiB of encoders" in capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert needed(2) == counted._replace(state=counted.state // 2).total(4) + weights
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train.main(command)
+    assert "AdamW and EMA in 2 shards" in capsys.readouterr().out
 
 
 def test_counts_by_depth_are_exact():

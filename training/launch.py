@@ -1,4 +1,4 @@
-"""The processes of a run, over accelerate: DDP, or FSDP where its launcher was told --use_fsdp."""
+"""The processes of a run and the launcher's settings, over accelerate: DDP, or FSDP after its launcher's --use_fsdp."""
 
 import os
 import time

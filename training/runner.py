@@ -1,4 +1,4 @@
-"""The rooms of a training run, built once, and what the loop in train.py asks of them."""
+"""Everything that a training run consists of, built once, and what the loop in train.py asks of it."""
 
 import subprocess
 import sys
