@@ -1,6 +1,8 @@
 """Pictures of what the EMA has learned: a grid at fixed noise and labels, every time the same ones."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +24,13 @@ def preview_labels(num_classes: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    network: SiT, interpolant: Interpolant, labels: Tensor, index: Tensor, *, seed: int, steps: int, guidance: Guidance
-) -> State:
-    """Sample by the SDE, sample i a function of (seed, index[i], label). labels, index: (N,) int64 on the device."""
+    network: SiT, interpolant: Interpolant, labels: Tensor, index: Tensor, *, seed: int, steps: int, guidance: Guidance,
+    before_step: Callable[[], Any] = lambda: None,
+) -> State:  # fmt: skip
+    """Sample by the SDE, sample i a function of (seed, index[i], label). labels, index: (N,) int64 on the device.
+
+    before_step: called before each of the `steps` steps, on the host.
+    """
     config = network.config
     shape = (config.in_channels, config.input_size, config.input_size)
 
@@ -33,7 +39,12 @@ def sample(
         latent, token = z.split([z.shape[1] - config.class_token_dim, config.class_token_dim], dim=1)
         return State(latent.reshape(-1, *shape), token if config.class_token_dim else None)
 
-    velocity = network_velocity(network, labels, guidance)
+    guided = network_velocity(network, labels, guidance)
+
+    def velocity(state: State, t: Tensor) -> State:
+        before_step()
+        return guided(state, t)
+
     return euler_maruyama(velocity, noise(-1), sde_times(steps), interpolant, noise)
 
 
