@@ -38,14 +38,16 @@ def duration(seconds: float) -> str:
 
 def needs(out: Path, plan: Plan, index: Index, todo: list[int], device: torch.device, world: int) -> str:
     """What will be packed, and what it takes on disk beside what is free there."""
-    settings, newest = plan.settings, plan.parts[-1]
-    lines = [f"packing {newest.count:,} images of {index.kind} {settings['source']} into {out}"]
-    if plan.extends:
-        known = plan.extends[-1]["classes"]
+    settings = plan.settings
+    images = sum(stop - start for start, stop in map(plan.range, todo))
+    part = plan.part(min(todo, default=0))
+    lines = [f"packing {images:,} images of {index.kind} {settings['source']} into {out}"]
+    if part.number:
+        known = plan.extends[part.number - 1]["classes"]
         added = len(index.classes) - known
         new = f"new classes, with labels from {known} on: {_few(index.classes[known:])}" if added else "no new class"
-        lines.append(f"they follow the {newest.first_image:,} images that it holds; {new}")
-    counts = np.bincount(index.labels[newest.first_image :], minlength=len(index.classes))
+        lines.append(f"they follow the {part.first_image:,} images that it holds; {new}")
+    counts = np.bincount(index.labels[part.first_image :], minlength=len(index.classes))
     filled = np.flatnonzero(counts).tolist()
     lines.append(f"{len(filled):,} classes: " + _few([f"{index.classes[i]} ({counts[i]:,})" for i in filled]))
     networks = ", ".join([f"VAE {plan.vae['name']}", *(f"encoder {e['name']}" for e in plan.encoders)])
@@ -56,10 +58,11 @@ def needs(out: Path, plan: Plan, index: Index, todo: list[int], device: torch.de
         lines.append(f"  {name}: {shape} {spec['dtype']}, {record_size(spec):,} bytes per record")
     total = sum(record_size(spec) for spec in plan.fields.values())
     lines.append(f"  together {total:,} bytes per record, {plan.settings['shard_size']:,} records per shard")
-    if len(todo) < newest.shards:
-        lines.append(f"{newest.shards - len(todo):,} of {newest.shards:,} shards are written already")
+    if len(todo) < plan.shards:
+        lines.append(f"{plan.shards - len(todo):,} of {plan.shards:,} shards are written already")
     free = shutil.disk_usage(out).free
-    lines.append(f"to write: {size_text(plan.bytes(todo))} in {len(todo):,} shards; {size_text(free)} are free on the disk")
+    shards = f"{len(todo):,} shard{'s' * (len(todo) != 1)}"
+    lines.append(f"to write: {size_text(plan.bytes(todo))} in {shards}; {size_text(free)} are free on the disk")
     return "\n  ".join(lines)
 
 

@@ -172,7 +172,7 @@ def _write(writer: BackgroundWriter, encoded: Encoded, plan: Plan, tally: dict[i
     """Hand a batch to the writer; the last of a shard goes with the shard's notes."""
     crops = encoded.crops
     shard = crops.request.shard
-    notes = tally.setdefault(shard, {"plan": plan.id, "skipped": [], "enlarged": 0, "error": {}})
+    notes = tally.setdefault(shard, {"plan": plan.part(shard).id, "skipped": [], "enlarged": 0, "error": {}})
     notes["skipped"] += [list(bad) for bad in crops.bad]
     notes["enlarged"] += crops.enlarged
     for name, value in encoded.error.items():
