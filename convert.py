@@ -31,8 +31,14 @@ class ConvertConfig:
     enc_type: tuple[str, ...] = setting((), "encoders; default: args'", group="what the .pt lacks")
 
 
+EXAMPLES = (
+    "python convert.py --source last.pt --out reg-xl2.safetensors",
+    "python convert.py --to published --source runs/reg-b2 --out reg-b2.pt",
+)
+
+
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(ConvertConfig, "Convert published checkpoints to model files and back.", argv)
+    settings = parse(ConvertConfig, "Convert published checkpoints to model files and back.", argv, examples=EXAMPLES)
     from models.convert import Given, export_published, import_published
     from models.published import describe, locate, obtain
 

@@ -414,8 +414,8 @@ def test_more_like_an_image(place, tmp_path):
     """An image is cropped and read by the model's own encoder: the token that is fixed is the encoder's."""
     from PIL import Image
 
+    from common.crop import center_crop
     from models.encoder import load_encoder
-    from preprocessing.crop import center_crop
     from tests.tiny import write_encoder
 
     encoder = write_encoder(tmp_path / "encoder", dim=16)

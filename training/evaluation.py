@@ -26,15 +26,17 @@ class FrechetProbe:
     """Compares unguided samples with a reference set in one feature space. All processes share the work."""
 
     def __init__(
-        self, processes: Processes, autoencoder: Autoencoder, *, reference: Path, space: str, count: int, batch: int = 32
+        self, processes: Processes, autoencoder: Autoencoder, *, reference: Path, space: str, count: int, batch: int = 32,
+        resolution: int | None = None,
     ) -> None:
-        """reference: npz, image folder or packed dataset. space: as for evaluate.py --features.
+        """reference: npz, image folder or packed dataset. space: as for evaluate.py --features. resolution: what a folder of
+        images of several sizes is cropped to.
 
         Raises FileNotFoundError or ValueError naming what is missing.
         """
         self.processes, self.autoencoder, self.count, self.batch = processes, autoencoder, count, batch
         self.extractor = features.load(space, device=processes.device)
-        self.reference = self._reference_statistics(reference)
+        self.reference = self._reference_statistics(reference, resolution)
 
     @torch.no_grad()
     def measure(self, network: SiT, interpolant: Interpolant, *, seed: int, steps: int) -> float:
@@ -51,8 +53,8 @@ class FrechetProbe:
                 moments = self._add(moments, self.autoencoder.decode(state.latent))
         return frechet_distance(self.reference, self._whole(moments))
 
-    def _reference_statistics(self, path: Path) -> Statistics:
-        images = open_images([path])
+    def _reference_statistics(self, path: Path, resolution: int | None) -> Statistics:
+        images = open_images([path], fallback=resolution)
         if images.statistics and "pooled" in images.statistics and self.extractor.space == "inception":
             return images.statistics["pooled"]
         moments, batches = None, list(self._mine(len(images)))

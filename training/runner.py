@@ -295,7 +295,7 @@ class Runner:
             self.autoencoder = load()
             self.probe = FrechetProbe(
                 self.processes, self.autoencoder, reference=settings.eval_reference, space=settings.eval_features,
-                count=settings.eval_samples,
+                count=settings.eval_samples, resolution=self.plan.manifest.resolution,
             )  # fmt: skip
         elif settings.sampling_steps:
             self.autoencoder = self.processes.on_main(load)
