@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Create .venv and install what the programs, the quickstart and the tests need, at the versions of constraints.txt; does
-# nothing when .venv is up to date. PYTHON=python3.12 chooses the interpreter; CONSTRAINTS= (empty) installs the newest
-# versions, for platforms that lack one of these.
+# Create .venv and install what the programs, the quickstart and the tests need, at the versions of constraints.txt.
+# Does nothing when .venv is up to date. PYTHON=python3.12 chooses the interpreter; CONSTRAINTS= (empty) installs the
+# newest versions, for platforms that lack one of these.
 set -euo pipefail
 cd "$(dirname "$0")"
 python="${PYTHON:-python3}"
@@ -19,8 +19,9 @@ stamp=.venv/requirements.stamp
 if [ -x .venv/bin/python ] && wanted | cmp -s - "$stamp"; then exit 0; fi
 echo "Installing into .venv (once; the CUDA build of torch is large)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt ${constraints:+-c "$constraints"} || {
-    echo "error: pip failed, see above; a version that this platform lacks? CONSTRAINTS= bash setup.sh takes the newest ones" >&2
+.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    -r requirements-dev.txt ${constraints:+-c "$constraints"} || {
+    echo "error: pip failed, see above; if this platform lacks a version, try: CONSTRAINTS= bash setup.sh" >&2
     exit 1
 }
 wanted > "$stamp"

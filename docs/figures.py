@@ -1,4 +1,4 @@
-"""Draw the pictures of the README: `python docs/figures.py` (the method), with `runs/quickstart` as argument the digits too.
+"""Draw the pictures of the README: `python docs/figures.py [runs/quickstart]`, the method and, if given, the digits.
 
 The digits are those of a finished `bash quickstart.sh`: held-out scans, and the guided SDE samples of its model.
 """
@@ -38,14 +38,15 @@ def method(file: Path) -> None:
 
     def arrow(start: tuple[float, float], end: tuple[float, float], colour: str = GREY) -> None:
         axes.annotate("", end, start, zorder=1, arrowprops={
-            "arrowstyle": "-|>,head_width=0.3,head_length=0.6", "lw": 1.6, "color": colour, "shrinkA": 0, "shrinkB": 0,
+            "arrowstyle": "-|>,head_width=0.3,head_length=0.6", "lw": 1.6, "color": colour,
+            "shrinkA": 0, "shrinkB": 0,
         })  # fmt: skip
 
     def note(x: float, y: float, text: str, colour: str = GREY, size: float = 9.5, **style: object) -> None:
         axes.text(x, y, text, size=size, color=colour, ha="center", va="center", linespacing=1.3, **style)
 
-    card = FancyBboxPatch((0.5, 0.5), width - 1, height - 1, boxstyle="round,pad=0,rounding_size=1.6", lw=1, ec="#d0d7de",
-                          fc="white")  # fmt: skip
+    corners = "round,pad=0,rounding_size=1.6"
+    card = FancyBboxPatch((0.5, 0.5), width - 1, height - 1, boxstyle=corners, lw=1, ec="#d0d7de", fc="white")
     axes.add_patch(card)  # readable on light and dark pages
     upper, middle, lower = 33, 22, 11
 
@@ -89,8 +90,8 @@ def method(file: Path) -> None:
 
 
 def digits(npz: Path, file: Path, rows: int = 4, scale: int = 4, gap: int = 6) -> None:
-    """The first `rows` pictures of each class of an npz, unchosen: a class per column, pixels enlarged `scale` times, `gap`
-    transparent pixels between them."""
+    """The first `rows` pictures of each class of an npz, unchosen: a class per column, pixels enlarged `scale` times,
+    `gap` transparent pixels between them."""
     from PIL import Image
 
     with np.load(npz) as stream:

@@ -23,8 +23,8 @@ SCRIPTS = {"quickstart.sh": "quickstart.__main__", "setup.sh": None, "test.sh": 
 
 
 class Command(NamedTuple):
-    """A shell command of a page. module: the program of ours that it calls, None for other commands. arguments: what that
-    program gets. whole: nothing is left out, as in a block; text may name a program with some of its flags."""
+    """A shell command of a page. module: the program of ours that it calls, None for other commands. arguments: what
+    that program gets. whole: nothing is left out, as in a block; text may name a program with some of its flags."""
 
     text: str
     module: str | None
@@ -37,7 +37,7 @@ class Parsed(Exception):
 
 
 def commands(page: Path) -> Iterator[Command]:
-    """Those of the ```bash blocks, continuation lines joined, and inline code that starts with a launcher and goes on."""
+    """Those of the ```bash blocks, continuation lines joined, and inline code that starts with a launcher."""
     text = page.read_text()
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
@@ -95,7 +95,7 @@ def module_of(file: str) -> str:
 
 
 def parse(command: Command, monkeypatch) -> None:
-    """Let the program's own main parse the arguments, and required ones for those left out; it is stopped right after."""
+    """Let the program's own main parse the arguments (and required ones for those left out); stop it right after."""
     module = importlib.import_module(command.module)
     arguments = [word for word in command.arguments if word != "..."]
     if not command.whole:
@@ -148,12 +148,12 @@ def test_commands_are_found():
     found = [command for page in PAGES for command in commands(page)]
     assert sum(command.module is not None for command in found) > 40
     assert {"train", "generate", "preprocessing.pack", "evaluations.evaluate", "convert"} <= {c.module for c in found}
-    assert any(command.module == "train" and "--requeue-command" in command.arguments for command in found)  # inside srun
+    assert any(c.module == "train" and "--requeue-command" in c.arguments for c in found)  # inside srun
 
 
 @pytest.mark.parametrize(
     "line",
-    ["pyhton train.py", "python trian.py --data-dir d --exp-name x", "torchrun --nproc 8x --no-such train.py", "bash no.sh",
+    ["pyhton train.py", "python trian.py --data-dir d --exp-name x", "torchrun --no-such train.py", "bash no.sh",
      "pip install -r requirement.txt"],
 )  # fmt: skip
 def test_a_wrong_command_is_found(line):

@@ -32,7 +32,8 @@ def project(tmp_path):
 def setup(project, **environment):
     """Run setup.sh; returns the process and the pip commands it gave."""
     (project / "pip.log").unlink(missing_ok=True)
-    environment = {**{k: v for k, v in os.environ.items() if k != "CONSTRAINTS"}, "PYTHON": sys.executable, **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != "CONSTRAINTS"}
+    environment = {**inherited, "PYTHON": sys.executable, **environment}
     done = subprocess.run(["bash", "setup.sh"], cwd=project, env=environment, capture_output=True, text=True)
     log = project / "pip.log"
     return done, log.read_text().splitlines() if log.exists() else []
@@ -85,17 +86,18 @@ def test_setup_refuses_an_old_python(project):
 def requirements(name: str) -> set[str]:
     """Names in a requirements or constraints file, lower case; files that it includes are left out."""
     lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
-    return {re.split(r"[<>=! ]", line)[0].lower().replace("_", "-") for line in lines if line and not line.startswith("-")}
+    names = [re.split(r"[<>=! ]", line)[0] for line in lines if line and not line.startswith("-")]
+    return {name.lower().replace("_", "-") for name in names}
 
 
 def imported(*folders: str) -> tuple[set[str], set[str]]:
-    """Distributions that the files of some folders import, and those of them whose absence is caught where it is met."""
+    """Distributions that the files of some folders import, and those of them whose absence is caught there."""
     found, caught = set(), set()
     for path in (path for folder in folders for path in ROOT.glob(f"{folder}*.py")):
         tree = ast.parse(path.read_text())
         optional = {
             id(node) for block in ast.walk(tree) if isinstance(block, ast.Try)
-            if any(ast.unparse(h.type or ast.Constant("")) in ("ImportError", "ModuleNotFoundError") for h in block.handlers)
+            if any(ast.unparse(h.type) in ("ImportError", "ModuleNotFoundError") for h in block.handlers if h.type)
             for node in ast.walk(block)
         }  # fmt: skip
         for node in ast.walk(tree):
@@ -115,8 +117,8 @@ def imported(*folders: str) -> tuple[set[str], set[str]]:
 def test_requirements_are_what_is_imported():
     """requirements.txt: what the programs import. The other files: what the quickstart and the tests import besides.
 
-    What a program can do without, with a sentence where it is missing, may be left to the user. torchvision is what timm
-    and torch-fidelity import; huggingface-hub comes with timm, diffusers and accelerate.
+    What a program can do without, with a sentence where it is missing, may be left to the user. torchvision is what
+    timm and torch-fidelity import; huggingface-hub comes with timm, diffusers and accelerate.
     """
     programs, optional = imported("", "common/", "models/", "training/", "sampling/", "preprocessing/", "evaluations/")
     listed = requirements("requirements.txt")
