@@ -3,7 +3,7 @@
 The digits are those of a finished `bash quickstart.sh`: held-out scans, and the guided SDE samples of its model.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +105,16 @@ def digits(npz: Path, file: Path, rows: int = 4, scale: int = 4, gap: int = 6) -
     sheet.save(file, optimize=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("quickstart", type=Path, nargs="?", help="folder of a finished quickstart")
+    quickstart = parser.parse_args().quickstart
     IMAGES.mkdir(exist_ok=True)
     method(IMAGES / "method.svg")
-    if len(sys.argv) > 1:
-        quickstart = Path(sys.argv[1])
+    if quickstart is not None:
         digits(quickstart / "images/test.npz", IMAGES / "digits-real.png")
         digits(quickstart / "samples/reg-sde-guided/samples.npz", IMAGES / "digits-generated.png")
+
+
+if __name__ == "__main__":
+    main()

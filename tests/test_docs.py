@@ -1,9 +1,7 @@
 """The pages: every command is parsed by the program that it calls, links and pictures exist, and the tutorial runs."""
 
 import argparse
-import dataclasses
 import importlib
-import inspect
 import re
 import shlex
 import shutil
@@ -14,11 +12,14 @@ from typing import NamedTuple
 
 import pytest
 
+from config import UserError
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 OTHERS = {"source", "ls", "cd", "export", "uv", "docker"}  # commands of other projects, not parsed
+PROGRAMS = ("train", "generate", "convert", "preprocessing.pack", "preprocessing.describe", "evaluations.evaluate",
+            "evaluations.compare", "evaluations.cknna", "evaluations.report")  # fmt: skip
 SCRIPTS = {"quickstart.sh": "quickstart.__main__", "setup.sh": None, "test.sh": None, "benchmarks/gpu.sh": None}
 
 
@@ -98,8 +99,6 @@ def parse(command: Command, monkeypatch) -> None:
     """Let the program's own main parse the arguments (and required ones for those left out); stop it right after."""
     module = importlib.import_module(command.module)
     arguments = [word for word in command.arguments if word != "..."]
-    if not command.whole:
-        arguments += [word for flag in required(module) if flag not in arguments for word in (flag, "x")]
 
     def stop_after(read):
         def parse_and_stop(*args, **kwargs):
@@ -108,25 +107,25 @@ def parse(command: Command, monkeypatch) -> None:
 
         return parse_and_stop
 
-    monkeypatch.setattr(sys, "argv", [command.module, *arguments])
     monkeypatch.chdir(ROOT)
     if hasattr(module, "parse"):
         monkeypatch.setattr(module, "parse", stop_after(module.parse))
     else:
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
-    try:
-        module.main()
-    except Parsed:
-        return
-    except SystemExit as stop:
-        assert stop.code == 0 and "--help" in arguments, "refused"
-
-
-def required(module) -> list[str]:
-    """Flags without a default, of the settings that a program parses with `config.parse`."""
-    settings = re.search(r"\bparse\(\s*(\w+)", inspect.getsource(module.main))
-    fields = dataclasses.fields(getattr(module, settings[1])) if settings else ()
-    return ["--" + field.name.replace("_", "-") for field in fields if field.default is dataclasses.MISSING]
+    while True:
+        monkeypatch.setattr(sys, "argv", [command.module, *arguments])
+        try:
+            module.main()
+        except Parsed:
+            return
+        except SystemExit as stop:
+            assert stop.code == 0 and "--help" in arguments, "refused"
+            return
+        except UserError as error:
+            missing = re.match(r"(--[\w-]+) is required", str(error))
+            if command.whole or not missing or missing[1] in arguments:
+                raise
+            arguments += [missing[1], "x"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -138,9 +137,27 @@ def test_commands_are_parsed_by_their_programs(page):
             with pytest.MonkeyPatch.context() as monkeypatch:
                 try:
                     parse(command, monkeypatch)
-                except (SystemExit, ValueError, AssertionError) as error:
+                except (ValueError, AssertionError) as error:
                     failed.append(f"{command.text}\n    {error!r}")
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_examples_of_help_are_parsed(module, monkeypatch):
+    """What a program shows at the end of its --help is what it, or the program named there, takes."""
+    shown: list[str] = []
+
+    def record(*args, examples=(), **kwargs):
+        shown.extend(examples)
+        raise Parsed
+
+    with monkeypatch.context() as patched, pytest.raises(Parsed):
+        patched.setattr(sys, "argv", [module])
+        patched.setattr(importlib.import_module(module), "parse", record)
+        importlib.import_module(module).main()
+    for example in shown:
+        with monkeypatch.context() as patched:
+            parse(Command(example, *program(shlex.split(example, comments=True))), patched)
 
 
 def test_commands_are_found():
