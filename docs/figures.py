@@ -109,11 +109,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("quickstart", type=Path, nargs="?", help="folder of a finished quickstart")
     quickstart = parser.parse_args().quickstart
+    samples = quickstart and quickstart / "samples/reg-sde-guided/samples.npz"
+    if samples and not samples.is_file():
+        parser.error(f"{samples} is missing: {quickstart} is not the folder of a finished quickstart")
     IMAGES.mkdir(exist_ok=True)
     method(IMAGES / "method.svg")
-    if quickstart is not None:
+    if samples:
         digits(quickstart / "images/test.npz", IMAGES / "digits-real.png")
-        digits(quickstart / "samples/reg-sde-guided/samples.npz", IMAGES / "digits-generated.png")
+        digits(samples, IMAGES / "digits-generated.png")
 
 
 if __name__ == "__main__":
