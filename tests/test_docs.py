@@ -178,11 +178,10 @@ def test_a_wrong_command_is_found(line):
         program(shlex.split(line))
 
 
-@pytest.mark.parametrize("arguments", [["--lr", "1"], ["--batch-size", "x"], []])
-def test_a_wrong_flag_is_found(arguments, monkeypatch):
-    base = ["--data-dir", "d", "--exp-name", "x"] if arguments else []
+@pytest.mark.parametrize("wrong", ["--lr 1", "--batch-size x", "--config recipes/none.yaml"])
+def test_a_wrong_flag_is_found(wrong, monkeypatch):
     with pytest.raises((ValueError, AssertionError)):
-        parse(Command("", "train", [*base, *arguments]), monkeypatch)
+        parse(Command("", "train", ["--data-dir", "d", "--exp-name", "x", *wrong.split()]), monkeypatch)
 
 
 def anchors(page: Path) -> set[str]:
