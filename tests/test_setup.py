@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = ("requirements.txt", "requirements-quickstart.txt", "requirements-dev.txt", "constraints.txt", "setup.sh")
+COME_WITH_OTHERS = {"huggingface-hub", "requests"}  # with timm, diffusers and accelerate; with wandb and diffusers
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/*.py")}
 PIP = "#!/bin/sh\necho \"$@\" >> pip.log\nexit ${PIP_STATUS:-0}\n"
@@ -118,17 +119,17 @@ def test_requirements_are_what_is_imported():
     """requirements.txt: what the programs import. The other files: what the quickstart and the tests import besides.
 
     What a program can do without, with a sentence where it is missing, may be left to the user. torchvision is what
-    timm and torch-fidelity import; huggingface-hub comes with timm, diffusers and accelerate.
+    timm and torch-fidelity import.
     """
     programs, optional = imported("", "common/", "models/", "training/", "sampling/", "preprocessing/", "evaluations/")
     listed = requirements("requirements.txt")
-    assert programs - optional - {"huggingface-hub"} <= listed
+    assert programs - optional - COME_WITH_OTHERS <= listed
     assert listed <= programs | {"torchvision"}
     quickstart, _ = imported("quickstart/")
     assert quickstart - listed == requirements("requirements-quickstart.txt")
     tests, _ = imported("tests/", "benchmarks/")
     everything = listed | requirements("requirements-quickstart.txt") | requirements("requirements-dev.txt")
-    assert (tests | programs) - {"huggingface-hub"} <= everything
+    assert (tests | programs) - COME_WITH_OTHERS <= everything
 
 
 def test_constraints_name_what_is_required():
