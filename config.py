@@ -93,7 +93,7 @@ def parse(cls: type[T], description: str, argv: Sequence[str] | None = None, *, 
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a program's `main`; a user's mistake ends it with one line on stderr and exit status 2.
+    """Call a program's `main`; a user's mistake or a missing package ends it with one line on stderr and exit status 2.
 
     ValueError and FileNotFoundError are what the rooms below raise for bad input; other exceptions are bugs of ours
     and keep their traceback.
@@ -102,6 +102,16 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        here = Path(__file__).parent
+        if not package or (here / package).exists() or (here / f"{package}.py").exists():
+            raise
+        sys.stderr.write(
+            f"error: the package {package} is not installed for {sys.executable}: `source .venv/bin/activate` after "
+            "`bash setup.sh`, or `pip install -r requirements.txt -c constraints.txt`\n"
+        )
         raise SystemExit(2) from error
 
 

@@ -1,6 +1,7 @@
 """Settings come from flags, then the recipe, then defaults; a mistake is one sentence."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError, as_dict, parse, setting
+from config import UserError, as_dict, parse, run, setting
 from evaluations.evaluate import EvaluateConfig
 from generate import SampleConfig
 from preprocessing.pack import PackConfig
@@ -117,3 +118,21 @@ def test_help_is_grouped_and_does_not_import_torch(program):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--config FILE.yaml" in done.stdout and done.stdout.count(":\n") >= 3, done.stdout
+
+
+def test_a_missing_package_is_named(capsys):
+    """`python train.py` outside of the environment says what to activate; a module of ours that is missing is a bug."""
+    def needs(name):
+        def main():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        return main
+
+    with pytest.raises(SystemExit) as stop:
+        run(needs("torch.nn"))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert re.search(r"^error: the package torch is not installed for \S+: `source .venv/bin/activate`", message)
+    for ours in ("training.nothing", "dataset"):
+        with pytest.raises(ModuleNotFoundError):
+            run(needs(ours))

@@ -163,20 +163,3 @@ def test_the_core_imports_without_the_optional_packages():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_readme_flags_exist():
-    """Every flag in the README's commands is one the program of that command knows."""
-    from config import parse  # noqa: F401 (the programs are read with it)
-
-    commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    text = re.sub(r"\\\n", " ", "\n".join(commands))
-    checked = 0
-    for line in text.splitlines():
-        for program in re.findall(r"(train|generate|preprocessing[./]pack|evaluations[./]evaluate)(?:\.py)?\s", line):
-            source = (ROOT / (program.replace(".", "/") + ".py")).read_text()
-            after = line.split(program, 1)[1]
-            for flag in re.findall(r"\s--(?:no-)?([a-z][a-z-]+)", after):
-                assert flag == "config" or re.search(rf"\b{flag.replace('-', '_')}:", source), f"{program}: --{flag}"
-                checked += 1
-    assert checked > 10
