@@ -42,7 +42,7 @@ def new_images(packed: list[Index], listed_at: list[int], settings: Any) -> Inde
     for names, what in ((gone, "are gone"), (moved, "have another class now"), (changed, "were changed after packing")):
         if names:
             raise UserError(
-                f"--source {source}: {len(names):,} images that are packed already {what}, such as {names[0]}; --extend "
+                f"--source {source}: images that are packed already {what} ({len(names):,}, such as {names[0]}); --extend "
                 "only adds images: restore them, or pack into another --out"
             )
     return remaining(fresh, packed, classes)

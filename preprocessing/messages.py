@@ -49,7 +49,7 @@ def needs(out: Path, plan: Plan, index: Index, todo: list[int], device: torch.de
         lines.append(f"they follow the {part.first_image:,} images that it holds; {new}")
     counts = np.bincount(index.labels[part.first_image :], minlength=len(index.classes))
     filled = np.flatnonzero(counts).tolist()
-    lines.append(f"{len(filled):,} classes: " + _few([f"{index.classes[i]} ({counts[i]:,})" for i in filled]))
+    lines.append(f"{len(filled):,} class{'es' * (len(filled) != 1)}: " + _few([f"{index.classes[i]} ({counts[i]:,})" for i in filled]))
     networks = ", ".join([f"VAE {plan.vae['name']}", *(f"encoder {e['name']}" for e in plan.encoders)])
     lines.append(f"crop {settings['resolution']} x {settings['resolution']}; {networks}")
     lines.append(f"{settings['dtype']} on {_device(device)}, {world} process{'es' * (world > 1)}")
