@@ -42,7 +42,7 @@ def new_images(packed: list[Index], listed_at: list[int], settings: Any) -> Inde
     for names, what in ((gone, "are gone"), (moved, "have another class now"), (changed, "were changed after packing")):
         if names:
             raise UserError(
-                f"--source {source}: {len(names):,} images that are packed already {what}, such as {names[0]}; --extend "
+                f"--source {source}: images that are packed already {what} ({len(names):,}, such as {names[0]}); --extend "
                 "only adds images: restore them, or pack into another --out"
             )
     return remaining(fresh, packed, classes)
@@ -59,9 +59,11 @@ def remaining(fresh: Index, known: Iterable[Index], classes: list[str]) -> Index
     labels = {i: number[fresh.classes[fresh.labels[i]]] for i in kept}
     if fresh.kind not in AS_LISTED:
         kept.sort(key=labels.__getitem__)  # by name within a class, as they are listed
+    places = fresh.places[kept]
+    used, places[:, 0] = np.unique(places[:, 0], return_inverse=True)  # the same list, whatever files are beside these
     return Index(
-        fresh.kind, fresh.root, fresh.files, [fresh.names[i] for i in kept],
-        np.array([labels[i] for i in kept], np.int64), fresh.places[kept], classes, fresh.ignored,
+        fresh.kind, fresh.root, [fresh.files[file] for file in used], [fresh.names[i] for i in kept],
+        np.array([labels[i] for i in kept], np.int64), places, classes, fresh.ignored,
     )  # fmt: skip
 
 

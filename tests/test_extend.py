@@ -1,7 +1,9 @@
 """Extending a finished dataset by the images that its source has gained."""
 
+import io
 import os
 import shutil
+import tarfile
 import zipfile
 
 import numpy as np
@@ -10,8 +12,8 @@ import pytest
 from config import UserError
 from dataset import PackedDataset, decode_moments, read_manifest
 from preprocessing import pack
-from tests.test_packing import IMAGES, content, flags, flip, killed, one_thread, torchrun  # noqa: F401
-from tests.test_preprocessing import encoded, noise, write_folder
+from tests.test_packing import IMAGES, content, flags, flip, killed, one_thread, records, torchrun  # noqa: F401
+from tests.test_preprocessing import encoded, noise, write_folder, write_table, write_tar
 from tests.tiny import write_encoder, write_vae
 
 # a new class between old ones, one after them, and more images of an old class that sort before, between and after
@@ -198,9 +200,9 @@ def move(images):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (remove, r"1 images that are packed already are gone, such as ant/0\.png"),
-        (change, r"1 images that are packed already were changed after packing, such as ant/0\.png"),
-        (move, r"15 images that are packed already are gone, such as ant/0\.png"),
+        (remove, r"images that are packed already are gone \(1, such as ant/0\.png\)"),
+        (change, r"already were changed after packing \(1, such as ant/0\.png\)"),
+        (move, r"images that are packed already are gone \(15, such as ant/0\.png\)"),
     ],
 )
 def test_old_images_must_be_as_they_were(toys, tmp_path, harm, message):
@@ -235,8 +237,36 @@ def test_a_zip_that_was_appended_to(toys, tmp_path):
     with zipfile.ZipFile(source, "w") as archive:
         for name, data in {**NEW, **IMAGES}.items():
             archive.writestr(name, data)
-    with pytest.raises(UserError, match="15 images that are packed already were changed"):
+    with pytest.raises(UserError, match=r"already were changed after packing \(15, "):
         pack.main([*flags(toys, other, source=source), "--extend"])
+
+
+def test_a_tar_and_tables_that_grew(toys, tmp_path):
+    """Members that `tar -r` appends; a parquet file that was added, even one that comes first in the order of names."""
+    source = write_tar(tmp_path / "images.tar", IMAGES)
+    pack.main(flags(toys, tmp_path / "tar", source=source))
+    with tarfile.open(source, "a") as archive:
+        for name, data in NEW.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    pack.main([*flags(toys, tmp_path / "tar", source=source), "--extend"])
+    assert by_image(tmp_path / "tar").keys() == by_image(toys / "extended").keys()
+
+    source, out = write_table(tmp_path / "tables", "parquet"), tmp_path / "out"
+    pack.main(flags(toys, out, source=source))
+    before = records(out)
+    shutil.copy(source / "train-00001.parquet", source / "train--1.parquet")
+    pack.main([*flags(toys, out, source=source), "--extend"])
+    after = records(out)
+    old = len(before["label"])
+    assert len(after["label"]) == old + (old - 5) and all(np.array_equal(after[name][:old], before[name]) for name in before)
+    assert np.array_equal(after["pixels"][old:], before["pixels"][5:])
+    for file in ("index.npz", "index-00001.npz"):  # each list can be made again from the source
+        whole = content(out)
+        (out / file).unlink()
+        pack.main(flags(toys, out, "--repair", source=source))
+        assert content(out) == whole
 
 
 def test_a_class_file_may_grow_at_its_end(toys, tmp_path):
