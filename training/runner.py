@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.presets import GUIDANCE_HIGH
 from config import UserError, as_dict
 from dataset import PackedDataset, StepSampler, read_ahead, read_manifest
 from models.acceleration import allow_tf32, compile_encoder, compile_network
@@ -191,7 +192,7 @@ class Runner:
 
     def _draw(self, network: SiT, file: Path) -> None:
         labels = previews.preview_labels(self.plan.network.num_classes, PREVIEWS).to(self.device)
-        guidance = Guidance(self.settings.preview_scale, high=0.85)
+        guidance = Guidance(self.settings.preview_scale, high=GUIDANCE_HIGH)
         sampled = previews.sample(
             network, self.plan.objective.interpolant, labels, torch.arange(PREVIEWS, device=self.device),
             seed=self.settings.seed, steps=self.settings.preview_steps, guidance=guidance,
