@@ -57,7 +57,7 @@ def parse(
         description: of the program, for `--help`.
         argv: the arguments; default: those of this process.
         examples: whole commands, shown at the end of `--help`.
-        presets: values of other settings by the value of the setting `preset`; a flag or the recipe overrides each of them.
+        presets: values of other settings by the value of the setting `preset`; a flag or the recipe overrides each one.
 
     Raises: SystemExit(2) from argparse for a malformed flag, UserError for a bad recipe or a missing required flag.
     """

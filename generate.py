@@ -39,9 +39,9 @@ class SampleConfig:
     )  # fmt: skip
     seed: int = setting(0, "of noise and labels", group="what", also=("global_seed", "random_seed"))
     labels: tuple[str, ...] = setting(
-        (), "random, balanced (classes in turn), spread (few samples evenly over all classes, or those that the tokens of "
-        "--like name), null (unconditional), class numbers or names, or a file of numbers; default: random", group="what",
-        also=("label", "class_labels", "class_label", "y"),
+        (), "random, balanced (classes in turn), spread (few samples evenly over all classes, or those that the tokens "
+        "of --like name), null (unconditional), class numbers or names, or a file of numbers; default: random",
+        group="what", also=("label", "class_labels", "class_label", "y"),
     )  # fmt: skip
     classes: tuple[str, ...] = setting(
         (), "draw from these classes only, numbers or names; default: all", group="what", also=("class", "class_ids")
@@ -90,12 +90,14 @@ class SampleConfig:
     )
 
     class_tokens: bool = setting(False, "write class_tokens.npy and class_token_labels.npy", group="class token")
-    best_of: int = setting(1, "of so many candidates keep the one whose token fits its label best", group="class token")
+    best_of: int = setting(
+        1, "candidates per sample, of which the one whose token fits its label best is kept", group="class token"
+    )
     like: tuple[str, ...] = setting(
         (), "fix the class token: images, or .npy files of tokens (FILE.npy:ROW)", group="class token"
     )
     interpolate: int = setting(
-        0, "so many samples from the first to the second token of --like, per noise", group="class token"
+        0, "samples per noise on the way from the first to the second token of --like", group="class token"
     )
 
     png: bool = setting(False, "also write png/000000.png ...", group="files")
@@ -172,8 +174,8 @@ def requested(s: SampleConfig) -> dict[str, Any]:
         s.cls_guidance_low, s.cls_guidance_high, s.guidance_schedule,
     )  # fmt: skip
     same = (
-        "checkpoint", "out", "preset", "seed", "labels", "classes", "guide_checkpoint", "class_tokens", "best_of", "like",
-        "interpolate", "png", "gallery", "keep_parts", "device", "vae",
+        "checkpoint", "out", "preset", "seed", "labels", "classes", "guide_checkpoint", "class_tokens", "best_of",
+        "like", "interpolate", "png", "gallery", "keep_parts", "device", "vae",
     )  # fmt: skip
     return {
         "solver": solver, "guidance": guidance, "guidance_optional": s.cfg_scale is None,

@@ -3,8 +3,8 @@
 from types import MappingProxyType
 from typing import Any
 
-# Guidance in the paper's evaluation (REG, arXiv 2507.01467, sampling settings of the guided results): this scale for the
-# latent and for the class token, for t from 0 to GUIDANCE_HIGH; t = 1 is noise.
+# Guidance in the paper's evaluation (REG, arXiv 2507.01467, sampling settings of the guided results): this scale for
+# the latent and for the class token, for t from 0 to GUIDANCE_HIGH; t = 1 is noise.
 GUIDANCE_SCALE = 2.3
 GUIDANCE_HIGH = 0.85
 

@@ -292,7 +292,11 @@ def plot(path: Path, alignment: Alignment) -> None:
 
 
 def main() -> None:
-    settings = parse(CknnaConfig, "CKNNA between the layers of a network and its encoder.")
+    settings = parse(
+        CknnaConfig, "CKNNA between the layers of a network and its encoder.",
+        examples=("python -m evaluations.cknna --checkpoint runs/reg-b2 --dataset data/imagenet256 --out cknna.json",
+                  "python -m evaluations.cknna --checkpoint runs/reg-b2 --dataset data/imagenet256 --layers 2 4 8"),
+    )  # fmt: skip
     if not settings.times or min(settings.times) <= 0 or max(settings.times) >= 1:
         raise UserError(f"--times must lie between 0 and 1, got {' '.join(map(str, settings.times))}")
     if settings.batch_size < 1 or settings.num_images < 4:

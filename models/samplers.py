@@ -157,7 +157,7 @@ def sde_times(num_steps: int, t_last: float = T_LAST) -> Tensor:
 
 
 def steps(times: Tensor, progress: Progress | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs (t, t_next) of a grid of times; after each step that was taken, `progress` gets the fraction that is done.
+    """The pairs (t, t_next) of a grid of times; after each step, `progress` gets the fraction that is done.
 
     It counts on the host, without device-to-host synchronisation: on a GPU the step may still be running.
     """

@@ -99,9 +99,9 @@ def dormand_prince(
 ) -> State:
     """Adaptive fifth-order Runge-Kutta by torchdiffeq between the first and the last of `times`.
 
-    Step sizes follow the error of the whole batch, so a sample depends on its batch to within the tolerance. The number of
-    steps is not known before: `progress` gets the part of the time that evaluations have reached, at each that goes further.
-    Raises ValueError when torchdiffeq is not installed.
+    Step sizes follow the error of the whole batch, so a sample depends on its batch to within the tolerance. The number
+    of steps is not known before: `progress` gets the part of the time that the evaluations have reached. Raises
+    ValueError when torchdiffeq is not installed.
     """
     try:
         from torchdiffeq import odeint
@@ -188,8 +188,8 @@ class Solver:
     def __call__(
         self, velocity: Velocity, start: State, interpolant: Interpolant, noise: Noise, progress: Progress | None = None
     ) -> State:
-        """start: standard normals, the State at t = 1. noise: step number => State of standard normals. progress: takes the
-        finished fraction, from 0 to 1, after each step."""
+        """start: standard normals, the State at t = 1. noise: step number => State of standard normals. progress: takes
+        the finished fraction, from 0 to 1, after each step."""
         times = self.times
         if self.mode == "sde":
             if self.name == "dpmpp":

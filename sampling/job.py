@@ -236,8 +236,9 @@ def generate(request: Request, say: Callable[[str], object] = lambda text: None)
             "seconds": round(seconds, 2),
             "samples_per_second": round(made / seconds, 4) if made else None,
         }
-        output = Output(request.out, request.count, job.model.info.resolution, job.model.info.classes, request.interpolate,
-                        request.gallery, request.class_tokens, request.png, request.keep_parts)  # fmt: skip
+        info = job.model.info
+        output = Output(request.out, request.count, info.resolution, info.classes, request.interpolate, request.gallery,
+                        request.class_tokens, request.png, request.keep_parts)  # fmt: skip
         say(assemble(output, parts, job.identity, measured))
 
 

@@ -51,7 +51,9 @@ class Images:
 
 
 def sample_parts(job: "Job", parts: Parts, work: list[range], say: Callable[[str], object]) -> None:
-    """Sample this process's share of the batches. A second thread decodes and writes one batch while the next is sampled.
+    """Sample this process's share of the batches.
+
+    A second thread decodes and writes one batch while the next is sampled.
 
     work: the batches of all processes. say: takes the estimate of the whole, after the first process's first batch.
     """

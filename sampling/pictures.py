@@ -41,7 +41,8 @@ _NO_CLASS = "no class"  # the null label
 _STYLE = """
 body{font:14px/1.4 system-ui,sans-serif;margin:1.5em;color:#222;background:#fff}
 h1{font-size:1.3em}section{display:inline-block;vertical-align:top;max-width:100%;margin-right:18px}
-h2{font-size:1.05em;margin:1.2em 0 .3em;width:0;min-width:100%;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+h2{font-size:1.05em;margin:1.2em 0 .3em;width:0;min-width:100%}
+h2{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .row{display:flex;flex-wrap:wrap;gap:6px}figure{margin:0;width:144px}img{width:100%;display:block}
 img.small{image-rendering:pixelated}figcaption{font-size:11px;color:#555;overflow-wrap:anywhere}
 .other{color:#b00}table{border-collapse:collapse;font-size:12px}td{border:1px solid #ddd;padding:2px 8px;vertical-align:top}

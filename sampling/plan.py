@@ -27,8 +27,8 @@ class Labels:
     """The label of sample i, a function of i (and the seed) alone.
 
     kind: random, balanced, spread, list, null, or token (what the given class token names). values: the classes to draw
-    from or to take in turn; the list itself for list and spread. Balanced takes the classes in turn, so that they interleave
-    in the file.
+    from or to take in turn; the list itself for list and spread. Balanced takes the classes in turn, so that they
+    interleave in the file.
     """
 
     kind: str
@@ -50,8 +50,8 @@ def read_labels(
 ) -> Labels:
     """What --labels and --classes say.
 
-    source: one of random, balanced, spread, null; numbers or names; or a file of numbers (.npy, .npz with arr_1, .json, or
-    text). A list is used in turn. classes: the classes to draw from, numbers or names; given alone they are balanced.
+    source: one of random, balanced, spread, null; numbers or names; or a file of numbers (.npy, .npz with arr_1, .json,
+    or text). A list is used in turn. classes: the classes to draw from, numbers or names; given alone they are balanced.
     count: samples in all, which `spread` depends on. Raises ValueError naming the word that is not a class.
     """
     chosen = [_class_number(word, num_classes, names, "--classes") for word in classes]
@@ -87,7 +87,7 @@ def _class_number(word: str, num_classes: int, names: Sequence[str], flag: str) 
 
 
 def _known_names(word: str, names: Sequence[str]) -> str:
-    """The end of a sentence about a word that is not a class: all names where they are few, else those spelled alike."""
+    """The end of a sentence about a word that is not a class: all names if they are few, else those spelled alike."""
     if not names:
         return "; this model has no class names, give numbers"
     if len(names) <= _FEW:
@@ -105,8 +105,8 @@ def _known_names(word: str, names: Sequence[str]) -> str:
 def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(
-            f"--labels {path}: neither random, balanced, spread, null, a class number, an existing file, nor one of the "
-            f"model's class names{_known_names(str(path), names)}"
+            f"--labels {path}: neither random, balanced, spread, null, a class number, an existing file, nor one of "
+            f"the model's class names{_known_names(str(path), names)}"
         )
     try:
         if path.suffix == ".npz":

@@ -60,8 +60,10 @@ def test_spread_labels():
 
 
 def test_unknown_class_names_are_answered_by_known_ones():
-    """All of them where they are few, else those spelled alike, whole or in a word; without names, numbers are asked for."""
-    for flag, given in (("--classes", ((), ("fox",))), ("--labels", (("fox",), ())), ("--labels", (("fox", "ant"), ()))):
+    """All of them where they are few, else those spelled alike, whole or in a word; without names: give numbers."""
+    for flag, given in (
+        ("--classes", ((), ("fox",))), ("--labels", (("fox",), ())), ("--labels", (("fox", "ant"), ())),
+    ):  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=rf"^{flag} fox: .* names: ant, bee, cat, dog, eel$"):
             read_labels(*given, 5, NAMES, 8)
     many = (*(f"thing {i}" for i in range(50)), "golden_retriever", "Chesapeake Bay retriever", "tabby, tabby cat")
@@ -86,7 +88,7 @@ def test_the_null_label():
         ((), ("fox",), "--classes fox: neither a class number below 5 nor one of the model's class names"),
         (("random", "3"), (), "--labels random: neither a class number"),
         (("3",), ("2",), "--classes goes with --labels random, balanced or spread"),
-        (("nowhere.txt",), (), "--labels nowhere.txt: neither random, .* an existing file, nor one of the model's class"),
+        (("nowhere.txt",), (), "--labels nowhere.txt: neither random, .* an existing file, nor one of the model"),
     ],
 )
 def test_bad_labels_are_named(source, classes, words):

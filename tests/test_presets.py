@@ -18,6 +18,7 @@ from models import acceleration
 from models.samplers import Guidance
 from sampling import job as jobs
 from sampling.job import Request, load
+from sampling.messages import what_it_makes
 from sampling.processes import Process
 from tests import test_generate as sampled
 from train import TrainConfig
@@ -43,7 +44,7 @@ def job(place, *more, **names):
 
 
 def test_presets_speak_of_settings():
-    """Each key is a setting, each value passes the checks, and none is the class token's own: it follows the latent's."""
+    """Each key is a setting, each value passes the checks; the class token's own are left out: they follow the latent's."""
     known = {field.name for field in fields(SampleConfig)}
     for name, values in PRESETS.items():
         assert set(values) <= known - {"preset"} and not any(key.startswith("cls_") for key in values)
@@ -53,7 +54,7 @@ def test_presets_speak_of_settings():
 
 
 def test_paper_is_the_setting_of_the_readme_and_the_recipes():
-    """The preset, the documented commands of 50,000 samples and what the recipes say of guided results are one setting."""
+    """The preset, the documented commands of 50,000 samples and the recipes' guided results are one setting."""
     text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/sampling.md")).replace("\\\n", " ")
     found = re.findall(r"generate\.py (--checkpoint .*(?:50000|--preset paper).*)", text)
     assert found
@@ -85,15 +86,17 @@ def test_what_preview_makes(place, tmp_path, capsys):
     """16 guided pictures in 50 steps, labels spread, grid and gallery; it says so before."""
     sidecar = sample(place, tmp_path / "s")
     expected = {"n": 16, "mode": "sde", "solver": "euler", "steps": 50, "cfg_scale": 2.3, "cls_cfg_scale": 2.3,
-                "guidance_low": 0.0, "guidance_high": 0.85, "labels": "spread", "dtype": "float32", "nfe": 50}  # fmt: skip
+                "guidance_low": 0.0, "guidance_high": 0.85, "labels": "spread", "dtype": "float32",
+                "nfe": 50}  # fmt: skip
     assert {key: sidecar[key] for key in expected} == expected and 90 <= sidecar["forwards"] <= 95
     with np.load(tmp_path / "s" / "samples.npz") as stream:
         assert stream["arr_1"].tolist() == [i % 5 for i in range(16)]
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["gallery.html", "grid.png", "samples.json", "samples.npz"]
+    written = sorted(p.name for p in (tmp_path / "s").iterdir())
+    assert written == ["gallery.html", "grid.png", "samples.json", "samples.npz"]
     said = capsys.readouterr().out.splitlines()
     assert said[0] == (
-        "16 images of 8 x 8, SDE euler 50 steps, guidance 2.3 on t in [0, 0.85], labels spread over 5 classes, float32 on "
-        f"cpu, to {tmp_path / 's'}"
+        "16 images of 8 x 8, SDE euler 50 steps, guidance 2.3 on t in [0, 0.85], labels spread over 5 classes, float32 "
+        f"on cpu, to {tmp_path / 's'}"
     )
     assert said[-1].endswith("16 samples of 8 x 8, 50 evaluations each; look at grid.png and gallery.html")
 
@@ -102,7 +105,8 @@ def test_flags_and_recipe_win(place, tmp_path):
     """The class token follows a scale that a flag gives."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text("preset: paper\nnum-steps: 20\nguidance-high: 0.5\n")
-    settings = read(["--checkpoint", "c", "--out", "o", "--config", str(recipe), "--cfg-scale", "1.5", "--num-steps", "10"])
+    more = ["--config", str(recipe), "--cfg-scale", "1.5", "--num-steps", "10"]
+    settings = read(["--checkpoint", "c", "--out", "o", *more])
     assert (settings.num_fid_samples, settings.num_steps, settings.guidance_high) == (50_000, 10, 0.5)
     assert requested(settings)["guidance"].scales(0.4) == (1.5, 1.5)
     assert as_dict(read(["--checkpoint", "c", "--out", "o"]))["cfg_scale"] == 1.0, "no preset: the defaults as before"
@@ -148,16 +152,39 @@ def test_a_given_token_names_the_labels_of_a_preview(place, tmp_path):
     np.save(tmp_path / "t.npy", tokens.numpy())
     liked = job(place, "--like", f"{tmp_path}/t.npy:0")
     assert liked.identity["labels"] == "token" and len(set(liked.label(torch.arange(16)).tolist())) == 1
-    assert job(place, "--like", f"{tmp_path}/t.npy", "--classes", "2", "4").label(torch.arange(4)).tolist() == [2, 4, 2, 4]
+    chosen = job(place, "--like", f"{tmp_path}/t.npy", "--classes", "2", "4")
+    assert chosen.label(torch.arange(4)).tolist() == [2, 4, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--cfg-scale", "1"], "SDE euler 50 steps, unguided, labels spread over 5 classes, float32 on cpu"),
+        (["--cls-cfg-scale", "0"], "guidance 2.3 on t in [0, 0.85] (class token 1 on [0, 0.85]), labels"),
+        (["--guidance-schedule", "linear"], "guidance linear, mean 2.3 on t in [0, 0.85], labels"),
+        (["--guide-checkpoint", "GUIDE"], "autoguidance 2.3 on t in"),
+        (["--mode", "ode", "--solver", "dopri5"], "ODE dopri5 (rtol 0.001, atol 0.001), guidance"),
+        (["--time-grid", "cosine", "--best-of", "3"], "(cosine grid), guidance 2.3 on t in [0, 0.85], best of 3,"),
+        (["--classes", "1", "3"], "labels spread over 2 classes"),
+        (["--labels", "balanced", "--classes", "2"], "labels balanced over 1 class,"),
+        (["--labels", "1", "2", "3"], "3 given labels in turn"), (["--labels", "random"], "random labels of 5 classes"),
+        (["--labels", "null", "--cfg-scale", "1"], "unguided, no labels, float32"),
+        (["--num-fid-samples", "1", "--dtype", "bfloat16"], "bfloat16 on cpu"),
+    ],
+)  # fmt: skip
+def test_it_says_what_it_will_make(place, more, words):
+    line = what_it_makes(job(place, *(str(place / "m") if word == "GUIDE" else word for word in more)))
+    assert words in line and line.startswith("1 image of" if "--num-fid-samples" in more else "16 images of 8 x 8, ")
 
 
 @pytest.mark.parametrize(
     ("flag", "ours"),
-    [("--ckpt", "--checkpoint"), ("--model-path", "--checkpoint"), ("--n", "--num-fid-samples"), ("-n", "--num-fid-samples"),
-     ("--num-samples=16", "--num-fid-samples"), ("--steps", "--num-steps"), ("--cfg", "--cfg-scale"),
-     ("--guidance-scale", "--cfg-scale"), ("--scale", "--cfg-scale"), ("--bs", "--per-proc-batch-size"),
+    [("--ckpt", "--checkpoint"), ("--model-path", "--checkpoint"), ("--n", "--num-fid-samples"),
+     ("-n", "--num-fid-samples"), ("--num-samples=16", "--num-fid-samples"), ("--steps", "--num-steps"),
+     ("--cfg", "--cfg-scale"), ("--guidance-scale", "--cfg-scale"), ("--scale", "--cfg-scale"), ("--bs", "--per-proc-batch-size"),
      ("--batch-size", "--per-proc-batch-size"), ("--sample-dir", "--out"), ("--output", "--out"),
-     ("--global-seed", "--seed"), ("--sampler", "--solver"), ("--class-labels", "--labels"), ("--precision", "--dtype")],
+     ("--global-seed", "--seed"), ("--sampler", "--solver"), ("--class-labels", "--labels"),
+     ("--precision", "--dtype")],
 )  # fmt: skip
 def test_flags_of_other_projects_are_answered(monkeypatch, capsys, flag, ours):
     monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint", "c", "--out", "o", flag, "1"])

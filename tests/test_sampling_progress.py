@@ -35,7 +35,7 @@ def solve(solver):
     return fractions, end.latent, solver(velocity, start, Interpolant(), noise).latent
 
 
-@pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode in SOLVERS for name in SOLVERS[mode] if name != "dopri5"])
+@pytest.mark.parametrize(("mode", "name"), [(m, name) for m in SOLVERS for name in SOLVERS[m] if name != "dopri5"])
 def test_solvers_report_each_step(mode, name):
     """The finished fraction, a number of the host; the result is the same with and without listening."""
     fractions, heard, unheard = solve(Solver(mode, name, 5, diffusion=Diffusion("sigma")))
@@ -113,7 +113,7 @@ def test_a_log_file_gets_whole_lines(place, tmp_path):
     bars = [line for line in done.stderr.splitlines() if "image" in line]
     assert len(bars) == 1 and "\r" not in done.stderr and bars[0].startswith("sampling: 100%") and "11/11" in bars[0]
     said = done.stdout.splitlines()
-    assert said[0].startswith("11 images of 8 x 8, SDE euler 4 steps, unguided, random labels of 5 classes, float32 on cpu")
+    assert said[0].startswith("11 images of 8 x 8, SDE euler 4 steps, unguided, random labels of 5 classes, float32 on")
     assert said[1].startswith("disk: ") and "for all 11 images, judged by the first batch" in said[2] and len(said) == 4
 
 
