@@ -1,7 +1,7 @@
 """Settings of the programs: one frozen dataclass each, read from flags and an optional YAML recipe.
 
-Precedence: a flag on the command line, then `--config FILE.yaml`, then the dataclass default. Nothing here imports
-torch, so that `--help` answers at once.
+Precedence: a flag on the command line, then `--config FILE.yaml`, then the preset that either of them names, then the
+dataclass default. Nothing here imports torch, so that `--help` answers at once.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +42,14 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type[T], description: str, argv: Sequence[str] | None = None, *, examples: Sequence[str] = ()) -> T:
+def parse(
+    cls: type[T],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    examples: Sequence[str] = (),
+    presets: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
+) -> T:
     """Read `cls` from the command line (and `--config FILE.yaml`).
 
     Args:
@@ -50,6 +57,7 @@ def parse(cls: type[T], description: str, argv: Sequence[str] | None = None, *, 
         description: of the program, for `--help`.
         argv: the arguments; default: those of this process.
         examples: whole commands, shown at the end of `--help`.
+        presets: values of other settings by the value of the setting `preset`; a flag or the recipe overrides each one.
 
     Raises: SystemExit(2) from argparse for a malformed flag, UserError for a bad recipe or a missing required flag.
     """
@@ -86,6 +94,7 @@ def parse(cls: type[T], description: str, argv: Sequence[str] | None = None, *, 
     recipe = values.pop("config", None)
     if recipe is not None:
         values = {**_read_recipe(cls, hints, recipe), **values}
+    values = {**presets.get(values.get("preset"), {}), **values}
     for field in dataclasses.fields(cls):
         if field.name not in values and field.default is dataclasses.MISSING:
             raise UserError(f"{_flag(field.name)} is required: {field.metadata['help']}")
@@ -174,7 +183,7 @@ def _read_recipe(cls: type, hints: dict[str, Any], path: Path) -> dict[str, Any]
         except (TypeError, ValueError) as error:
             raise UserError(f"--config {path}: {key}: {value!r} is not a {kind.__name__}") from error
         choices = fields[name].metadata["choices"]
-        if choices and values[name] not in choices:
+        if choices and values[name] is not None and values[name] not in choices:
             raise UserError(f"--config {path}: {key}: {value!r} is none of {', '.join(map(str, choices))}")
     return values
 

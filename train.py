@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.presets import GUIDANCE_SCALE
 from common.reporting import say
 from config import UserError, parse, run, setting
 
@@ -103,7 +104,7 @@ class TrainConfig:
     log_every: int = setting(100, "steps per log line", group="watching")
     sampling_steps: int = setting(10_000, "steps between preview grids; 0: none", group="watching")
     preview_steps: int = setting(50, "SDE steps of a preview", group="watching")
-    preview_scale: float = setting(2.3, "guidance scale of a preview", group="watching")
+    preview_scale: float = setting(GUIDANCE_SCALE, "guidance scale of a preview", group="watching")
     eval_every: int = setting(0, "steps between measurements of the Frechet distance; 0: none", group="watching")
     eval_samples: int = setting(2048, "samples of such a measurement, unguided", group="watching")
     eval_reference: Path | None = setting(None, "npz, image folder or packed dataset to compare with", group="watching")

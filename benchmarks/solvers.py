@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE
 from config import UserError, parse, run, setting
 
 TOLERANCE = 1.02
@@ -33,8 +34,8 @@ class SolverBenchmark:
     )  # fmt: skip
     budgets: tuple[int, ...] = setting((6, 10, 16, 25, 50, 100), "evaluations of a sample", group="what")
     baseline_steps: int = setting(250, "steps of the SDE that sets the mark", group="what")
-    cfg_scale: float = setting(2.3, "guidance scale, of latent and class token", group="what")
-    guidance_high: float = setting(0.85, "guide up to this t", group="what")
+    cfg_scale: float = setting(GUIDANCE_SCALE, "guidance scale, of latent and class token", group="what")
+    guidance_high: float = setting(GUIDANCE_HIGH, "guide up to this t", group="what")
     num_samples: int = setting(1000, "samples of a setting and seed, balanced labels", group="how")
     seeds: int = setting(2, "seeds of each setting", group="how")
     batch_size: int = setting(250, "samples at once", group="how")

@@ -6,7 +6,7 @@ the drift of the SDE, because the drift is affine in the velocity.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +17,7 @@ from models.interpolant import Interpolant
 from models.state import State
 
 Velocity = Callable[[State, Tensor], State]
+Progress = Callable[[float], object]  # takes the finished fraction of a trajectory, a number of the host
 
 T_LAST = 0.04  # the published SDE grid ends here and then jumps to 0 without noise
 
@@ -155,22 +156,33 @@ def sde_times(num_steps: int, t_last: float = T_LAST) -> Tensor:
     return torch.cat([torch.linspace(1, t_last, num_steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
 
 
-def euler(velocity: Velocity, state: State, times: Tensor) -> State:
+def steps(times: Tensor, progress: Progress | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs (t, t_next) of a grid of times; after each step, `progress` gets the fraction that is done.
+
+    It counts on the host, without device-to-host synchronisation: on a GPU the step may still be running.
+    """
+    for number, pair in enumerate(pairwise(times), start=1):
+        yield pair
+        if progress:
+            progress(number / (len(times) - 1))
+
+
+def euler(velocity: Velocity, state: State, times: Tensor, progress: Progress | None = None) -> State:
     """First-order ODE solver: x + dt v. state at times[0] => state at times[-1], float64. One evaluation a step."""
     state = state.map(lambda x: x.double())
-    for t, t_next in pairwise(times):
+    for t, t_next in steps(times, progress):
         v = velocity(state, t)
         state = state.map(lambda x, v: x + (t_next - t) * v, v)
     return state
 
 
-def heun(velocity: Velocity, state: State, times: Tensor) -> State:
+def heun(velocity: Velocity, state: State, times: Tensor, progress: Progress | None = None) -> State:
     """Second-order ODE solver: average the velocities at both ends of each step; the last step is Euler's.
 
     Two evaluations a step, one in the last: at t = 0 the network has never been trained.
     """
     state = state.map(lambda x: x.double())
-    for i, (t, t_next) in enumerate(pairwise(times)):
+    for i, (t, t_next) in enumerate(steps(times, progress)):
         dt = t_next - t
         v = velocity(state, t)
         if i < len(times) - 2:
@@ -188,6 +200,7 @@ def euler_maruyama(
     noise: Callable[[int], State],
     diffusion: Diffusion = Diffusion(),
     last_step: str = "drift",
+    progress: Progress | None = None,
 ) -> State:
     """Reverse SDE dx = (v - w/2 score) dt + sqrt(w) dW (SiT eq. 5): state at times[0] => at times[-1], float64.
 
@@ -196,7 +209,7 @@ def euler_maruyama(
     the velocity alone, which on the linear path gives the data estimate.
     """
     state = state.map(lambda x: x.double())
-    for i, (t, t_next) in enumerate(pairwise(times)):
+    for i, (t, t_next) in enumerate(steps(times, progress)):
         dt, w, last = t_next - t, diffusion(t, interpolant), i == len(times) - 2
         drift = velocity(state, t)
         if not last or last_step == "drift":

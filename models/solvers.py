@@ -5,7 +5,6 @@ Every solver moves latent and class token as one State. "Evaluation" is one call
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,12 +14,14 @@ from models.samplers import (
     LAST_STEPS,
     T_LAST,
     Diffusion,
+    Progress,
     Velocity,
     euler,
     euler_maruyama,
     heun,
     ode_times,
     sde_times,
+    steps,
 )
 from models.state import State
 
@@ -31,7 +32,9 @@ GRIDS = ("uniform", "shifted", "quadratic", "cosine")
 Noise = Callable[[int], State]
 
 
-def adams_bashforth(velocity: Velocity, state: State, times: Tensor, order: int = 2) -> State:
+def adams_bashforth(
+    velocity: Velocity, state: State, times: Tensor, order: int = 2, progress: Progress | None = None
+) -> State:
     """Explicit multistep solver of the ODE on any grid: integrate the polynomial through the last `order` velocities.
 
     order: 2 or 3. One evaluation a step; order 3 takes a second one in the first step (Heun's), because an Euler step
@@ -39,7 +42,7 @@ def adams_bashforth(velocity: Velocity, state: State, times: Tensor, order: int 
     """
     state = state.map(lambda x: x.double())
     past: list[tuple[Tensor, State]] = []
-    for t, t_next in pairwise(times):
+    for t, t_next in steps(times, progress):
         past = [(t, velocity(state, t)), *past[: order - 1]]
         if order == 3 and len(past) == 1:
             v, dt = past[0][1], t_next - t
@@ -57,7 +60,12 @@ def adams_bashforth(velocity: Velocity, state: State, times: Tensor, order: int 
 
 
 def dpm_solver_pp(
-    velocity: Velocity, state: State, times: Tensor, interpolant: Interpolant, noise: Noise | None = None
+    velocity: Velocity,
+    state: State,
+    times: Tensor,
+    interpolant: Interpolant,
+    noise: Noise | None = None,
+    progress: Progress | None = None,
 ) -> State:
     """DPM-Solver++(2M) for velocity models (Lu et al. 2022); with noise, SDE-DPM-Solver++(2M).
 
@@ -68,7 +76,7 @@ def dpm_solver_pp(
     state = state.map(lambda x: x.double())
     previous: State | None = None
     h_previous = torch.tensor(torch.inf)
-    for i, (t, t_next) in enumerate(pairwise(times)):
+    for i, (t, t_next) in enumerate(steps(times, progress)):
         now, then = interpolant.coefficients(t), interpolant.coefficients(t_next)
         h = (then.alpha / then.sigma).log() - (now.alpha / now.sigma).log()
         data = velocity(state, t).map(lambda v, x: interpolant.denoised(v, x, t), state)
@@ -86,10 +94,13 @@ def dpm_solver_pp(
     return state
 
 
-def dormand_prince(velocity: Velocity, state: State, times: Tensor, rtol: float, atol: float) -> State:
+def dormand_prince(
+    velocity: Velocity, state: State, times: Tensor, rtol: float, atol: float, progress: Progress | None = None
+) -> State:
     """Adaptive fifth-order Runge-Kutta by torchdiffeq between the first and the last of `times`.
 
-    Step sizes follow the error of the whole batch, so a sample depends on its batch to within the tolerance. Raises
+    Step sizes follow the error of the whole batch, so a sample depends on its batch to within the tolerance. The number
+    of steps is not known before: `progress` gets the part of the time that the evaluations have reached. Raises
     ValueError when torchdiffeq is not installed.
     """
     try:
@@ -97,13 +108,22 @@ def dormand_prince(velocity: Velocity, state: State, times: Tensor, rtol: float,
     except ImportError as error:
         raise ValueError("the solver dopri5 needs torchdiffeq: pip install torchdiffeq, or choose heun") from error
     parts = tuple(x.double() for x in state if x is not None)
-    device = parts[0].device
+    device, reached = parts[0].device, 0.0
 
     def derivative(t: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(x for x in velocity(State(*parts), t) if x is not None)
+        nonlocal reached
+        t = t.cpu()  # once: the velocity, and the line below, need it on the host
+        result = tuple(x for x in velocity(State(*parts), t) if x is not None)
+        if progress and reached < (now := min(1.0, 1 - float(t))):
+            reached = now
+            progress(reached)
+        return result
 
     ends = torch.stack([times[0], times[-1]]).to(device)
-    return State(*(x[-1] for x in odeint(derivative, parts, ends, rtol=rtol, atol=atol, method="dopri5")))
+    path = odeint(derivative, parts, ends, rtol=rtol, atol=atol, method="dopri5")
+    if progress and reached < 1:
+        progress(1.0)
+    return State(*(x[-1] for x in path))
 
 
 def warp(u: Tensor, grid: str, shift: float = 1.0) -> Tensor:
@@ -165,17 +185,22 @@ class Solver:
         inner = warp(torch.linspace(1, 0, self.num_steps, dtype=torch.float64), self.grid, self.shift)
         return torch.cat([self.t_last + (1 - self.t_last) * inner, torch.zeros(1, dtype=torch.float64)])
 
-    def __call__(self, velocity: Velocity, start: State, interpolant: Interpolant, noise: Noise) -> State:
-        """start: standard normals, the State at t = 1. noise: step number => State of standard normals."""
+    def __call__(
+        self, velocity: Velocity, start: State, interpolant: Interpolant, noise: Noise, progress: Progress | None = None
+    ) -> State:
+        """start: standard normals, the State at t = 1. noise: step number => State of standard normals. progress: takes
+        the finished fraction, from 0 to 1, after each step."""
         times = self.times
         if self.mode == "sde":
             if self.name == "dpmpp":
-                return dpm_solver_pp(velocity, start, times, interpolant, noise)
-            return euler_maruyama(velocity, start, times, interpolant, noise, self.diffusion, self.last_step)
+                return dpm_solver_pp(velocity, start, times, interpolant, noise, progress)
+            return euler_maruyama(
+                velocity, start, times, interpolant, noise, self.diffusion, self.last_step, progress
+            )
         if self.name == "dpmpp":
-            return dpm_solver_pp(velocity, start, times, interpolant)
+            return dpm_solver_pp(velocity, start, times, interpolant, progress=progress)
         if self.name == "dopri5":
-            return dormand_prince(velocity, start, times, self.rtol, self.atol)
+            return dormand_prince(velocity, start, times, self.rtol, self.atol, progress)
         if self.name in ("ab2", "ab3"):
-            return adams_bashforth(velocity, start, times, order=int(self.name[2:]))
-        return {"euler": euler, "heun": heun}[self.name](velocity, start, times)
+            return adams_bashforth(velocity, start, times, int(self.name[2:]), progress)
+        return {"euler": euler, "heun": heun}[self.name](velocity, start, times, progress)

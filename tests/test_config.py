@@ -51,6 +51,33 @@ def test_recipe_then_flags(tmp_path):
     assert read("--config", path, "--batch-size", "64") == Example(Path("d"), 64, 2e-4, "linear", False, 2.0, (3, 4))
 
 
+@dataclass(frozen=True)
+class Preset:
+    preset: str | None = setting(None, "values by name", group="what", choices=("quick", "long"))
+    steps: int = setting(10, "steps", group="what")
+    scale: float | None = setting(1.0, "guidance", group="what")
+    names: tuple[str, ...] = setting((), "names", group="what")
+
+
+def test_a_preset_is_weaker_than_recipe_and_flags(tmp_path):
+    """Flag, recipe, preset, default; the recipe may name the preset, and a flag another one."""
+    presets = {"quick": {"steps": 2, "scale": None, "names": ("a", "b")}, "long": {"steps": 99}}
+
+    def read(*argv):
+        return parse(Preset, "", argv, presets=presets)
+
+    path = recipe(tmp_path, "preset: quick\nsteps: 3\n")
+    assert read() == Preset()
+    assert read("--preset", "quick") == Preset("quick", 2, None, ("a", "b"))
+    assert read("--preset", "quick", "--steps", "4", "--names", "c") == Preset("quick", 4, None, ("c",))
+    assert read("--config", path) == Preset("quick", 3, None, ("a", "b"))
+    assert read("--config", path, "--steps", "5") == Preset("quick", 5, None, ("a", "b"))
+    assert read("--config", path, "--preset", "long") == Preset("long", 3, 1.0, ())
+    assert read("--config", recipe(tmp_path, "preset: null")) == Preset()
+    with pytest.raises(UserError, match="preset: 'brief' is none of quick, long"):
+        read("--config", recipe(tmp_path, "preset: brief"))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

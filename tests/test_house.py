@@ -74,6 +74,8 @@ def test_no_module_imports_the_programs():
         ("config", set()),
         ("common.reporting", set()),
         ("common.crop", set()),
+        ("common.presets", set()),
+        ("common.pictures", set()),
         ("evaluations.statistics", set()),
         ("evaluations.metrics", {"evaluations.statistics", "evaluations.neighbours"}),
         ("evaluations.features", set()),

@@ -48,7 +48,7 @@ class FrechetProbe:
                 index = rows.to(labels.device)
                 state = previews.sample(
                     network, interpolant, labels[index], FIRST_INDEX + index, seed=seed, steps=steps, guidance=Guidance(),
-                    before_step=bar.update,
+                    progress=lambda done: bar.update(),
                 )  # fmt: skip
                 moments = self._add(moments, self.autoencoder.decode(state.latent))
         return frechet_distance(self.reference, self._whole(moments))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.presets import GUIDANCE_HIGH
 from common.reporting import progress, say
 from config import UserError, as_dict
 from dataset import PackedDataset, StepSampler, read_ahead, read_manifest
@@ -197,12 +198,12 @@ class Runner:
 
     def _draw(self, network: SiT, file: Path) -> None:
         labels = previews.preview_labels(self.plan.network.num_classes, PREVIEWS).to(self.device)
-        guidance = Guidance(self.settings.preview_scale, high=0.85)
+        guidance = Guidance(self.settings.preview_scale, high=GUIDANCE_HIGH)
         steps = self.settings.preview_steps
         with progress(steps, unit="step", description=f"preview of step {self.step}") as bar:
             sampled = previews.sample(
                 network, self.plan.objective.interpolant, labels, torch.arange(PREVIEWS, device=self.device),
-                seed=self.settings.seed, steps=steps, guidance=guidance, before_step=bar.update,
+                seed=self.settings.seed, steps=steps, guidance=guidance, progress=lambda done: bar.update(),
             )  # fmt: skip
         means, nearest = self._class_means(), None
         if means is not None and sampled.class_token is not None:
