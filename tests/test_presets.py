@@ -44,7 +44,7 @@ def job(place, *more, **names):
 
 
 def test_presets_speak_of_settings():
-    """Each key is a setting, each value passes the checks; the class token's own are left out: they follow the latent's."""
+    """Each key is a setting, each value passes the checks; the class token's own follow the latent's."""
     known = {field.name for field in fields(SampleConfig)}
     for name, values in PRESETS.items():
         assert set(values) <= known - {"preset"} and not any(key.startswith("cls_") for key in values)
@@ -182,8 +182,8 @@ def test_it_says_what_it_will_make(place, more, words):
     [("--ckpt", "--checkpoint"), ("--model-path", "--checkpoint"), ("--n", "--num-fid-samples"),
      ("-n", "--num-fid-samples"), ("--num-samples=16", "--num-fid-samples"), ("--steps", "--num-steps"),
      ("--cfg", "--cfg-scale"), ("--guidance-scale", "--cfg-scale"), ("--scale", "--cfg-scale"),
-     ("--bs", "--per-proc-batch-size"),
-     ("--batch-size", "--per-proc-batch-size"), ("--sample-dir", "--out"), ("--output", "--out"),
+     ("--bs", "--per-proc-batch-size"), ("--batch-size", "--per-proc-batch-size"),
+     ("--sample-dir", "--out"), ("--output", "--out"),
      ("--global-seed", "--seed"), ("--sampler", "--solver"), ("--class-labels", "--labels"),
      ("--precision", "--dtype")],
 )  # fmt: skip
