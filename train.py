@@ -17,15 +17,16 @@ from config import UserError, parse, run, setting
 
 EXAMPLES = (
     "python train.py --config recipes/reg-xl2.yaml --dry-run --assume imagenet256 --gpu RTX4090",
-    "accelerate launch --num_processes 8 train.py --config recipes/reg-b2.yaml --data-dir data/imagenet256 --exp-name b2",
+    "accelerate launch --num_processes 8 train.py --config recipes/reg-b2.yaml --data-dir data/in256 --exp-name reg-b2",
 )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     data_dir: Path | None = setting(
-        None, "packed dataset (preprocessing/pack.py); required without --assume", group="run", also=("data", "data_path")
-    )
+        None, "packed dataset (preprocessing/pack.py); required without --assume", group="run",
+        also=("data", "data_path"),
+    )  # fmt: skip
     exp_name: str | None = setting(
         None, "name of the run: its folder is OUTPUT_DIR/EXP_NAME; required without --assume", group="run",
         also=("name", "run"),
@@ -37,7 +38,7 @@ class TrainConfig:
         None, "with --dry-run: plan for a dataset that is not packed yet", group="run",
         choices=("imagenet256", "imagenet512"),
     )  # fmt: skip
-    gpu: str | None = setting(None, "with --dry-run: whether the run fits this GPU, e.g. RTX4090, and its time", group="run")
+    gpu: str | None = setting(None, "with --dry-run: does the run fit this GPU, e.g. RTX4090, and its time", group="run")
     accept_changes: bool = setting(False, "resume although settings differ from the run's", group="run")
 
     model: str = setting("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}", group="model")
@@ -153,16 +154,18 @@ def _due(every: int, step: int, last: bool) -> bool:
 
 def check_values(settings: TrainConfig) -> None:
     """Refuse numbers that cannot be meant, and flags that exclude each other. Raises UserError naming the flag."""
-    above_0 = ("batch_size", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "max_grad_norm", "log_every",
-               "checkpointing_steps", "preview_steps", "eval_samples", "projector_dim", "max_hours")  # fmt: skip
+    above_0 = ("batch_size", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "max_grad_norm",
+               "log_every", "checkpointing_steps", "preview_steps", "eval_samples", "projector_dim",
+               "max_hours")  # fmt: skip
     at_least_0 = ("num_workers", "sampling_steps", "eval_every", "keep_last", "keep_every", "proj_coeff", "class_coeff",
-                  "adam_weight_decay", "adam_epsilon", "preview_scale")  # fmt: skip
+                  "adam_weight_decay", "adam_epsilon")  # fmt: skip
     ranges = {
         **dict.fromkeys(above_0, ("must be positive", lambda x: x > 0)),
         **dict.fromkeys(at_least_0, ("must not be negative", lambda x: x >= 0)),
         **dict.fromkeys(("adam_beta1", "adam_beta2"), ("must be at least 0 and less than 1", lambda x: 0 <= x < 1)),
         "ema_decay": ("must be at least 0 and less than 1 (at 1 the average never moves)", lambda x: 0 <= x < 1),
         "cfg_prob": ("must be in [0, 1]", lambda x: 0 <= x <= 1),
+        "preview_scale": ("must be a finite number", math.isfinite),
         "seed": ("must fit 64 bits", lambda x: -(2**63) <= x < 2**64),
     }  # fmt: skip
     for name, (words, allowed) in ranges.items():
@@ -180,8 +183,8 @@ def check_values(settings: TrainConfig) -> None:
     if settings.assume is not None and settings.data_dir is not None:
         raise UserError("--assume takes the place of --data-dir: leave one of them out")
     if settings.assume is None and settings.data_dir is None:
-        raise UserError("--data-dir is required: packed dataset (preprocessing/pack.py); --dry-run --assume imagenet256 "
-                        "plans without one")  # fmt: skip
+        raise UserError("--data-dir is required: packed dataset (preprocessing/pack.py); "
+                        "--dry-run --assume imagenet256 plans without one")  # fmt: skip
     if settings.assume is None and settings.exp_name is None:
         raise UserError("--exp-name is required: name of the run, whose folder is OUTPUT_DIR/EXP_NAME")
     if settings.exp_name is not None and ("/" in settings.exp_name or settings.exp_name in ("", ".", "..")):

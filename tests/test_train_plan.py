@@ -63,7 +63,7 @@ def test_a_run_prints_the_plan_before_its_first_step(tools, tmp_path, capsys, mo
     assert f"device       {device}" in first and f"folder       {tmp_path / 'run'}" in first
     printed.clear()
     train.main(flags(tools["data"], tmp_path, steps=6))
-    assert f"resuming at step 4 of 6 from {tmp_path / 'run/checkpoints/0000004'}" in printed[0]
+    assert f"resuming from {tmp_path / 'run/checkpoints/0000004'} at step 4 of 6" in printed[0]
     train.main(flags(tools["data"], tmp_path, "--compile", "--dry-run"))
     assert "compiling, the first step takes a minute or two" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")

@@ -28,8 +28,8 @@ _FACTOR, _CHANNELS = 8, 4  # of the Stable Diffusion VAEs
 def assumed_manifest(settings: Any) -> Manifest:
     """The manifest that packing settings.assume for these settings (TrainConfig) would write.
 
-    It has the moments of the VAE and cached tokens of the encoders, on the patch grid of the network. Raises UserError for
-    an encoder whose width is not known without its weights.
+    It has the moments of the VAE and cached tokens of the encoders, on the patch grid of the network. Raises UserError
+    for an encoder whose width is not known without its weights.
     """
     images, classes, resolution = ASSUMED[settings.assume]
     side = resolution // _FACTOR

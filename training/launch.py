@@ -30,8 +30,8 @@ def asked_precision(precision: str, environment: Mapping[str, str] = os.environ)
         raise UserError(f"accelerate's mixed precision {launcher} is not supported: choose bf16, fp16 or no")
     if precision not in ("auto", launcher):
         raise UserError(
-            f"--mixed-precision {precision} contradicts accelerate's mixed precision {launcher} (its --mixed_precision, its "
-            "config file or ACCELERATE_MIXED_PRECISION): set one of them, or both alike"
+            f"--mixed-precision {precision} contradicts accelerate's mixed precision {launcher} (its --mixed_precision, "
+            "its config file or ACCELERATE_MIXED_PRECISION): set one of them, or both alike"
         )
     return launcher
 
@@ -43,18 +43,21 @@ def check_launcher(accumulation: int, environment: Mapping[str, str] = os.enviro
     """
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
-        raise UserError(f"accelerate's dynamo_backend {backend} is not followed: set it to no and give train.py --compile")
+        raise UserError(
+            f"accelerate's dynamo_backend {backend} is not followed: set it to no and give train.py --compile"
+        )
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
     if steps not in ("1", "auto", str(accumulation)):  # 1 is accelerate's default
         raise UserError(
             f"accelerate's gradient_accumulation_steps {steps} is not followed: give train.py "
             f"--gradient-accumulation-steps {steps}"
         )
-    for name, words in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "parallelism")):
+    others = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "parallelism"}
+    for name, words in others.items():
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(
-                f"accelerate's {words} settings are not supported: use accelerate launch --multi_gpu, or --use_fsdp for "
-                "networks that outgrow a GPU"
+                f"accelerate's {words} settings are not supported: use accelerate launch --multi_gpu, or --use_fsdp "
+                "for networks that outgrow a GPU"
             )
 
 
@@ -148,7 +151,8 @@ class Processes:
         name = named_gpu(torch.cuda.get_device_name(self.device))
         if name is None:
             return None
-        return flops_per_second / (GPUS[name].tflops * (0.5 if self.precision == "no" else 1) * 1e12 * self.world)  # TF32
+        peak = GPUS[name].tflops * (0.5 if self.precision == "no" else 1)  # TF32: half
+        return flops_per_second / (peak * 1e12 * self.world)
 
 
 @contextmanager

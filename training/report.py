@@ -20,8 +20,8 @@ GIB = 2**30
 
 
 class Machine(NamedTuple):
-    """What the run will have. world: processes. precision: "no", "fp16", "bf16", or "auto" where the GPU is not known. gpus:
-    keys of models.cost.GPUS to predict the time for. name, memory: of the GPU to compare with, and its bytes; None: none."""
+    """What a run has. world: processes. precision: "no", "fp16", "bf16", or "auto" where the GPU is not known. gpus:
+    keys of models.cost.GPUS to predict the time for. name, memory: of the GPU to compare with, in bytes; None: none."""
 
     world: int
     precision: str
@@ -31,8 +31,10 @@ class Machine(NamedTuple):
 
 
 def dry_run(settings: Any) -> str:
-    """The plan in words, for --dry-run. Raises what a real start would raise for settings and dataset, and UserError for a
-    --gpu that is not in the table."""
+    """The plan in words, for --dry-run.
+
+    Raises what a real start would raise for settings and dataset, and UserError for a --gpu that is not in the table.
+    """
     precision = asked_precision(settings.mixed_precision)
     check_launcher(settings.gradient_accumulation_steps)
     name = None
@@ -99,8 +101,8 @@ def _rows(settings: Any, plan: Plan, machine: Machine) -> list[tuple[str, str]]:
                     f"{config.num_tokens} tokens ({config.num_patches} patches); {slot}; {aligned}"),
         ("encoders", ", ".join(plan.encoders) + (": " if plan.encoders else "") + where),
         ("parameters", f"{_si(counted.parameters)}, and {_si(counted.projector_parameters)} in projectors"),
-        ("compute", f"{_si(counted.flops)} multiply-adds per image forward, {_si(counted.train_flops)}FLOP per training "
-                    f"image, {_si(counted.train_flops * images)}FLOP in all"),
+        ("compute", f"{_si(counted.flops)} multiply-adds per image forward, "
+                    f"{_si(counted.train_flops)}FLOP per training image, {_si(counted.train_flops * images)}FLOP in all"),
         ("steps", f"{settings.max_train_steps:,} of {settings.batch_size} images: {images:,} images, "
                   f"{images / manifest.count:.1f} epochs"),
         ("processes", f"{machine.world}, with micro-batches of {local} images, "
@@ -200,16 +202,15 @@ def _time_text(settings: Any, plan: Plan, machine: Machine) -> str:
 
 
 def _hours(settings: Any, plan: Plan, machine: Machine, name: str) -> float | None:
-    """Expected hours of the whole run on a kind of GPU; None for float32 without TF32, whose rate is not in the table."""
+    """Expected hours of the whole run on a kind of GPU; None for float32 without TF32: its rate is not in the table."""
     gpu = GPUS[name]
     if machine.precision == "no":
         if not (settings.allow_tf32 and gpu.bf16):
             return None
         gpu = gpu._replace(tflops=gpu.tflops / 2)  # TF32
     macs = sum(vit_macs(encoder.vit, encoder.input_size) for encoder in plan.online)
-    step = step_cost(
-        plan.network, settings.batch_size // machine.world, gpu, encoder_macs=macs, recompute=settings.gradient_checkpointing
-    )
+    batch = settings.batch_size // machine.world
+    step = step_cost(plan.network, batch, gpu, encoder_macs=macs, recompute=settings.gradient_checkpointing)
     return settings.max_train_steps * step.expected / 3600
 
 
@@ -219,8 +220,8 @@ def _checkpoints_kept(settings: Any) -> int:
                     settings.max_train_steps})  # fmt: skip
     if not settings.keep_last:
         return len(saved)
-    older = saved[: -settings.keep_last]
-    return len(saved) - len(older) + sum(bool(settings.keep_every) and step % settings.keep_every == 0 for step in older)
+    older, newest = saved[: -settings.keep_last], saved[-settings.keep_last :]
+    return len(newest) + sum(bool(settings.keep_every) and step % settings.keep_every == 0 for step in older)
 
 
 def _si(number: float) -> str:

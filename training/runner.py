@@ -285,7 +285,7 @@ class Runner:
         elif self.processes.is_main:  # another number of processes: the main one carries on all their sums
             self.window.values.copy_(merge_windows(loaded.window))
         if self.processes.is_main:
-            say(f"resuming at step {loaded.step} of {self.settings.max_train_steps} from {found}")
+            say(f"resuming from {found} at step {loaded.step} of {self.settings.max_train_steps}")
         return loaded.step
 
     def _load_autoencoder(self) -> None:

@@ -36,9 +36,7 @@ def check(report_to: str) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter  # noqa: F401
         except ImportError as error:
-            raise UserError(
-                f"--report-to tensorboard: the package tensorboard is not installed: pip install tensorboard, {_WITHOUT}"
-            ) from error
+            raise UserError(f"--report-to tensorboard: {_missing('tensorboard')}") from error
 
 
 def open_tracker(
@@ -54,8 +52,8 @@ def open_tracker(
 
 
 class Wandb:
-    """A wandb run that keeps its id over resumes. `step` is the x axis of all curves: wandb's own step only grows, and would
-    drop what a run logs that resumed from a checkpoint older than its last line."""
+    """A wandb run that keeps its id over resumes. `step` is the x axis of all curves: wandb's own step only grows, and
+    would drop what a run logs that resumed from a checkpoint older than its last line."""
 
     def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
         import wandb
@@ -113,7 +111,7 @@ def _check_wandb() -> None:
 
         settings = wandb.setup().settings  # WANDB_MODE, `wandb offline`, settings files
     except (ImportError, AttributeError) as error:  # a folder "wandb" of earlier runs is importable, too, but empty
-        raise UserError(f"--report-to wandb: the package wandb is not installed: pip install wandb, {_WITHOUT}") from error
+        raise UserError(f"--report-to wandb: {_missing('wandb')}") from error
     if settings.mode != "online":
         return
     server = urlparse(settings.base_url)
@@ -127,7 +125,8 @@ def _check_wandb() -> None:
             ) from error
     if not _has_credentials(settings):  # before wandb asks for a key at the terminal, where other processes would wait
         raise UserError(
-            f"--report-to wandb: no API key: run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline, {_WITHOUT}"
+            "--report-to wandb: no API key: run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline, "
+            f"{_WITHOUT}"
         )
     try:
         wandb.login(verify=True)
@@ -142,6 +141,10 @@ def _has_credentials(settings: Any) -> bool:
 
     known = settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
     return bool(known or get_netrc_auth(settings.base_url))
+
+
+def _missing(package: str) -> str:
+    return f"the package {package} is not installed: pip install {package}, {_WITHOUT}"
 
 
 def _cause(error: Exception) -> str:
