@@ -19,7 +19,7 @@ class Array:
             try:
                 self.shape, fortran, self.dtype = readers[np.lib.format.read_magic(stream)](stream)
             except (ValueError, KeyError) as error:
-                raise ValueError(f"{path}: {member.filename} is no array of a known version ({error})") from error
+                raise ValueError(f"{path}: {member.filename} is not an array of a known version ({error})") from error
             self.header = stream.tell()
         if self.dtype.hasobject:
             raise ValueError(f"{path}: {member.filename} holds pickled objects, which are not read; save plain arrays")
@@ -72,4 +72,4 @@ def members(path: Path) -> dict[str, Array]:
                 if member.filename.endswith(".npy")
             }
     except (zipfile.BadZipFile, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} is no npz file or truncated ({error}); write it again") from error
+        raise ValueError(f"{path} is not an npz file, or truncated ({error}); write it again") from error
