@@ -17,7 +17,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-OTHERS = {"source", "ls", "cd", "export", "uv", "docker"}  # commands of other projects, not parsed
+OTHERS = {"source", "ls", "cd", "export", "uv", "docker", "wandb", "hf", "git"}  # commands of other projects, not parsed
 PROGRAMS = ("train", "generate", "convert", "preprocessing.pack", "preprocessing.describe", "evaluations.evaluate",
             "evaluations.compare", "evaluations.cknna", "evaluations.report")  # fmt: skip
 SCRIPTS = {"quickstart.sh": "quickstart.__main__", "setup.sh": None, "test.sh": None, "benchmarks/gpu.sh": None}
@@ -43,8 +43,9 @@ def commands(page: Path) -> Iterator[Command]:
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
             words = shlex.split(line, comments=True)
-            if words:
-                yield Command(line.strip(), *program(words), whole="..." not in words)
+            given = [word for word in words if word != "..."]
+            if given:
+                yield Command(line.strip(), *program(given), whole=given == words)
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
     for code in re.findall(r"`((?:python|torchrun|accelerate launch|bash)\s[^`]+)`", prose):
         words = [word for word in shlex.split(code) if word != "..."]
@@ -98,7 +99,7 @@ def module_of(file: str) -> str:
 def parse(command: Command, monkeypatch) -> None:
     """Let the program's own main parse the arguments (and required ones for those left out); stop it right after."""
     module = importlib.import_module(command.module)
-    arguments = [word for word in command.arguments if word != "..."]
+    arguments = list(command.arguments)
 
     def stop_after(read):
         def parse_and_stop(*args, **kwargs):
