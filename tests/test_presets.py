@@ -94,7 +94,7 @@ def test_what_preview_makes(place, tmp_path, capsys):
     written = sorted(p.name for p in (tmp_path / "s").iterdir())
     assert written == ["gallery.html", "grid.png", "samples.json", "samples.npz"]
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == (
+    assert said[1] == (
         "16 images of 8 x 8, SDE euler 50 steps, guidance 2.3 on t in [0, 0.85], labels spread over 5 classes, float32 "
         f"on cpu, to {tmp_path / 's'}"
     )
@@ -129,7 +129,7 @@ def test_a_model_without_null_class_is_previewed_unguided(place, tmp_path, capsy
     """With one clause that says so; a scale asked for by a flag is refused as without a preset."""
     sampled.write_model(place, "undropped", sampled.CONFIG, cfg_prob=0.0)
     assert sample(place, tmp_path / "s", model="undropped")["cfg_scale"] == 1.0
-    said = capsys.readouterr().out.splitlines()[0]
+    said = capsys.readouterr().out.splitlines()[1]
     assert "unguided, as the model was trained without label dropout (cfg-prob 0), labels spread" in said
     for more in (["--cfg-scale", "2.3"], ["--cls-cfg-scale", "2"], ["--labels", "null"]):
         with pytest.raises(ValueError, match="knows no null class"):

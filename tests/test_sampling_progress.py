@@ -113,8 +113,8 @@ def test_a_log_file_gets_whole_lines(place, tmp_path):
     bars = [line for line in done.stderr.splitlines() if "image" in line]
     assert len(bars) == 1 and "\r" not in done.stderr and bars[0].startswith("sampling: 100%") and "11/11" in bars[0]
     said = done.stdout.splitlines()
-    assert said[0].startswith("11 images of 8 x 8, SDE euler 4 steps, unguided, random labels of 5 classes, float32 on")
-    assert said[1].startswith("disk: ") and "for all 11 images, judged by the first batch" in said[2] and len(said) == 4
+    assert said[1].startswith("11 images of 8 x 8, SDE euler 4 steps, unguided, random labels of 5 classes, float32 on")
+    assert said[2].startswith("disk: ") and "for all 11 images, judged by the first batch" in said[3] and len(said) == 5
 
 
 def test_a_resumed_job_speaks_of_what_remains(place, tmp_path):
