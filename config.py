@@ -1,7 +1,7 @@
 """Settings of the programs: one frozen dataclass each, read from flags and an optional YAML recipe.
 
-Precedence: a flag on the command line, then `--config FILE.yaml`, then the dataclass default. Nothing here imports
-torch, so that `--help` answers at once.
+Precedence: a flag on the command line, then `--config FILE.yaml`, then the preset that either of them names, then the
+dataclass default. Nothing here imports torch, so that `--help` answers at once.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +46,14 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type[T], description: str, argv: Sequence[str] | None = None, *, examples: Sequence[str] = ()) -> T:
+def parse(
+    cls: type[T],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    examples: Sequence[str] = (),
+    presets: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
+) -> T:
     """Read `cls` from the command line (and `--config FILE.yaml`).
 
     Args:
@@ -54,6 +61,7 @@ def parse(cls: type[T], description: str, argv: Sequence[str] | None = None, *, 
         description: of the program, for `--help`.
         argv: the arguments; default: those of this process.
         examples: whole commands, shown at the end of `--help`.
+        presets: values of other settings by the value of the setting `preset`; a flag or the recipe overrides each one.
 
     Raises: SystemExit(2) from argparse for a malformed flag, UserError for a bad recipe or a missing required flag.
     """
@@ -90,6 +98,7 @@ def parse(cls: type[T], description: str, argv: Sequence[str] | None = None, *, 
     recipe = values.pop("config", None)
     if recipe is not None:
         values = {**_read_recipe(cls, hints, recipe), **values}
+    values = {**presets.get(values.get("preset"), {}), **values}
     for field in dataclasses.fields(cls):
         if field.name not in values and field.default is dataclasses.MISSING:
             raise UserError(f"{_flag(field.name)} is required: {field.metadata['help']}")
@@ -97,7 +106,7 @@ def parse(cls: type[T], description: str, argv: Sequence[str] | None = None, *, 
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a program's `main`; a user's mistake ends it with one line on stderr and exit status 2.
+    """Call a program's `main`; a user's mistake or a missing package ends it with one line on stderr and exit status 2.
 
     ValueError and FileNotFoundError are what the rooms below raise for bad input; other exceptions are bugs of ours
     and keep their traceback.
@@ -106,6 +115,16 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        here = Path(__file__).parent
+        if not package or (here / package).exists() or (here / f"{package}.py").exists():
+            raise
+        sys.stderr.write(
+            f"error: the package {package} is not installed for {sys.executable}: `source .venv/bin/activate` after "
+            "`bash setup.sh`, or `pip install -r requirements.txt -c constraints.txt`\n"
+        )
         raise SystemExit(2) from error
 
 
@@ -168,7 +187,7 @@ def _read_recipe(cls: type, hints: dict[str, Any], path: Path) -> dict[str, Any]
         except (TypeError, ValueError) as error:
             raise UserError(f"--config {path}: {key}: {value!r} is not a {kind.__name__}") from error
         choices = fields[name].metadata["choices"]
-        if choices and values[name] not in choices:
+        if choices and values[name] is not None and values[name] not in choices:
             raise UserError(f"--config {path}: {key}: {value!r} is none of {', '.join(map(str, choices))}")
     return values
 

@@ -7,12 +7,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.reporting import say
 from config import parse, run, setting
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    source: Path = setting(help="a published .pt, or with --to published a model file, checkpoint or run", group="files")
+    source: Path = setting(
+        help="a published .pt or hub OWNER/NAME[/FILE]; with --to published a model file, checkpoint or run", group="files"
+    )
     out: Path = setting(help="file to write", group="files")
     to: str = setting("ours", "direction", group="files", choices=("ours", "published"))
     weights: str = setting("ema", "which weights of a .pt", group="files", choices=("ema", "model"))
@@ -28,20 +31,23 @@ class ConvertConfig:
     enc_type: tuple[str, ...] = setting((), "encoders; default: args'", group="what the .pt lacks")
 
 
+EXAMPLES = (
+    "python convert.py --source last.pt --out reg-xl2.safetensors",
+    "python convert.py --to published --source runs/reg-b2 --out reg-b2.pt",
+)
+
+
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(ConvertConfig, "Convert published checkpoints to model files and back.", argv)
+    settings = parse(ConvertConfig, "Convert published checkpoints to model files and back.", argv, examples=EXAMPLES)
     from models.convert import Given, export_published, import_published
+    from models.published import describe, locate, obtain
 
     if settings.to == "published":
-        info = export_published(settings.source, settings.out)
+        info = export_published(obtain(settings.source), settings.out)
     else:
         given = {name: getattr(settings, name) for name in Given.__dataclass_fields__}
-        info = import_published(settings.source, settings.out, settings.weights, Given(**given))
-    network = info.network
-    print(
-        f"{settings.out}: {network.depth} blocks of width {network.hidden_size}, {network.num_heads} heads, patches of "
-        f"{network.patch_size}, class token {network.class_token_dim}, step {info.step}"
-    )
+        info = import_published(locate(settings.source).path, settings.out, settings.weights, Given(**given))
+    say(f"{settings.out}: {describe(info)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from config import UserError, parse, run, setting
 
-GPU_NAMES = ("RTX4090", "L40S", "A100", "H100", "H200", "B200")
+GPU_NAMES = ("T4", "V100", "RTX3090", "RTX4090", "RTX5090", "A10", "L4", "A6000", "L40S", "A100", "H100", "H200",
+             "B200")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Row(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(Roofline, (__doc__ or "").splitlines()[0], argv)
     from benchmarks import harness
-    from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
+    from models.cost import GPUS, USABLE, cost, encoder_macs, step_cost, training_memory
 
     gpu = GPUS[settings.gpu]
     rent = gpu.rent if settings.rent is None else settings.rent
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "GFLOP an image": (step.network_flops + step.encoder_flops) / local / 1e9, "GB moved a step": step.traffic / 1e9,
             "floor ms": 1e3 * step.floor, "expected ms": 1e3 * step.expected,
             "images/s": round(row.batch / step.expected), "GiB a GPU": memory.total(local) / 2**30,
-            "largest batch a GPU": max(0, math.floor((gpu.memory * 2**30 * 0.93 - memory.state - memory.copies)
+            "largest batch a GPU": max(0, math.floor((gpu.memory * 2**30 * USABLE - memory.state - memory.copies)
                                                      / memory.activations)),
             "steps": row.steps, "hours": hours, "dollars": round(hours * settings.gpus * rent),
         })  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE
 from config import UserError, parse, run, setting
 
 
@@ -27,8 +28,8 @@ class SampleBenchmark:
     batch_size: int = setting(64, "samples at once", group="what")
     steps: int = setting(50, "steps of the SDE that are run; the result is extrapolated to --full-steps", group="what")
     full_steps: int = setting(250, "steps of the published evaluation", group="what")
-    cfg_scale: float = setting(2.3, "guidance scale, of latent and class token", group="what")
-    guidance_high: float = setting(0.85, "guide up to this t", group="what")
+    cfg_scale: float = setting(GUIDANCE_SCALE, "guidance scale, of latent and class token", group="what")
+    guidance_high: float = setting(GUIDANCE_HIGH, "guide up to this t", group="what")
     dtypes: tuple[str, ...] = setting(("float32", "bfloat16"), "arithmetic of our variants", group="how")
     compile: bool = setting(False, "also measure our variants compiled", group="how")
     rounds: int = setting(3, "timed runs of each variant", group="how")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE
 from config import UserError, parse, run, setting
 
 TOLERANCE = 1.02
@@ -21,7 +22,9 @@ DOPRI5 = (1e-1, 1e-2, 1e-3)  # tolerances; its evaluations are what they are
 
 @dataclass(frozen=True)
 class SolverBenchmark:
-    checkpoint: Path = setting(help="model file, checkpoint folder or run folder", group="what")
+    checkpoint: Path = setting(
+        help="model file, checkpoint or run folder (its newest), published .pt, or hub OWNER/NAME[/FILE]", group="what"
+    )
     reference: tuple[Path, ...] = setting(help="real images: .npz files, image folders or packed datasets", group="what")
     features: str = setting("inception", "feature space, as evaluate.py takes it", group="what")
     vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="what")
@@ -31,8 +34,8 @@ class SolverBenchmark:
     )  # fmt: skip
     budgets: tuple[int, ...] = setting((6, 10, 16, 25, 50, 100), "evaluations of a sample", group="what")
     baseline_steps: int = setting(250, "steps of the SDE that sets the mark", group="what")
-    cfg_scale: float = setting(2.3, "guidance scale, of latent and class token", group="what")
-    guidance_high: float = setting(0.85, "guide up to this t", group="what")
+    cfg_scale: float = setting(GUIDANCE_SCALE, "guidance scale, of latent and class token", group="what")
+    guidance_high: float = setting(GUIDANCE_HIGH, "guide up to this t", group="what")
     num_samples: int = setting(1000, "samples of a setting and seed, balanced labels", group="how")
     seeds: int = setting(2, "seeds of each setting", group="how")
     batch_size: int = setting(250, "samples at once", group="how")
@@ -139,11 +142,12 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     from models.checkpoint import load_model
     from models.guidance import Guidance
     from models.interpolant import Interpolant
+    from models.published import obtain
     from sampling.draw import Sampler
     from sampling.networks import Precision, load_decoder, prepare
 
     precision = Precision(settings.dtype, vae_batch_size=settings.batch_size)
-    model = load_model(settings.checkpoint, device)
+    model = load_model(obtain(settings.checkpoint), device)
     decoder = load_decoder(model, settings.vae, precision, device)
     extractor = features.load(settings.features, device=device)
     network = prepare(model.network, precision)

@@ -68,7 +68,7 @@ def progress(total: int, *, unit: str, description: str | None = None, initial: 
     bar = {"total": total, "unit": unit, "desc": description, "initial": initial, "disable": not shown, "smoothing": 0.05}
     if sys.stderr.isatty():
         return tqdm(**bar)
-    return _Lines(**bar, mininterval=SECONDS_BETWEEN_LINES, miniters=1, leave=False)
+    return _Lines(**bar, mininterval=SECONDS_BETWEEN_LINES, miniters=0, leave=False)
 
 
 class _Lines(tqdm):

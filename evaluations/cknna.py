@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CknnaConfig:
-    checkpoint: Path = setting(help="model file, checkpoint folder or run folder", group="input")
+    checkpoint: Path = setting(
+        help="model file, checkpoint or run folder (its newest), published .pt, or hub OWNER/NAME[/FILE]", group="input"
+    )
     dataset: Path = setting(help="packed dataset, with cached tokens or with pixels", group="input")
     encoder: str | None = setting(
         None, "encoder for a dataset of pixels; default: the first one the model was trained with", group="input"
@@ -140,6 +142,8 @@ def read_targets(
     """
     import torch
 
+    from common.reporting import progress
+
     reader = None
     if "class_token.0" not in data.manifest.fields:
         packed = {info.name: info for info in data.manifest.encoders}
@@ -152,14 +156,16 @@ def read_targets(
         grid = packed[name].grid if name in packed else max(data.manifest.resolution // 16, 1)
         reader = load_encoder(name, grid).to(device)
     classes, patches = [], []
-    for part in rows.split(batch_size):
-        batch = data[part.numpy()]
-        if reader is None:
-            tokens, grid_tokens = batch.class_token[0].to(device), batch.patch_tokens[0].to(device)
-        else:
-            tokens, grid_tokens = reader(batch.pixels.to(device).permute(0, 3, 1, 2))
-        classes.append(tokens.float())
-        patches.append(grid_tokens.float().mean(1))
+    with progress(len(rows), unit="image", description="encoder tokens") as bar:
+        for part in rows.split(batch_size):
+            batch = data[part.numpy()]
+            if reader is None:
+                tokens, grid_tokens = batch.class_token[0].to(device), batch.patch_tokens[0].to(device)
+            else:
+                tokens, grid_tokens = reader(batch.pixels.to(device).permute(0, 3, 1, 2))
+            classes.append(tokens.float())
+            patches.append(grid_tokens.float().mean(1))
+            bar.update(len(part))
     return Targets(torch.cat(classes), torch.cat(patches))
 
 
@@ -170,7 +176,8 @@ def measure(
     and the record."""
     import torch
     import torch.nn.functional as F
-    from tqdm import tqdm
+
+    from common.reporting import progress
 
     network, config = model.network, model.info.network
     layers = list(settings.layers) or list(range(1, config.depth + 1))
@@ -189,8 +196,9 @@ def measure(
     ]
     class_target, patch_target = (prepare(target, settings.neighbours) for target in targets)
     patch_scores, class_scores, denoised_scores, cosines = [], [], [], []
-    with torch.inference_mode():
-        for t in tqdm(settings.times, desc="CKNNA", unit="time"):
+    bar = progress(len(settings.times) * len(rows), unit="image", description="CKNNA")
+    with torch.inference_mode(), bar:
+        for t in settings.times:
             patch = {layer: [] for layer in layers}
             first = {layer: [] for layer in layers}
             denoised = []
@@ -201,6 +209,7 @@ def measure(
                     patch[layer].append(caught[layer][:, -config.num_patches :].float().mean(1))
                     if tokens:
                         first[layer].append(caught[layer][:, 0].float())
+                bar.update(len(rows[part]))
             patch_scores.append(_scores(patch, patch_target, settings.neighbours))
             if tokens:
                 guess = torch.cat(denoised)
@@ -289,8 +298,14 @@ def plot(path: Path, alignment: Alignment) -> None:
     figure.savefig(path, dpi=110)
 
 
+EXAMPLES = (
+    "python -m evaluations.cknna --checkpoint runs/reg-b2 --dataset data/imagenet256 --out runs/reg-b2/cknna.json",
+    "python -m evaluations.cknna --checkpoint runs/mine --dataset data/mine --num-images 1000 --times 0.3 0.7",
+)
+
+
 def main() -> None:
-    settings = parse(CknnaConfig, "CKNNA between the layers of a network and its encoder.")
+    settings = parse(CknnaConfig, "CKNNA between the layers of a network and its encoder.", examples=EXAMPLES)
     if not settings.times or min(settings.times) <= 0 or max(settings.times) >= 1:
         raise UserError(f"--times must lie between 0 and 1, got {' '.join(map(str, settings.times))}")
     if settings.batch_size < 1 or settings.num_images < 4:
@@ -299,12 +314,16 @@ def main() -> None:
     import torch
 
     from dataset import PackedDataset
-    from models.checkpoint import find_model, load_model
+    from evaluations.results import check_writable
+    from models.checkpoint import load_model
+    from models.published import obtain
 
+    check_writable(settings.out)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable CUDA device")
     device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-    model = load_model(settings.checkpoint, device)
+    checkpoint = obtain(settings.checkpoint)
+    model = load_model(checkpoint, device)
     data = PackedDataset(settings.dataset)
     count = min(settings.num_images, len(data))
     rows = torch.from_numpy(np.arange(count) * len(data) // count)
@@ -312,10 +331,9 @@ def main() -> None:
     targets = read_targets(data, rows, encoder, settings.batch_size, device)
     alignment = measure(model, data, rows, targets, settings)
     content = {
-        "schema": 1, "checkpoint": str(find_model(settings.checkpoint)), "step": model.info.step, "n": count,
+        "schema": 1, "checkpoint": str(checkpoint), "step": model.info.step, "n": count,
         "dataset": str(settings.dataset), "k": settings.neighbours, "seed": settings.seed, **alignment._asdict(),
     }  # fmt: skip
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(content, indent=1) + "\n")
     plot(settings.out.with_suffix(".png"), alignment)
     for t, row in zip(alignment.times, alignment.patch_tokens, strict=True):

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+from common import reporting
 from evaluations.features import Extractor
 from evaluations.images import ImageSet
 from evaluations.metrics import InceptionScore
@@ -148,7 +148,7 @@ def _batches(images: ImageSet, size: int, progress: str | None) -> Iterator[tupl
     """This process's images: (index of the first, uint8 (B, H, W, 3))."""
     start, stop = _stretch(images)
     quiet = progress is None or (dist.is_initialized() and dist.get_rank() > 0)
-    with tqdm(total=stop - start, desc=progress, unit="image", disable=quiet) as bar:
+    with reporting.progress(stop - start, unit="image", description=progress, shown=not quiet) as bar:
         for first in range(start, stop, size):
             pixels = np.array(images.read(first, min(first + size, stop)))  # torch wants memory it may write
             yield first, pixels

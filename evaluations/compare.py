@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError, parse, run, setting
-from evaluations.results import Results, columns, format_value, larger_is_better, load, markdown, sampler_cells, title
+from evaluations.results import (
+    Results,
+    check_writable,
+    columns,
+    format_value,
+    larger_is_better,
+    load,
+    markdown,
+    sampler_cells,
+    title,
+)
 
 # What decides a number besides the model and the sampler.
 MEASUREMENT = (
@@ -38,10 +48,16 @@ class CompareConfig:
     out: Path | None = setting(None, "also write the table to this Markdown file", group="compare")
 
 
+EXAMPLES = (
+    "python -m evaluations.compare samples/a/results.json samples/b/results.json",
+    "python -m evaluations.compare samples/*/results.json --across cfg_scale steps --out table.md",
+)
+
+
 def main() -> None:
     files_first = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     argv = ["--results", *sys.argv[1:]] if files_first else sys.argv[1:]
-    settings = parse(CompareConfig, "Compare results of evaluate.py.", argv)
+    settings = parse(CompareConfig, "Compare results of evaluate.py.", argv, examples=EXAMPLES)
     rows = [load(path) for path in settings.results]
     if len({row.name for row in rows}) < len(rows):
         for path, row in zip(settings.results, rows, strict=True):
@@ -50,6 +66,7 @@ def main() -> None:
     text = table(rows, ranked=not differing)
     print(text, end="")
     if settings.out is not None:
+        check_writable(settings.out)
         settings.out.write_text(text)
     if differing:
         told = "; ".join(f"{key}: {' / '.join(map(str, values))}" for key, values in differing.items())

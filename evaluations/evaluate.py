@@ -19,9 +19,17 @@ from config import UserError, parse, run, setting
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    samples: tuple[Path, ...] = setting(help="samples: .npz files, image folders or packed datasets", group="images")
-    reference: tuple[Path, ...] = setting((), "the same for the reference; ADM's files with mu, sigma too", group="images")
-    num_samples: int | None = setting(None, "use the first so many samples", group="images")
+    samples: tuple[Path, ...] = setting(
+        help="samples: .npz files, image folders or packed datasets", group="images", also=("sample", "sample_batch")
+    )
+    reference: tuple[Path, ...] = setting(
+        (), "the same for the reference; ADM's files with mu, sigma too", group="images", also=("ref", "ref_batch")
+    )
+    resolution: int | None = setting(
+        None, "crop all images to this height and width, as for training; default: folders of several sizes are cropped to "
+        "the other side's size", group="images", also=("image_size", "size"),
+    )  # fmt: skip
+    num_samples: int | None = setting(None, "use the first so many samples", group="images", also=("n",))
     out: Path | None = setting(None, "results file; default: results.json beside the samples", group="images")
 
     features: tuple[str, ...] = setting(
@@ -53,7 +61,7 @@ class EvaluateConfig:
     inception_sha256: str | None = setting(
         None, "what that file must have, default: the published file's; or any", group="networks"
     )
-    batch_size: int = setting(64, "images at once in each process", group="networks")
+    batch_size: int = setting(64, "images at once in each process", group="networks", also=("bs",))
     dtype: str = setting("float32", "arithmetic of the networks", group="networks", choices=("float32", "float64"))
     device: str = setting("auto", "cpu, cuda, or auto", group="networks", choices=("auto", "cpu", "cuda"))
     cache: bool = setting(True, "keep the reference's statistics, by content", group="networks")
@@ -61,8 +69,14 @@ class EvaluateConfig:
     seed: int = setting(0, "of the subsets of the kernel distance", group="networks")
 
 
+EXAMPLES = (
+    "python evaluations/evaluate.py --reference VIRTUAL_imagenet256_labeled.npz --samples samples/reg-b2/samples.npz",
+    "python evaluations/evaluate.py --reference images/ --samples samples/mine/samples.npz --features inception dinov2",
+)
+
+
 def main() -> None:
-    settings = parse(EvaluateConfig, "Measure samples against a reference.")
+    settings = parse(EvaluateConfig, "Measure samples against a reference.", examples=EXAMPLES)
     _check(settings)
     from evaluations.measure import measure
 
@@ -79,6 +93,8 @@ def _check(settings: EvaluateConfig) -> None:
     for name, least in (("batch_size", 1), ("split", 1), ("pr_reference", 1), ("error_groups", 0), ("memorization", 0)):
         if getattr(settings, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(settings, name)}")
+    if settings.resolution is not None and settings.resolution < 1:
+        raise UserError(f"--resolution must be at least 1, got {settings.resolution}")
     if settings.error_groups == 1:
         raise UserError("--error-groups 1 leaves no group out; give 0 or at least 2")
     if settings.memorization and not settings.reference:

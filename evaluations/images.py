@@ -2,22 +2,22 @@
 
 import hashlib
 import json
-import struct
-import zipfile
-import zlib
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
 import numpy as np
 
+from common.reporting import progress, say
+from evaluations import files as image_files
+from evaluations.npz import Array, members
 from evaluations.statistics import Statistics
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
-READABLE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_AT_ONCE = 10_000  # headers asked for at once; the sizes of larger folders are found under a bar
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class ImageSet:
     `read(start, stop)` gives uint8 (stop - start, H, W, 3); `digest()` the SHA-256 of the content; `labels` (N,) int64
     or None; `statistics` what the file itself records of a larger set (ADM's mu, sigma: "pooled"; mu_s, sigma_s:
     "spatial"); `sidecar` how the images were made, from the JSON beside them; `grouped`: the order is that of folders or
-    shards, so a part of the set is taken evenly from it all and not from its beginning.
+    shards, so a part of the set is taken evenly from it all and not from its beginning; `sizes` (N, 2) height and width
+    in the file, where some images are cropped as they are read.
     """
 
     name: str
@@ -38,9 +39,31 @@ class ImageSet:
     statistics: dict[str, Statistics] | None = None
     sidecar: dict | None = None
     grouped: bool = False
+    sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def cropped(self) -> int:
+        """How many of the images are cropped."""
+        return 0 if self.sizes is None else int((self.sizes != self.shape[1:3]).any(1).sum())
+
+    def first(self, count: int) -> "ImageSet":
+        """The set of the first `count` images; itself if it has no more."""
+        if count >= len(self):
+            return self
+        if count < 1:
+            raise ValueError(f"the number of images must be at least 1, got {count}")
+        return replace(
+            self,
+            name=f"{self.name} (first {count})",
+            shape=(count, *self.shape[1:]),
+            digest=lambda: _sha(self.digest(), f"first {count}"),
+            labels=None if self.labels is None else self.labels[:count],
+            statistics=None,
+            sizes=None if self.sizes is None else self.sizes[:count],
+        )
 
     def pick(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 (len(indices), H, W, 3): single images, in the order asked for."""
@@ -48,39 +71,77 @@ class ImageSet:
         return np.stack([found[int(index)] for index in indices])
 
 
-def open_images(paths: Sequence[Path], limit: int | None = None) -> ImageSet:
+class SeveralSizes(ValueError):
+    """A folder holds images of several sizes, and nothing says to which size they are to be cropped."""
+
+
+def open_images(
+    paths: Sequence[Path], limit: int | None = None, *, resolution: int | None = None, fallback: int | None = None
+) -> ImageSet:
     """Open one or several npz files, image folders or packed datasets as one set, in the order given.
 
-    limit: keep the first so many. Raises FileNotFoundError or ValueError with a sentence naming the file.
+    Args:
+        limit: keep the first so many.
+        resolution: crop every image that is not of this size (height and width) as for training; a message says how many.
+        fallback: without `resolution`, what a folder of several sizes is cropped to, unless a set beside it is of one size.
+
+    Raises:
+        SeveralSizes: if such a folder is found and nothing gives the size. FileNotFoundError or ValueError: with a
+            sentence naming the file.
     """
-    parts = [_open(Path(path)) for path in paths]
-    if not parts:
+    found = [_open(Path(path)) for path in paths]
+    if not found:
         raise ValueError("no images were named")
+    beside = {part.shape[1:3] for part in found if part.shape is not None}
+    if len(beside) == 1 and len(set(*beside)) == 1:
+        fallback = beside.pop()[0]
+    parts = []
+    for part in found:
+        if isinstance(part, ImageSet):
+            parts.append(part if resolution is None else _crop(part, resolution))
+        else:
+            parts.append(part.open(resolution, fallback))
     images = parts[0] if len(parts) == 1 else _concatenate(parts)
-    if limit is not None and limit < len(images):
-        if limit < 1:
-            raise ValueError(f"the number of images must be at least 1, got {limit}")
-        labels = None if images.labels is None else images.labels[:limit]
-        digest = images.digest
-        images = replace(
-            images,
-            name=f"{images.name} (first {limit})",
-            shape=(limit, *images.shape[1:]),
-            digest=lambda: _sha(digest(), f"first {limit}"),
-            labels=labels,
-            statistics=None,
+    images = images if limit is None else images.first(limit)
+    if images.cropped:
+        side = images.shape[1]
+        enlarged = int((images.sizes.min(1) < side).sum())
+        say(
+            f"{images.cropped:,} of {len(images):,} images of {images.name} are cropped to {side} x {side}, as for training"
+            + (f" ({enlarged:,} of them enlarged)" if enlarged else "")
         )
     return images
 
 
-def _open(path: Path) -> ImageSet:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.is_dir():
-        return open_packed(path) if (path / "dataset.json").is_file() else open_folder(path)
-    if path.suffix != ".npz":
-        raise ValueError(f"{path} is no .npz file, image folder or packed dataset")
-    return open_npz(path)
+def _open(path: Path) -> "ImageSet | Folder":
+    try:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        if path.is_dir():
+            return open_packed(path) if (path / "dataset.json").is_file() else find_images(path)
+        if path.suffix != ".npz":
+            raise ValueError(f"{path} is not an .npz file, an image folder or a packed dataset")
+        return open_npz(path)
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}: {error.filename})") from error
+
+
+def _crop(images: ImageSet, size: int) -> ImageSet:
+    """A set of another size, cropped as it is read; statistics that came with it are not of the crops and are dropped."""
+    if images.shape[1:3] == (size, size):
+        return images
+    from PIL import Image
+
+    from common.crop import center_crop
+
+    return replace(
+        images,
+        shape=(len(images), size, size, 3),
+        read=lambda start, stop: np.stack([center_crop(Image.fromarray(x), size) for x in images.read(start, stop)]),
+        digest=cache(lambda: _sha(images.digest(), f"cropped to {size}")),
+        statistics=None,
+        sizes=np.tile(np.array(images.shape[1:3], np.int32), (len(images), 1)),
+    )
 
 
 def _concatenate(parts: list[ImageSet]) -> ImageSet:
@@ -100,9 +161,13 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
                 pieces.append(part.read(max(start - first, 0), min(stop, end) - first))
         return np.concatenate(pieces)
 
-    labels = None
+    labels, sizes = None, None
     if all(part.labels is not None for part in parts):
         labels = np.concatenate([part.labels for part in parts])
+    if any(part.sizes is not None for part in parts):
+        sizes = np.concatenate([
+            np.tile(part.shape[1:3], (len(part), 1)) if part.sizes is None else part.sizes for part in parts
+        ])
     return ImageSet(
         " + ".join(part.name for part in parts),
         (int(ends[-1]), *parts[0].shape[1:]),
@@ -111,6 +176,7 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
         labels,
         sidecar=_common([part.sidecar or {} for part in parts]),
         grouped=any(part.grouped for part in parts),
+        sizes=sizes,
     )
 
 
@@ -119,7 +185,7 @@ def open_npz(path: Path) -> ImageSet:
 
     Stored members are read in place, compressed ones streamed; pickled content is refused.
     """
-    arrays = _members(path)
+    arrays = members(path)
     if "arr_0" not in arrays:
         raise ValueError(f"{path} has no array arr_0 (found: {', '.join(sorted(arrays)) or 'nothing'})")
     images = arrays["arr_0"]
@@ -141,121 +207,74 @@ def open_npz(path: Path) -> ImageSet:
     return ImageSet(path.name, images.shape, images.rows, digest, labels, statistics or None, _sidecar(path))
 
 
-class _Array:
-    """One .npy member of an npz: C order, no objects. Stored members are read in place, compressed ones unpacked."""
-
-    def __init__(self, path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo):
-        self.path, self.member = path, member.filename
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        with archive.open(member) as stream:
-            try:
-                self.shape, fortran, self.dtype = readers[np.lib.format.read_magic(stream)](stream)
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{path}: {member.filename} is no array of a known version ({error})") from error
-            self.header = stream.tell()
-        if self.dtype.hasobject:
-            raise ValueError(f"{path}: {member.filename} holds pickled objects, which are not read; save plain arrays")
-        if fortran and len(self.shape) > 1:
-            raise ValueError(f"{path}: {member.filename} is in Fortran order; save it with np.ascontiguousarray")
-        expected = self.header + int(np.prod(self.shape)) * self.dtype.itemsize
-        if member.file_size != expected:
-            raise ValueError(
-                f"{path}: {member.filename} has {member.file_size} bytes, its header says {expected}; it is damaged"
-            )
-        self.offset = None  # of the data in the file, where it lies there uncompressed
-        if member.compress_type == zipfile.ZIP_STORED:
-            with path.open("rb") as stream:
-                stream.seek(member.header_offset)
-                local = stream.read(30)  # local file header: the lengths of name and extra field are its last words
-            self.offset = member.header_offset + 30 + sum(struct.unpack("<HH", local[26:30])) + self.header
-        self._stream: IO[bytes] | None = None
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        row = int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        count = (stop - start) * row
-        try:
-            if self._stream is None:  # kept open: seeking forward in a compressed member unpacks only what is skipped
-                self._stream = self.path.open("rb") if self.offset is not None else self._unpack()
-            self._stream.seek((self.header if self.offset is None else self.offset) + start * row)
-            data = self._stream.read(count)
-        except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{self.path} is damaged in {self.member}: {error}") from error
-        if len(data) != count:
-            raise ValueError(f"{self.path} is truncated: {self.member} ends before row {stop}")
-        return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
-
-    def _unpack(self) -> IO[bytes]:
-        return zipfile.ZipFile(self.path).open(self.member)
-
-    def all(self) -> np.ndarray:
-        """The whole array; small ones only."""
-        if not self.shape:
-            raise ValueError(f"{self.path}: {self.member} is a single number, not an array")
-        return self.rows(0, self.shape[0])
-
-
-def _members(path: Path) -> dict[str, _Array]:
-    """Arrays of an npz by name, none of them read. Raises ValueError for anything that is not plain .npy."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {
-                member.filename.removesuffix(".npy"): _Array(path, archive, member)
-                for member in archive.infolist()
-                if member.filename.endswith(".npy")
-            }
-    except (zipfile.BadZipFile, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} is no npz file or truncated ({error}); write it again") from error
-
-
-def _labels(path: Path, array: _Array, count: int) -> np.ndarray:
+def _labels(path: Path, array: Array, count: int) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.integer) or array.shape != (count,):
         raise ValueError(f"{path}: arr_1 is {array.dtype} {array.shape}, labels must be {count} integers")
     return array.all().astype(np.int64)
 
 
-def open_folder(path: Path) -> ImageSet:
-    """All images below a folder, in order of their paths. One level of subfolders gives the labels: 0, 1, ... by name."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)}) and is no packed dataset")
-    height, width = _decode(files[0]).shape[:2]
+class Folder(NamedTuple):
+    """Image files below a folder, in order of their paths. sizes: (N, 2) height and width of each."""
 
-    def decode(file: Path) -> np.ndarray:
-        image = _decode(file)
-        if image.shape[:2] != (height, width):
-            raise ValueError(
-                f"{file} is {image.shape[0]} x {image.shape[1]}, {files[0]} {height} x {width}; crop the images to one "
-                "size first (preprocessing/pack.py does)"
+    path: Path
+    files: list[Path]
+    sizes: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """As ImageSet's; None for images of several sizes."""
+        return (len(self.files), *self.sizes[0].tolist(), 3) if (self.sizes == self.sizes[0]).all() else None
+
+    def open(self, resolution: int | None, fallback: int | None) -> ImageSet:
+        """The images at their one size, or cropped: all to `resolution`, or those of several sizes to `fallback`.
+
+        One level of subfolders gives the labels: 0, 1, ... by name. Raises SeveralSizes.
+        """
+        side = resolution or (fallback if self.shape is None else None)
+        if side is None and self.shape is None:
+            other = int((self.sizes != self.sizes[0]).any(1).argmax())
+            names = (f"{self.files[i].relative_to(self.path)} is {' x '.join(map(str, self.sizes[i]))}" for i in (0, other))
+            raise SeveralSizes(
+                f"{self.path} holds images of several sizes ({', '.join(names)}): give --resolution N, and they are cropped "
+                "to N x N as for training"
             )
-        return image
+        height, width = (side, side) if side else self.shape[1:3]
+        whole = (self.sizes == (height, width)).all()
+        path, files = self.path, self.files
 
-    def read(start: int, stop: int) -> np.ndarray:
-        with ThreadPoolExecutor(8) as pool:  # decoding leaves the interpreter lock
-            return np.stack(list(pool.map(decode, files[start:stop])))
+        def read(start: int, stop: int) -> np.ndarray:
+            with ThreadPoolExecutor(8) as pool:  # decoding leaves the interpreter lock
+                decode = partial(image_files.decode, height=height, width=width, side=side)
+                return np.stack(list(pool.map(decode, files[start:stop])))
 
-    def digest() -> str:
-        return _sha(*(f"{file.relative_to(path)} {_file_sha(file)}" for file in files))
+        def digest() -> str:
+            content = [f"{file.relative_to(path)} {_file_sha(file)}" for file in files]
+            return _sha(*content, *([] if whole else [f"cropped to {side}"]))
 
-    classes = sorted({file.relative_to(path).parts[0] for file in files})
-    labels = None
-    if all(len(file.relative_to(path).parts) == 2 for file in files):
-        labels = np.array([classes.index(file.relative_to(path).parts[0]) for file in files], dtype=np.int64)
-    shape = (len(files), height, width, 3)
-    return ImageSet(path.name, shape, read, cache(digest), labels, sidecar=_sidecar(path), grouped=True)
+        classes = {name: label for label, name in enumerate(sorted({file.relative_to(path).parts[0] for file in files}))}
+        labels = None
+        if all(len(file.relative_to(path).parts) == 2 for file in files):
+            labels = np.array([classes[file.relative_to(path).parts[0]] for file in files], dtype=np.int64)
+        return ImageSet(
+            path.name, (len(files), height, width, 3), read, cache(digest), labels, sidecar=_sidecar(path), grouped=True,
+            sizes=None if whole else self.sizes,
+        )  # fmt: skip
 
 
-def _decode(file: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise ValueError(f"{file} is animated; a still image is needed")
-            if image.mode not in READABLE_MODES:
-                raise ValueError(f"{file} has pixel type {image.mode}; 8 bits a channel are needed")
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+def find_images(path: Path) -> Folder:
+    """All images below a folder; their headers are read for the sizes. Raises ValueError naming the file."""
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_files.SUFFIXES and file.is_file())
+    if not files:
+        raise ValueError(f"{path} holds no images ({', '.join(image_files.SUFFIXES)}) and is not a packed dataset")
+    sizes: list[tuple[int, int]] = []
+    shown = len(files) > _AT_ONCE and os.environ.get("RANK", "0") == "0"
+    with ThreadPoolExecutor(8) as pool, progress(
+        len(files), unit="image", description=f"sizes, {path.name}", shown=shown
+    ) as bar:
+        for start in range(0, len(files), _AT_ONCE):
+            sizes += pool.map(image_files.size, files[start : start + _AT_ONCE])
+            bar.update(len(sizes) - start)
+    return Folder(path, files, np.array(sizes, np.int32))
 
 
 def open_packed(path: Path) -> ImageSet:

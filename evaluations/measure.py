@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from common.reporting import say
 from evaluations import features as networks
 from evaluations import metrics, neighbours
 from evaluations.collect import Auditor, Collected, collect
-from evaluations.images import ImageSet, open_images
+from evaluations.images import ImageSet, SeveralSizes, open_images
 from evaluations.reference import Reference, read_reference
-from evaluations.results import Metric, Results, sample_warnings
+from evaluations.results import Metric, Results, check_writable, sample_warnings
 from evaluations.statistics import Statistics, compute_moments, jackknife_error, jackknife_groups, without
 from models.hub import go_offline_if_unreachable
 
@@ -25,9 +26,10 @@ def measure(settings: "EvaluateConfig") -> Results | None:
     """Everything the settings ask for, written to `settings.out`; None on ranks other than 0."""
     device = start(settings.device)
     go_offline_if_unreachable()
-    samples = open_images(settings.samples, settings.num_samples)
-    reference = open_images(settings.reference) if settings.reference else None
     out = settings.out or _beside(settings.samples[0]) / "results.json"
+    samples, reference = open_sets(settings)
+    if rank() == 0:
+        check_writable(out)
     results = Results(name=samples.name)
     auditor = Auditor()
     digests: dict[str, str] = {}
@@ -62,6 +64,7 @@ def measure(settings: "EvaluateConfig") -> Results | None:
             if settings.memorization and len(digests) == 1:
                 from evaluations.memorization import closest_pairs, write_pairs
 
+                say(f"{extractor.space}: nearest reference image of each of {len(samples):,} samples")
                 pairs = closest_pairs(known.pooled, found.pooled, settings.memorization)
                 write_pairs(out.with_name("memorization.png"), pairs, samples, reference, known.rows)
                 results.metrics["authenticity"] = Metric(
@@ -88,9 +91,32 @@ def measure(settings: "EvaluateConfig") -> Results | None:
         results.warnings.append(f"samples and reference differ in size: {sizes}")
     if samples.sidecar is None:
         results.warnings.append(f"no JSON beside {samples.name} says how the samples were made")
+    say("checksums of the images, for results.json")
     results.protocol = protocol(samples, reference, settings, digests)
     results.save(out)
     return results
+
+
+def open_sets(settings: "EvaluateConfig") -> tuple[ImageSet, ImageSet | None]:
+    """Samples and reference. A folder of several sizes is cropped to --resolution or, without it, to the other side's size.
+
+    Raises SeveralSizes where neither gives a size, and what open_images raises.
+    """
+    size = settings.resolution
+    if not settings.reference:
+        return open_images(settings.samples, settings.num_samples, resolution=size), None
+    try:
+        samples = open_images(settings.samples, settings.num_samples, resolution=size)
+    except SeveralSizes:
+        reference = open_images(settings.reference, resolution=size)
+        samples = open_images(settings.samples, settings.num_samples, resolution=size, fallback=_side(reference))
+        return samples, reference
+    return samples, open_images(settings.reference, resolution=size, fallback=_side(samples))
+
+
+def _side(images: ImageSet) -> int | None:
+    height, width = images.shape[1:3]
+    return height if height == width else None
 
 
 def start(device: str) -> torch.device:
@@ -143,23 +169,30 @@ def space_metrics(
         return values
     for name, kind in ((("fid", "pooled"), ("sfid", "spatial")) if plain else (("fd", "pooled"),)):
         if kind in known.statistics:
-            put(name, *frechet(known.statistics[kind], found, kind, settings.error_groups), known.statistics[kind].n)
+            dim, groups = len(known.statistics[kind].mean), settings.error_groups
+            say(f"{space}: {name}, Frechet distance in {dim} dimensions; {groups} more for its standard error")
+            put(name, *frechet(known.statistics[kind], found, kind, groups), known.statistics[kind].n)
     device = next(iter(found.moments.values()))[0].mean.device
     reference, samples = known.pooled.to(device), found.pooled.to(device)
     shares: dict[str, tuple[float, int]] = {}  # value, and how many images it is a share of
+    pairs = f"{len(samples):,} samples and {len(reference):,} reference images"
     if settings.precision_recall:
+        say(f"{space}: precision and recall of {pairs}")
         both = neighbours.precision_recall(reference, samples, rule=settings.pr_dtype)
         shares |= {"precision": (both.precision, len(samples)), "recall": (both.recall, len(reference))}
     if settings.density_coverage:
+        say(f"{space}: density and coverage of {pairs}")
         density, coverage = neighbours.density_coverage(reference, samples)
         put("density", density, n_reference=len(reference))
         shares["coverage"] = coverage, len(reference)
     for name, (share, count) in shares.items():
         put(name, share, (share * (1 - share) / count) ** 0.5, len(reference))
     if settings.kernel_distance:
+        say(f"{space}: kernel distance of {pairs}")
         kernel = metrics.kernel_distance(reference, samples, seed=settings.seed)
         put("kid" if plain else "kd", *kernel, len(reference))
     if space == "clip":
+        say(f"{space}: CMMD of {pairs}")
         values["cmmd"] = Metric(metrics.clip_mmd(reference, samples), None, space, n, len(reference))
     return values
 
@@ -226,8 +259,10 @@ def protocol(
     return {
         "n_samples": len(samples),
         "image_size": f"{samples.shape[1]} x {samples.shape[2]}",
+        "samples_cropped": samples.cropped,
         "samples_sha256": samples.digest(),
         "reference": None if reference is None else reference.name,
+        "reference_cropped": None if reference is None else reference.cropped,
         "reference_sha256": None if reference is None else reference.digest(),
         "n_reference": None if reference is None else len(reference),
         "networks": digests,

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.reporting import say
 from evaluations.collect import collect, kept_rows
 from evaluations.features import Extractor
-from evaluations.images import ImageSet, open_images
+from evaluations.images import ImageSet
 from evaluations.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def read_reference(reference: ImageSet, extractor: Extractor, settings: "Evaluat
         return cached or empty
     images = reference
     if given and len(reference) > settings.pr_reference:  # the statistics are there: only neighbours are missing
-        images = open_images(settings.reference, settings.pr_reference)
+        images = reference.first(settings.pr_reference)
     found = collect(
         images,
         extractor,
@@ -81,11 +82,14 @@ def _write_cache(file: Path, known: Reference, given: dict) -> None:
     arrays = {"pooled_features": known.pooled.numpy(), "rows": known.rows}
     for kind, stats in {} if given else known.statistics.items():
         arrays |= {f"{kind}_n": np.array(stats.n), f"{kind}_mean": stats.mean, f"{kind}_covariance": stats.covariance}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        np.savez(stream, **arrays)
-    temporary.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as stream:
+            np.savez(stream, **arrays)
+        temporary.replace(file)
+    except OSError as error:  # the numbers do not depend on it
+        say(f"the reference's statistics are not kept: {file.parent} cannot be written ({error.strerror}); see --cache-dir")
 
 
 def _read_cache(file: Path, empty: Reference, given: dict) -> Reference | None:

@@ -274,8 +274,14 @@ class ReportConfig:
     results: tuple[Path, ...] = setting((), "further results.json files for the table", group="report")
 
 
+EXAMPLES = (
+    "python -m evaluations.report --runs runs/sit-b2 runs/reg-b2 --out report.html",
+    "python -m evaluations.report --runs runs/mine --results samples/mine/results.json",
+)
+
+
 def main() -> None:
-    settings = parse(ReportConfig, "Report on training runs.")
+    settings = parse(ReportConfig, "Report on training runs.", examples=EXAMPLES)
     names = {str(folder): folder for folder in settings.runs}
     if len({folder.name for folder in settings.runs}) == len(settings.runs):
         names = {folder.name: folder for folder in settings.runs}

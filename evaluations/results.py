@@ -1,6 +1,7 @@
 """What a run of evaluate.py leaves: numbers with their protocol, warnings, one row of Markdown."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,18 @@ class Results:
             temporary = file.with_name(file.name + ".tmp")
             temporary.write_text(text)
             temporary.replace(file)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a results file before the work begins. Raises ValueError if the file could not be written."""
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; give a file, such as {path / 'results.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path.parent} cannot be made ({error.strerror}); give another --out") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"results cannot be written to {path.parent} (it is read-only); give another --out")
 
 
 def load(path: Path) -> Results:

@@ -109,7 +109,7 @@ def latent_space(name: str) -> LatentSpace:
 def load_autoencoder(name: str) -> Autoencoder:
     """Load a VAE: "ema" or "mse" (sd-vae-ft-*), a hub id, or a local folder in diffusers' format.
 
-    Raises FileNotFoundError, in one sentence with the mend, when the weights are neither there nor to be downloaded.
+    Raises FileNotFoundError, in one sentence with the cause, when the weights cannot be had.
     """
     from diffusers import AutoencoderKL
 
@@ -124,8 +124,8 @@ def load_autoencoder(name: str) -> Autoencoder:
     except (OSError, ValueError) as error:
         if local.exists():
             raise FileNotFoundError(f"VAE folder {local} cannot be read: {hub.first_line(error)}") from error
+        elsewhere = f"`hf download {source} --local-dir vae` and pass --vae vae"
         raise FileNotFoundError(
-            f"VAE {name!r} is not a local folder and could not be downloaded; on a machine with network run "
-            f"`hf download {source} --local-dir vae` and pass --vae vae"
+            f"VAE {name!r} is not a local folder, and {hub.cause(error, source, elsewhere)}"
         ) from error
     return Autoencoder(vae, name)

@@ -48,10 +48,16 @@ def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo, class
     if class_means is not None:
         tensors["class_means"] = class_means.contiguous().cpu()
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"reg": json.dumps(asdict(info))})
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.rename(path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask: safetensors makes files that nobody else can read
+        save_file(tensors, temporary, metadata={"reg": json.dumps(asdict(info))})
+        temporary.chmod(mode)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass
@@ -69,21 +75,12 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     path: the file, a checkpoint folder, or a run folder (its newest checkpoint). Raises FileNotFoundError or ValueError
     naming the file and what is wrong with it.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = find_model(Path(path))
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as stream:
-            header = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
-    if "reg" not in header:
-        raise ValueError(f"{path} is no model file of this project, its header has no config (convert.py imports others)")
-    content = json.loads(header["reg"])
-    if content["schema"] != SCHEMA:
-        raise ValueError(f"{path} has schema {content['schema']}, this code reads {SCHEMA}")
-    info = ModelInfo(**{**content, "network": SiTConfig(**content["network"])})
+    info = read_info(path)
+    with safe_open(path, framework="pt", device=str(device)) as stream:
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
     class_means = tensors.pop("class_means", None)
     network = blank_network(info.network, device)
     try:
@@ -91,6 +88,37 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit the config in its header: {error}") from error
     return Model(network.eval(), info, class_means)
+
+
+def read_info(path: Path) -> ModelInfo:
+    """The header of a model file. Raises ValueError for a file that is truncated, of another kind or another schema."""
+    header = read_header(path)
+    if "reg" not in header:
+        raise ValueError(
+            f"{path} is not a model file of this project: its header has no config (convert.py converts published ones)"
+        )
+    content = json.loads(header["reg"])
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"{path} has schema {content['schema']}, this code reads {SCHEMA}")
+    return ModelInfo(**{**content, "network": SiTConfig(**content["network"])})
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises ValueError when it is truncated or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return stream.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file starts as safetensors do: the length of a JSON header, and its first brace."""
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 30
 
 
 def blank_network(config: SiTConfig, device: torch.device | str = "cpu") -> SiT:
@@ -110,5 +138,9 @@ def find_model(path: Path) -> Path:
         return path / MODEL_FILE
     candidates = sorted(file for file in path.glob(f"checkpoints/*/{MODEL_FILE}") if file.parent.name.isdigit())
     if not candidates:
-        raise FileNotFoundError(f"no model file at {path}: give a .safetensors file, a checkpoint folder or a run folder")
+        held = sorted(str(file) for file in path.glob("*.pt"))
+        raise FileNotFoundError(
+            f"no model file at {path}: give a model file, checkpoint folder or run folder, a published .pt"
+            f"{f' ({held[0]} perhaps)' if held else ''}, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub"
+        )
     return candidates[-1]

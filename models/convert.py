@@ -9,6 +9,9 @@ import argparse
 import math
 import pickle
 import re
+import warnings
+import zipfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +21,9 @@ from torch import Tensor
 
 from config import UserError
 from models.autoencoder import LatentNormalization
-from models.checkpoint import ModelInfo, load_model, save_model
-from models.sit import PRESETS, SIZES, SiTConfig, preset
+from models.checkpoint import ModelInfo, is_safetensors, load_model, read_header, save_model
+from models.hub import first_line
+from models.sit import PRESETS, SIZES, SiT, SiTConfig, preset
 
 _TO_PUBLISHED = (  # ours => published; applied in this order
     (r"^class_token_embedder\.proj\.", "cls_projectors2."),
@@ -67,30 +71,80 @@ def to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_published(path: Path, weights: str = "ema") -> Published:
-    """Read a `.pt` file: tensors, plain values and argparse.Namespace, nothing else.
+    """Read a published file, of whatever name: tensors, plain values and argparse.Namespace, nothing else.
 
-    Raises FileNotFoundError, or ValueError for a file that holds other objects, is damaged, or lacks the weights.
+    Args:
+        path: a file of torch.save, or a state dict as safetensors.
+        weights: which of its state dicts, "ema" or "model"; a bare state dict is taken as it is.
+
+    Returns:
+        The weights, mapped from the file where its format allows it: the file must stay while they are used.
+
+    Raises:
+        FileNotFoundError, or ValueError for a file that holds other objects, is damaged, or lacks the weights.
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {reason[1]}" if reason else str(error).splitlines()[0]
-        raise ValueError(f"{path} is refused: it holds more than tensors and settings ({what})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    content = _content(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} instead of a checkpoint")
-    settings = content.get("args", {})
-    settings = vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings)
-    state_dict = content if "x_embedder.proj.weight" in content else content.get(weights)
-    if not isinstance(state_dict, dict) or not all(isinstance(t, Tensor) for t in state_dict.values()):
-        raise ValueError(f"{path} has no {weights!r} weights, only {', '.join(map(str, content))}")
-    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    return Published(_modern_names(state_dict), settings, int(content.get("steps", 0)) if state_dict is not content else 0)
+    settings = content.get("args") or {}
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    bare = bool(content) and all(isinstance(value, Tensor) for value in content.values())
+    state_dict = content if bare else content.get(weights)
+    if not isinstance(state_dict, dict) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
+        other = "; convert.py --weights model converts the others" if weights == "ema" and "model" in content else ""
+        raise ValueError(f"{path} has no {weights!r} weights, only {', '.join(map(str, content)) or 'nothing'}{other}")
+    # DDP and torch.compile each put their prefix before the names
+    state_dict = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): tensor for name, tensor in state_dict.items()}
+    step = 0 if bare else content.get("steps", 0)
+    if not isinstance(settings, dict) or not isinstance(step, int):
+        raise ValueError(f"{path}: its args are not settings, or its steps not a number")
+    return Published(_modern_names(state_dict), settings, step)
+
+
+def _content(path: Path) -> Any:
+    """What a file holds, told apart by its first bytes."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(64)
+        if is_safetensors(path):
+            from safetensors.torch import load_file
+
+            if "reg" in read_header(path):
+                raise ValueError(f"{path} is a model file of this project already")
+            return load_file(path)
+        mapped = zipfile.is_zipfile(path)  # today's format of torch.save; older ones cannot be mapped
+        if not mapped and not start.startswith(b"\x80"):
+            raise ValueError(f"{path} {_what_it_is(start)}")
+        damaged = zipfile.ZipFile(path).testzip() if mapped else None  # torch.load does not look at checksums
+        if damaged:
+            raise ValueError(f"{path} is damaged: the checksum of {damaged} in it does not fit")
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"GLOBAL (\S+)", str(error))
+        if reason is None:
+            raise ValueError(f"{path} is damaged or not a checkpoint: it cannot be unpickled") from error
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors and settings (it asks for {reason[1]})"
+        ) from error
+    except (RuntimeError, EOFError, LookupError, OSError, zipfile.BadZipFile) as error:
+        what = f"{type(error).__name__}: {first_line(error).split('. ')[0]}"
+        raise ValueError(f"{path} is damaged or not a checkpoint ({what})") from error
+
+
+def _what_it_is(start: bytes) -> str:
+    """What a file with these first bytes is, when it is neither safetensors nor from torch.save."""
+    if not start:
+        return "is empty"
+    if start.startswith(b"PK"):
+        return "is damaged: its end is missing, so copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository"
+    if start.lstrip().startswith(b"<"):
+        return "is a web page, not a checkpoint: download the file itself"
+    return "is not a checkpoint: neither a file of torch.save nor safetensors"
 
 
 def _modern_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,10 +159,13 @@ def _modern_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def derive_config(state_dict: dict[str, Tensor], settings: dict[str, Any], given: Given = Given()) -> SiTConfig:
     """The network's config from the shapes of a published state dict; heads and alignment depth from args or `given`.
 
-    Raises ValueError when the tensors are no SiT's, UserError when a number is neither there nor given.
+    Raises ValueError when the tensors are not those of a SiT, UserError when a number is neither there nor given.
     """
     try:
-        hidden_size, channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
+        patch_weight = state_dict["x_embedder.proj.weight"]
+        if patch_weight.ndim != 4:
+            raise ValueError(f"these are not the weights of a SiT: x_embedder.proj.weight is {tuple(patch_weight.shape)}")
+        hidden_size, channels, patch_size, _ = patch_weight.shape
         class_token_dim = state_dict["cls_projectors2.weight"].shape[1] if "cls_projectors2.weight" in state_dict else 0
         patches = state_dict["pos_embed"].shape[1] - (class_token_dim > 0)
         heads = _heads(state_dict, settings, given, hidden_size)
@@ -130,7 +187,9 @@ def derive_config(state_dict: dict[str, Tensor], settings: dict[str, Any], given
             projector_dim=state_dict["projectors.0.0.weight"].shape[0] if aligned else 2048,
         )
     except KeyError as error:
-        raise ValueError(f"the weights are no SiT's: {error} is missing") from error
+        raise ValueError(f"these are not the weights of a SiT: {error} is missing") from error
+    except IndexError as error:
+        raise ValueError("these are not the weights of a SiT: a tensor has too few dimensions") from error
 
 
 def _heads(state_dict: dict[str, Tensor], settings: dict[str, Any], given: Given, hidden_size: int) -> int:
@@ -142,7 +201,10 @@ def _heads(state_dict: dict[str, Tensor], settings: dict[str, Any], given: Given
     if settings.get("model") in PRESETS and preset(settings["model"]).hidden_size == hidden_size:
         return preset(settings["model"]).num_heads
     if hidden_size not in known:
-        raise UserError(f"the file does not say how many attention heads width {hidden_size} has: give --num-heads")
+        raise UserError(
+            f"it does not say how many attention heads a width of {hidden_size} has: convert it with `python convert.py` "
+            "and give --num-heads"
+        )
     return known[hidden_size]
 
 
@@ -178,13 +240,37 @@ def unify_sit(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def import_published(source: Path, out: Path, weights: str = "ema", given: Given = Given()) -> ModelInfo:
-    """Read the published checkpoint `source`, write the model file `out`; returns what its header says."""
+def convert_published(
+    source: Path, weights: str = "ema", given: Given = Given()
+) -> tuple[dict[str, Tensor], ModelInfo]:
+    """A published checkpoint as the weights and the header of a model file.
+
+    Args:
+        source: the file, which must stay while the weights are used.
+        weights: "ema" or "model".
+        given: what the file does not say.
+
+    Raises:
+        FileNotFoundError or ValueError, naming the file and what is wrong with it.
+    """
     published = read_published(source, weights)
-    settings, state_dict = published.settings, unify_sit(published.state_dict)
-    network = derive_config(state_dict, settings, given)
+    settings = published.settings
+    try:
+        network = derive_config(published.state_dict, settings, given)
+        state_dict = from_published(unify_sit(published.state_dict))
+        with torch.device("meta"):
+            SiT(network).load_state_dict(state_dict, strict=True, assign=True)  # every tensor has its place
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{source}: these are not the weights of a SiT: {error} is missing") from error
+    except RuntimeError as error:  # of load_state_dict: a heading, then a line for each kind of difference
+        reason = " ".join(str(error).splitlines()[1].split())
+        raise ValueError(f"{source}: these are not the weights of a SiT: {reason[:200]}") from error
     encoders = given.enc_type or tuple(filter(None, str(settings.get("enc_type") or "").split(",")))
-    info = ModelInfo(
+    return state_dict, ModelInfo(
         network=network,
         path=given.path_type or settings.get("path_type", "linear"),
         resolution=given.resolution or int(settings.get("resolution", 8 * network.input_size)),
@@ -193,12 +279,32 @@ def import_published(source: Path, out: Path, weights: str = "ema", given: Given
         encoders=encoders if network.class_token_dim or network.align_dims else (),
         cfg_prob=0.1 if given.cfg_prob is None else given.cfg_prob,  # what was trained with: --cfg-prob is not read there
         step=published.step,
+        classes=imagenet_classes() if network.num_classes == 1000 else (),
         notes={"imported": source.name, "weights": weights},
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_model(out, from_published(state_dict), info)
-    load_model(out)  # strict: every tensor has its place
+
+
+def import_published(source: Path, out: Path, weights: str = "ema", given: Given = Given()) -> ModelInfo:
+    """Convert the published checkpoint `source` into the model file `out`; returns what its header says."""
+    from safetensors import SafetensorError
+
+    state_dict, info = convert_published(source, weights, given)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_model(out, state_dict, info)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{out} cannot be written: {first_line(error)}") from error
     return info
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """The 1000 classes of ImageNet by label, each by its first name in WordNet and with its label where two share that."""
+    from timm.data import ImageNetInfo
+
+    words = ImageNetInfo("imagenet-1k")
+    names = [words.index_to_description(label).split(",")[0] for label in range(1000)]
+    times = Counter(names)
+    return tuple(name if times[name] == 1 else f"{name} ({label})" for label, name in enumerate(names))
 
 
 def export_published(source: Path, out: Path) -> ModelInfo:

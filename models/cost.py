@@ -2,7 +2,10 @@
 a training step should take on a named GPU."""
 
 import copy
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -32,38 +35,54 @@ class Cost(NamedTuple):
         return 3 * 2 * (self.flops + self.projector_flops)
 
 
+@cache
 def cost(config: SiTConfig) -> Cost:
     """Count parameters and multiply-adds of a config, on the meta device."""
     bare = replace(config, align_dims=())
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in SiT(bare).parameters())
-        total = sum(p.numel() for p in SiT(config).parameters())
-        flops = _forward_macs(bare, project=False)
-        total_flops = _forward_macs(config, project=True)
-    attention = sum(macs for name, macs in flops.items() if "attention" in name or "bmm" in name)
-    return Cost(
-        parameters, total - parameters, sum(flops.values()), attention, sum(total_flops.values()) - sum(flops.values())
-    )
+    parameters, flops, attention = _by_depth(_count, bare)
+    total, total_flops, _ = _by_depth(_count, config)
+    return Cost(parameters, total - parameters, flops, attention, total_flops - flops)
 
 
 class Gpu(NamedTuple):
-    """tflops: dense bf16 matrix products, data sheet. bandwidth: of the memory, TB/s. memory: GiB. rent: dollars an hour
-    assumed for it; rents differ by provider and year."""
+    """tflops: dense matrix products in bf16 (fp16 where there is none), summed in float32, data sheet. bandwidth: of the
+    memory, TB/s. memory: GiB, without what error correction takes. rent: dollars per hour assumed for it; rents differ by
+    provider and year. bf16: whether it has bf16 and TF32 (Ampere and later)."""
 
     tflops: float
     bandwidth: float
     memory: float
     rent: float
+    bf16: bool = True
 
 
 GPUS = {
+    "T4": Gpu(65, 0.32, 15, 0.2, bf16=False),
+    "V100": Gpu(125, 0.9, 32, 0.5, bf16=False),
+    "RTX3090": Gpu(71, 0.936, 24, 0.25),
     "RTX4090": Gpu(165, 1.01, 24, 0.5),
+    "RTX5090": Gpu(209, 1.79, 32, 0.7),
+    "A10": Gpu(125, 0.6, 22.5, 0.6),
+    "L4": Gpu(121, 0.3, 22.5, 0.6),
+    "A6000": Gpu(155, 0.768, 48, 0.6),
     "L40S": Gpu(362, 0.86, 48, 1.0),
     "A100": Gpu(312, 2.04, 80, 1.5),
     "H100": Gpu(989, 3.35, 80, 2.5),
     "H200": Gpu(989, 4.8, 141, 3.5),
     "B200": Gpu(2250, 8.0, 180, 5.5),
 }
+USABLE = 0.93  # share of a GPU's memory for tensors; the CUDA context and the allocator's slack take the rest
+
+
+def named_gpu(name: str) -> str | None:
+    """The key in GPUS of a device name such as "NVIDIA GeForce RTX 4090", in capitals or not; None for another GPU."""
+    for key in GPUS:
+        word = re.sub(r"(?<=[A-Z])(?=\d)", "[ _-]?", key)  # "RTX 4090" is one; neither "A100" nor "A10G" is an A10
+        if re.search(rf"{word}(?!\w)", name, re.IGNORECASE):
+            return key
+    return None
+
+
 REACHED = 0.8  # of both data-sheet figures is what large operations reach; H200: 790 of 989 TFLOP/s
 
 
@@ -135,11 +154,11 @@ def training_memory(
     """
     c = cost(config)
     state = (c.parameters + c.projector_parameters) * (4 + 4 + 8 + 4 * average)
-    two, three = (_kept_bytes(config, n, half=half) for n in (2, 3))
+    two, three = (_by_depth(partial(_kept_bytes, n=n, half=half), config)[0] for n in (2, 3))
     activations, copies = three - two, max(0, 3 * two - 2 * three)
     if recompute:
         one_block = replace(config, depth=1, align_depth=1)
-        inside = _kept_bytes(one_block, 3, half=half) - _kept_bytes(one_block, 2, half=half)
+        inside = _kept_bytes(one_block, n=3, half=half)[0] - _kept_bytes(one_block, n=2, half=half)[0]
         activations = inside + config.depth * config.num_tokens * config.hidden_size * 4
     return TrainingMemory(state, copies, activations)
 
@@ -170,16 +189,25 @@ def _inputs(config: SiTConfig, n: int) -> tuple[Tensor, ...]:
     return (x, torch.zeros(n), torch.zeros(n, dtype=torch.long), *token)
 
 
-def _forward_macs(config: SiTConfig, *, project: bool) -> dict[str, int]:
-    """Multiply-adds of one image by operator name."""
-    network = SiT(config).eval()
-    with FlopCounterMode(display=False) as counter:
-        network(*_inputs(config, 1), project=project)
-    return {str(operator): flops // 2 for operator, flops in counter.get_flop_counts()["Global"].items()}
+def _by_depth(count: Callable[[SiTConfig], tuple[int, ...]], config: SiTConfig) -> tuple[int, ...]:
+    """`count(config)`, from its values at one and two blocks: blocks are alike, and 28 of them take a second to trace."""
+    one, two = (count(replace(config, depth=depth, align_depth=1)) for depth in (1, 2))
+    return tuple(a + (config.depth - 1) * (b - a) for a, b in zip(one, two))
 
 
-def _kept_bytes(config: SiTConfig, n: int, *, half: bool) -> int:
-    """Bytes that a forward pass of n images keeps for its backward pass, parameters apart."""
+def _count(config: SiTConfig) -> tuple[int, int, int]:
+    """Parameters, multiply-adds of one image, and those of them in the attention products."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = SiT(config).eval()
+        network(*_inputs(config, 1), project=bool(config.align_dims))
+    macs = {str(operator): flops // 2 for operator, flops in counter.get_flop_counts()["Global"].items()}
+    attention = sum(n for name, n in macs.items() if "attention" in name or "bmm" in name)
+    return sum(p.numel() for p in network.parameters()), sum(macs.values()), attention
+
+
+@cache
+def _kept_bytes(config: SiTConfig, *, n: int, half: bool) -> tuple[int]:
+    """Bytes that a forward pass of n images keeps for its backward pass, parameters apart; in a tuple for `_by_depth`."""
     with FakeTensorMode():
         network = SiT(config).train()
         own = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
@@ -195,4 +223,4 @@ def _kept_bytes(config: SiTConfig, n: int, *, half: bool) -> int:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
                 output = network(*_inputs(config, n), project=bool(config.align_dims))
         del output
-        return sum(storage.nbytes() for storage in kept.values())
+        return (sum(storage.nbytes() for storage in kept.values()),)

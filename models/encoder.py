@@ -57,7 +57,7 @@ def load_encoder(name: str, grid: int) -> VisionEncoder:
     name: a published name (dinov2-vit-b, dinov2reg-vit-l, ...), any timm ViT with a class token, a local folder in timm's
     format (config.json + model.safetensors), or NAME=FILE for a checkpoint file of a named architecture. The position
     embedding is resampled to the grid by timm, with antialias, as in the published code. Raises ValueError for a network
-    that cannot serve, FileNotFoundError, with the mend, when weights are missing.
+    that cannot serve, FileNotFoundError, with the cause, when weights are missing.
     """
     import timm
 
@@ -85,10 +85,13 @@ def load_encoder(name: str, grid: int) -> VisionEncoder:
     except OSError as error:
         if folder.is_dir():
             raise FileNotFoundError(f"encoder folder {folder} cannot be read: {hub.first_line(error)}") from error
+        repo = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"timm/{source}"
+        elsewhere = (
+            f"`hf download {repo} --local-dir encoder` and pass --enc-type encoder, or give a checkpoint file as "
+            f"--enc-type {architecture}=FILE"
+        )
         raise FileNotFoundError(
-            f"the weights of encoder {name!r} are not cached and could not be downloaded; on a machine with network run "
-            f"`hf download timm/{source} --local-dir encoder` and pass --enc-type encoder, or give a checkpoint file "
-            f"as --enc-type {architecture}=FILE"
+            f"the weights of encoder {name!r} are missing: {hub.cause(error, repo, elsewhere)}"
         ) from error
     except RuntimeError as error:  # timm: unknown model, or weights of another architecture
         raise ValueError(f"encoder {name!r} cannot be loaded: {hub.first_line(error)}") from error

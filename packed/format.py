@@ -41,7 +41,7 @@ class Manifest:
     """What `dataset.json` holds. shards: one {"count": n, "files": {field: {"file", "sha256"}}} each, in record order."""
 
     count: int
-    shard_size: int  # records in every shard but the last, less those whose image was skipped
+    shard_size: int  # records in every shard but the last of each part, less those whose image was skipped
     resolution: int  # pixels, H = W
     fields: dict[str, dict[str, Any]]  # name => {"dtype": "float16", "shape": [8, 32, 32]}
     classes: list[str]  # class names; a label is an index into them

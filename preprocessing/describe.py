@@ -27,7 +27,7 @@ _SAMPLE = 512  # records whose tokens and latents are measured
 
 @dataclass(frozen=True)
 class DescribeConfig:
-    data_dir: Path = setting(help="packed dataset", group="input")
+    data_dir: Path = setting(help="packed dataset", group="input", also=("dataset", "data", "out"))
     vae: str | None = setting(None, "decodes the sheet: ema, mse, hub id or folder; default: the dataset's", group="input")
     sheet: Path | None = setting(None, "PNG to write; default: contact_sheet.png in the dataset", group="output")
     images: int = setting(40, "images on the sheet; 0: no sheet, and no VAE is loaded", group="output")
@@ -35,8 +35,14 @@ class DescribeConfig:
     seed: int = setting(0, "of the choice of images", group="input")
 
 
+EXAMPLES = (
+    "python -m preprocessing.describe --data-dir data/imagenet256",
+    "python -m preprocessing.describe --data-dir data/mine --images 100 --sheet sheet.png",
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(DescribeConfig, "Describe a packed dataset.", argv)
+    settings = parse(DescribeConfig, "Describe a packed dataset.", argv, examples=EXAMPLES)
     if settings.images < 0 or settings.classes < 0:
         raise UserError("--images and --classes cannot be negative")
     import numpy as np
@@ -57,12 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _overview(dataset: "PackedDataset") -> list[str]:
+    from preprocessing.messages import size_text
+
     manifest, folder = dataset.manifest, dataset.directory
     lines = [f"{folder}: {manifest.count} records, {len(manifest.classes)} classes, {manifest.resolution} pixels"]
     for name, spec in manifest.fields.items():
         size = sum((folder / shard["files"][name]["file"]).stat().st_size for shard in manifest.shards)
         shape = " x ".join(map(str, spec["shape"])) or "one number"
-        lines.append(f"  {name}: {shape} {spec['dtype']}, {_size(size)} in {len(manifest.shards)} files")
+        lines.append(f"  {name}: {shape} {spec['dtype']}, {size_text(size)} in {len(manifest.shards)} files")
     normalization = manifest.vae["normalization"]
     lines.append(f"VAE {manifest.vae['name']}, scale {normalization['scale'][0]:g}, factor {manifest.vae['factor']}")
     lines += [f"encoder {e.name}: {e.dim} wide, {e.grid} x {e.grid} tokens" for e in manifest.encoders]
@@ -70,6 +78,8 @@ def _overview(dataset: "PackedDataset") -> list[str]:
     if "settings" in source:
         where = source["settings"]["source"]
         lines.append(f"from {source['kind']} {where}: {source['packed']} of {source['images']} images")
+        if "extensions" in source:
+            lines.append(f"  of these added by --extend: {', '.join(map(str, source['extensions']))}")
         lines.append(f"  {source['enlarged']} enlarged to the crop, {len(source['skipped'])} left out")
         lines += [f"  left out: {name}: {reason}" for name, reason in source["skipped"][:10]]
         lines.append(f"  arithmetic {source['settings']['dtype']}, batches of {source['settings']['batch_size']}")
@@ -77,10 +87,6 @@ def _overview(dataset: "PackedDataset") -> list[str]:
         rounding = (f"{name} {value:.2g}" for name, value in source["rounding"].items())
         lines.append("  largest rounding errors of storage: " + ", ".join(rounding))
     return lines
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _counts(dataset: "PackedDataset", labels: "np.ndarray", shown: int) -> list[str]:

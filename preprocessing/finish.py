@@ -10,9 +10,12 @@ from common.files import sha256
 from config import UserError
 from packed.format import EncoderInfo, Manifest, entry_file, read_json
 from preprocessing.index import Index
-from preprocessing.plan import INDEX, PLAN, Plan
+from preprocessing.plan import PLAN, Plan, index_file
 
-MEANS = "class_means.npy"
+
+def means_file(plan: Plan) -> str:
+    """Class means; of an extended dataset in a file of their own, since a training run may be reading the former ones."""
+    return f"class_means-{len(plan.extends):05d}.npy" if plan.extends else "class_means.npy"
 
 
 def describe(out: Path, plan: Plan, index: Index) -> Manifest:
@@ -22,8 +25,9 @@ def describe(out: Path, plan: Plan, index: Index) -> Manifest:
     if not shards:
         name, reason = entries[0]["skipped"][0]
         raise UserError(f"{out}: none of the {plan.count} images could be read; the first, {name}: {reason}")
-    means = has_means(plan)
-    files = {name: sha256(out / name) for name in (INDEX, PLAN, *((MEANS,) if means else ()))}
+    means = means_file(plan) if has_means(plan) else None
+    indices = [index_file(out, part.number).name for part in plan.parts]
+    files = {name: sha256(out / name) for name in (*indices, PLAN, *((means,) if means else ()))}
     return Manifest(
         count=sum(shard["count"] for shard in shards),
         shard_size=plan.shard_size,
@@ -34,7 +38,7 @@ def describe(out: Path, plan: Plan, index: Index) -> Manifest:
         encoders=[EncoderInfo(**encoder) for encoder in plan.encoders],
         shards=shards,
         source=_provenance(plan, index, entries),
-        class_means=MEANS if means else None,
+        class_means=means,
         files=files,
     )
 
@@ -54,7 +58,7 @@ def _provenance(plan: Plan, index: Index, entries: list[dict[str, Any]]) -> dict
         "rounding": rounding,
         "settings": plan.settings,
         "versions": plan.versions,
-    }
+    } | ({"extensions": [part.count for part in plan.parts[1:]]} if plan.extends else {})
 
 
 def has_means(plan: Plan) -> bool:
@@ -74,9 +78,10 @@ def write_class_means(out: Path, plan: Plan, index: Index) -> None:
             labels, tokens = (np.load(out / files[name]["file"], allow_pickle=False) for name in ("label", "class_token.0"))
             np.add.at(sums, labels, tokens.astype(np.float64))
             counts += np.bincount(labels, minlength=len(counts))
-    temporary = out / (MEANS + ".tmp")
+    means = out / means_file(plan)
+    temporary = means.with_name(means.name + ".tmp")
     with temporary.open("wb") as stream:
         np.save(stream, (sums / np.maximum(counts, 1)[:, None]).astype(np.float32), allow_pickle=False)
         stream.flush()
         os.fsync(stream.fileno())
-    temporary.replace(out / MEANS)
+    temporary.replace(means)

@@ -13,6 +13,7 @@ import numpy as np
 from config import UserError
 from preprocessing.images import SUFFIXES
 
+AS_LISTED = ("parquet", "arrow", "published")  # kinds whose order is the source's; others are ordered by class and name
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
@@ -128,7 +129,7 @@ def build(
             "(--allow-one-class packs it all the same)"
         )
     order = range(len(kept))
-    if kind not in ("parquet", "arrow", "published"):
+    if kind not in AS_LISTED:
         order = sorted(order, key=lambda i: (labels[i], entries[kept[i]].name))
         twice = [a for a, b in itertools.pairwise(order) if entries[kept[a]].name == entries[kept[b]].name]
         if twice:

@@ -21,19 +21,25 @@ from config import UserError, parse, run, setting
 
 @dataclass(frozen=True)
 class PackConfig:
-    out: Path = setting(help="folder to write", group="output")
-    shard_size: int = setting(2048, "records a file", group="output")
+    out: Path = setting(help="folder to write", group="output", also=("output", "dest", "out_dir"))
+    shard_size: int = setting(2048, "records per file", group="output")
+    extend: bool = setting(
+        False, "add the images that --source has gained to the finished dataset in --out; its records stay", group="output"
+    )
     verify: bool = setting(False, "re-read every checksum of --out, name what is broken, and stop", group="output")
     repair: bool = setting(False, "verify, then redo what is broken; give the flags it was packed with", group="output")
 
     source: Path | None = setting(
-        None, "folder of class folders, zip, tar (also of tars), parquet or arrow, or the published layout", group="input"
-    )
+        None, "folder of class folders, zip, tar (also of tars), parquet or arrow, or the published layout", group="input",
+        also=("input", "data", "images", "data_dir"),
+    )  # fmt: skip
     classes: Path | None = setting(
         None, "text file: the classes to take, in the order of their labels, one a line", group="input"
     )
     allow_one_class: bool = setting(False, "pack images that are all of one class", group="input")
-    resolution: int = setting(256, "pixels, height and width of the crop", group="input")
+    resolution: int = setting(
+        256, "pixels, height and width of the crop", group="input", also=("image_size", "size")
+    )
     on_corrupt: str = setting(
         "error", "an image that cannot be read ends the packing, or is left out and listed", group="input",
         choices=("error", "skip"),
@@ -49,18 +55,30 @@ class PackConfig:
     patch_size: int = setting(2, "of the network to be trained: each of its patches gets one token", group="networks")
 
     dtype: str = setting("fp32", "arithmetic of VAE and encoders", group="speed", choices=("fp32", "bf16", "fp16"))
-    batch_size: int = setting(64, "images at a time", group="speed")
-    num_workers: int | None = setting(None, "reading processes for each GPU; default: the cores there are", group="speed")
+    batch_size: int = setting(64, "images at a time", group="speed", also=("bs",))
+    num_workers: int | None = setting(
+        None, "reading processes for each GPU; default: the cores there are", group="speed",
+        also=("workers", "num_processes"),
+    )  # fmt: skip
     compile: bool = setting(False, "torch.compile the networks", group="speed")
 
 
+EXAMPLES = (
+    "python -m preprocessing.pack --source images --out data/mine --resolution 256",
+    "torchrun --nproc_per_node=8 preprocessing/pack.py --source ILSVRC2012_img_train.tar --out data/imagenet256",
+    "python -m preprocessing.pack --out data/mine --verify",
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(PackConfig, "Pack images for training.", argv)
+    settings = parse(PackConfig, "Pack images for training.", argv, examples=EXAMPLES)
     for name in ("resolution", "patch_size", "shard_size", "batch_size", "max_pixels"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
     if settings.source is None and not settings.verify:
         raise UserError("--source is required: the images to pack")
+    if settings.extend and (settings.verify or settings.repair):
+        raise UserError("--extend goes with neither --verify nor --repair; verify and repair first, then extend")
     if settings.out.exists() and not settings.out.is_dir():
         raise UserError(f"--out {settings.out}: is a file; give a folder")
 

@@ -3,23 +3,24 @@ are."""
 
 import datetime
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 
+from common.reporting import progress, say
 from config import UserError
-from packed.format import MANIFEST, write_manifest
+from packed.format import write_manifest
+from preprocessing import messages
+from preprocessing.extend import joined
 from preprocessing.finish import describe, write_class_means
 from preprocessing.index import Index
+from preprocessing.messages import Totals
 from preprocessing.networks import Encoded, Networks, Pending
-from preprocessing.plan import INDEX, PLAN, Plan, check_room, check_settings, index_source, make_plan
+from preprocessing.plan import Plan, check_room, check_settings, index_source, is_complete, make_plan, read_parts
 from preprocessing.read import CropDataset, Crops, Reader, Request, as_is
 from preprocessing.writer import BackgroundWriter
 
@@ -53,14 +54,6 @@ class Ranks:
         return content
 
 
-class Totals(NamedTuple):
-    """Of one process. seconds: of the whole loop; waiting: of them, for crops to arrive."""
-
-    images: int
-    seconds: float
-    waiting: float
-
-
 class Requests(Sampler):
     """Batches of the shards, one shard after another."""
 
@@ -77,24 +70,36 @@ class Requests(Sampler):
 
 
 def pack(settings: Any) -> None:
-    """Pack, or finish packing. Raises UserError, ValueError or FileNotFoundError for what the user can mend."""
+    """Pack, finish packing, or extend. Raises UserError, ValueError or FileNotFoundError for what the user can correct."""
     ranks = Ranks()
     out: Path = settings.out
     begun = check_settings(out, settings)
-    if begun is not None and (out / MANIFEST).is_file() and not begun.unfinished(out):
-        if ranks.rank == 0:
-            sys.stdout.write(f"{out} is packed already: {begun.count} images (--verify re-reads it)\n")
+    complete = begun is not None and is_complete(out, begun)
+    if complete and not settings.extend:
+        say(
+            f"{out} is packed already: {begun.count} images (--verify re-reads it; --extend adds images that were added to "
+            f"{settings.source})"
+        )
         return
-    out.mkdir(parents=True, exist_ok=True)
-    index = index_source(out, settings, begun) if ranks.rank == 0 else None
-    ranks.share(None)
-    index = index or Index.from_file(out / INDEX)
+    if settings.extend and not complete and not (begun is not None and begun.extends):
+        raise UserError(
+            f"--extend: {out} holds no finished dataset to add images to; give the same command without --extend first"
+        )
+    _make_folder(out)
+    if ranks.rank == 0:
+        say(f"listing the images of {settings.source}")
+        parts = index_source(out, settings, begun, extend=complete)
+    kind, new = ranks.share((parts[-1].kind, not complete or len(parts) > len(begun.parts)) if ranks.rank == 0 else None)
+    if not new:
+        say(f"{out}: all images of {settings.source} are packed already ({begun.count}); nothing to add")
+        return
     device = torch.device(f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
-    networks = Networks(settings, has_moments=index.kind == "published", device=device)
-    plan = make_plan(out, settings, index, networks, begun) if ranks.rank == 0 else None
-    plan = ranks.share(plan)
+    networks = Networks(settings, has_moments=kind == "published", device=device)
+    plan = ranks.share(make_plan(out, settings, parts, networks, begun) if ranks.rank == 0 else None)
+    index = joined(read_parts(out, plan))
     todo = ranks.share(plan.unfinished(out) if ranks.rank == 0 else None)
     if ranks.rank == 0:
+        say(messages.needs(out, plan, index, todo, device, ranks.world))
         check_room(out, plan, todo)
     own = todo[ranks.rank :: ranks.world]
     totals = pack_shards(out, index, plan, own, networks, settings, ranks)
@@ -103,8 +108,18 @@ def pack(settings: Any) -> None:
         write_class_means(out, plan, index)
         manifest = describe(out, plan, index)
         write_manifest(out, manifest)
-        sys.stdout.write(_summary(out, manifest.source, everyone))
+        say(messages.summary(out, manifest.source, everyone))
     ranks.share(None)
+
+
+def _make_folder(out: Path) -> None:
+    """Raises UserError if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: the folder cannot be made ({error.strerror})") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out}: the folder is read-only; give another --out")
 
 
 def pack_shards(
@@ -121,8 +136,9 @@ def pack_shards(
     networks.place()
     count = sum(stop - start for start, stop in map(plan.range, shards))
     share = f" (1/{ranks.world} of the images)" if ranks.world > 1 else ""
-    bar = tqdm(total=count, unit="image", desc=f"packing{share}", disable=ranks.rank > 0, mininterval=0.5)
+    bar = progress(count, unit="image", description=f"packing{share}", shown=ranks.rank == 0)
     waiting, start = 0.0, time.monotonic()
+    done, warm = 0, (0, start)  # images, and those of the first batch, which warms the device up, with its time
     tally: dict[int, dict[str, Any]] = {}
     with BackgroundWriter(out) as writer, bar:
         pending: Pending | None = None
@@ -139,7 +155,13 @@ def pack_shards(
             following = networks.start(crops) if crops is not None else None
             if pending is not None:
                 _write(writer, networks.finish(pending), plan, tally)
+                done += len(pending.crops.request.items)
                 bar.update(len(pending.crops.request.items))
+                now = time.monotonic()
+                if pending.crops.request.last and shards[1:] and pending.crops.request.shard == shards[0]:
+                    say(messages.forecast(done - warm[0], now - warm[1], count - done, ranks.world))
+                elif warm == (0, start):
+                    warm = done, now
             if following is None:
                 break
             pending = following
@@ -150,7 +172,7 @@ def _write(writer: BackgroundWriter, encoded: Encoded, plan: Plan, tally: dict[i
     """Hand a batch to the writer; the last of a shard goes with the shard's notes."""
     crops = encoded.crops
     shard = crops.request.shard
-    notes = tally.setdefault(shard, {"plan": plan.id, "skipped": [], "enlarged": 0, "error": {}})
+    notes = tally.setdefault(shard, {"plan": plan.part(shard).id, "skipped": [], "enlarged": 0, "error": {}})
     notes["skipped"] += [list(bad) for bad in crops.bad]
     notes["enlarged"] += crops.enlarged
     for name, value in encoded.error.items():
@@ -164,21 +186,3 @@ def _workers(wanted: int | None, ranks: Ranks) -> int:
         return max(wanted, 0)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(len(os.sched_getaffinity(0)) // local - 1, 0)
-
-
-def _summary(out: Path, source: dict[str, Any], everyone: list[Totals]) -> str:
-    images, seconds = sum(t.images for t in everyone), max(t.seconds for t in everyone)
-    lines = [f"{out}: {source['packed']} images of {source['images']}"]
-    if images:
-        waited = np.mean([t.waiting / max(t.seconds, 1e-9) for t in everyone])
-        lines.append(f"{images / max(seconds, 1e-9):.1f} images/s; the networks waited for crops {waited:.0%} of the time")
-    if source["enlarged"]:
-        lines.append(f"{source['enlarged']} images were smaller than the crop and were enlarged")
-    if source["skipped"]:
-        name, reason = source["skipped"][0]
-        lines.append(f"{len(source['skipped'])} images were left out, listed in {MANIFEST}; the first: {name}: {reason}")
-    if source["ignored"]:
-        lines.append(f"some files are no images and were passed over: {', '.join(source['ignored'][:3])}")
-    errors = ", ".join(f"{name} {value:.2g}" for name, value in source["rounding"].items())
-    lines.append(f"largest rounding errors of storage: {errors} (recorded with the settings in {MANIFEST} and {PLAN})")
-    return "\n  ".join(lines) + "\n"

@@ -4,17 +4,19 @@ import hashlib
 import os
 import platform
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from common.files import fingerprint, sha256
 from config import UserError
-from packed.format import MANIFEST, entry_file, npy_size, read_json, write_json
+from packed.format import MANIFEST, entry_file, npy_size, read_json, read_manifest, write_json
+from preprocessing.extend import merged_classes, new_images, remaining
 from preprocessing.index import Choice, Index
 from preprocessing.networks import Networks
 from preprocessing.sources import list_source
@@ -27,10 +29,24 @@ COMPARED = (  # settings that decide what is written: the same for the whole of 
 )  # fmt: skip
 
 
+class Part(NamedTuple):
+    """What one packing added: the first one, or an extension. number: counts them from 0. id: of its plan, in the entries of
+    its shards. index: SHA-256 of its list of images. first_image, first_shard: where it begins in the dataset."""
+
+    number: int
+    id: str
+    index: str
+    first_image: int
+    count: int
+    first_shard: int
+    shards: int
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What `packing.json` holds. settings: those of COMPARED. index: SHA-256 of index.npz. fields, vae, encoders: as in the
-    manifest. versions: of what packed, for people."""
+    """What `packing.json` holds. settings: those of COMPARED. index: SHA-256 of the newest list of images. count: images of
+    all parts. fields, vae, encoders: as in the manifest. versions: of what packed, for people. extends: the earlier parts,
+    {"id", "index", "count", "classes": how many there were}; absent from the file of a dataset that was packed at once."""
 
     settings: dict[str, Any]
     index: str
@@ -39,6 +55,7 @@ class Plan:
     vae: dict[str, Any]
     encoders: list[dict[str, Any]]
     versions: dict[str, str]
+    extends: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def shard_size(self) -> int:
@@ -46,16 +63,38 @@ class Plan:
 
     @property
     def shards(self) -> int:
-        return -(-self.count // self.shard_size)
+        return sum(part.shards for part in self.parts)
 
     @property
     def id(self) -> str:
-        """Stands in every shard's entry: shards of another plan do not count as done."""
-        return fingerprint({name: value for name, value in asdict(self).items() if name != "versions"})
+        """Written in every shard's entry: shards of another plan do not count as done."""
+        return fingerprint({name: value for name, value in self.content().items() if name != "versions"})
+
+    def content(self) -> dict[str, Any]:
+        """What is written to `packing.json`."""
+        return {name: value for name, value in asdict(self).items() if name != "extends" or value}
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The first packing and its extensions, in the order of the records; each begins with a shard of its own."""
+        own = {"id": self.id, "index": self.index, "count": self.count - sum(part["count"] for part in self.extends)}
+        found: list[Part] = []
+        image = shard = 0
+        for number, part in enumerate((*self.extends, own)):
+            shards = -(-part["count"] // self.shard_size)
+            found.append(Part(number, part["id"], part["index"], image, part["count"], shard, shards))
+            image, shard = image + part["count"], shard + shards
+        return found
+
+    def part(self, shard: int) -> Part:
+        """The part that a shard belongs to."""
+        return next(part for part in reversed(self.parts) if part.first_shard <= shard)
 
     def range(self, shard: int) -> tuple[int, int]:
-        """First and last + 1 of the shard's items in the index."""
-        return shard * self.shard_size, min((shard + 1) * self.shard_size, self.count)
+        """First and last + 1 of the shard's items in the index of all parts."""
+        part = self.part(shard)
+        start = part.first_image + (shard - part.first_shard) * self.shard_size
+        return start, min(start + self.shard_size, part.first_image + part.count)
 
     def bytes(self, shards: list[int]) -> int:
         """Size of the files of shards."""
@@ -70,7 +109,7 @@ class Plan:
     def _is_done(self, out: Path, number: int) -> bool:
         path = entry_file(out, number)
         try:
-            return path.is_file() and read_json(path)["plan"] == self.id
+            return path.is_file() and read_json(path)["plan"] == self.part(number).id
         except (ValueError, KeyError):
             return False
 
@@ -101,8 +140,9 @@ def check_settings(out: Path, settings: Any) -> Plan | None:
             raise UserError(f"--out {out}: holds a dataset that was not packed here; give another folder")
         return None
     plan = read_plan(out)
+    extending = settings.extend and is_complete(out, plan)
     for name, value in compared_settings(settings).items():
-        if plan.settings[name] != value:
+        if plan.settings[name] != value and not (extending and name == "classes"):  # may name more classes now
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"--out {out}: was begun with {flag} {_show(plan.settings[name])}, now it is {_show(value)}; give the same "
@@ -111,39 +151,110 @@ def check_settings(out: Path, settings: Any) -> Plan | None:
     return plan
 
 
-def index_source(out: Path, settings: Any, plan: Plan | None) -> Index:
-    """The images to pack, listed once and kept in `index.npz`. Raises UserError if they have changed since."""
-    path = out / INDEX
-    if plan is not None and path.is_file() and sha256(path) == plan.index:
-        return Index.from_file(path)
-    index = list_source(settings.source, Choice(settings.classes, settings.allow_one_class))
-    content = index.to_bytes()
-    if plan is not None and hashlib.sha256(content).hexdigest() != plan.index:
+def is_complete(out: Path, plan: Plan) -> bool:
+    """Whether everything that is planned is written, the manifest included."""
+    if not (out / MANIFEST).is_file() or plan.unfinished(out):
+        return False
+    return not plan.extends or read_manifest(out).files.get(PLAN) == sha256(out / PLAN)
+
+
+def index_file(out: Path, number: int) -> Path:
+    """The list of images of a part."""
+    return out / (f"index-{number:05d}.npz" if number else INDEX)
+
+
+def read_parts(out: Path, plan: Plan) -> list[Index]:
+    """The list of images of each part. Raises ValueError if one is damaged."""
+    return [Index.from_file(index_file(out, part.number)) for part in plan.parts]
+
+
+def index_source(out: Path, settings: Any, plan: Plan | None, *, extend: bool) -> list[Index]:
+    """The images to pack, by part, listed once and kept beside the shards.
+
+    Args:
+        plan: of the packing that was begun, if any.
+        extend: list the source again, and add the images that are new as a part of their own, if there are any.
+
+    Raises:
+        UserError: if a list has to be made again and the images have changed since.
+    """
+    if plan is None and index_file(out, 1).is_file():  # the plan was lost, the lists are what it was made of
+        return [Index.from_file(index_file(out, k)) for k in range(sum(1 for _ in out.glob("index*.npz")))]
+    if plan is None:
+        index = list_source(settings.source, Choice(settings.classes, settings.allow_one_class))
+        _write(index_file(out, 0), index.to_bytes())
+        return [index]
+    broken = [part.number for part in plan.parts if not index_is_whole(out, part)]
+    if broken:
+        _list_again(out, settings, plan, broken)
+    parts = read_parts(out, plan)
+    if extend:
+        new = new_images(parts, [index_file(out, part.number).stat().st_mtime_ns for part in plan.parts], settings)
+        if len(new):
+            _write(index_file(out, len(parts)), new.to_bytes())
+            parts.append(new)
+    return parts
+
+
+def index_is_whole(out: Path, part: Part) -> bool:
+    """Whether the list of images of a part matches its checksum."""
+    path = index_file(out, part.number)
+    return path.is_file() and sha256(path) == part.index
+
+
+def _list_again(out: Path, settings: Any, plan: Plan, broken: list[int]) -> None:
+    """Make a lost list of images again from the source. Raises UserError if that is no longer possible."""
+    fresh = list_source(settings.source, Choice(settings.classes, settings.allow_one_class))
+    number, last = broken[0], len(plan.extends)
+    content = b""
+    if last == 0:
+        content = fresh.to_bytes()
+    elif len(broken) == 1:
+        known = {k: Index.from_file(index_file(out, k)) for k in range(last + 1) if k != number}
+        if number < last:
+            classes = known[last].classes[: plan.extends[number]["classes"]]
+        else:
+            classes = merged_classes(known[last - 1].classes, fresh.classes)
+        if {fresh.classes[label] for label in fresh.labels} <= {*classes, *known[max(known)].classes}:
+            content = remaining(fresh, known.values(), classes).to_bytes()
+    if hashlib.sha256(content).hexdigest() != plan.parts[number].index:
         raise UserError(
-            f"--source {settings.source}: its images are not those that packing into {out} began with; give another --out"
+            f"--source {settings.source}: its images are not those that packing into {out} began with; give another --out, "
+            "or finish with the images of then and add the new ones by --extend afterwards"
         )
+    _write(index_file(out, number), content)
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-    return index
 
 
-def make_plan(out: Path, settings: Any, index: Index, networks: Networks, begun: Plan | None) -> Plan:
-    """The plan of these settings, written unless it was begun before. Raises UserError if networks have changed since."""
+def make_plan(out: Path, settings: Any, parts: list[Index], networks: Networks, begun: Plan | None) -> Plan:
+    """The plan for these parts, written unless it was begun before. Raises UserError if networks have changed since."""
     vae, encoders = networks.vae_info, [asdict(encoder) for encoder in networks.encoder_infos]
     if begun is not None:
         for name, was, now in (("--vae", begun.vae, vae), ("--enc-type", begun.encoders, encoders)):
             if was != now:
                 raise UserError(f"{name}: its weights are not those that {out} was begun with; give another --out")
-        return begun
-    plan = Plan(
-        compared_settings(settings), sha256(out / INDEX), len(index), networks.fields(settings.resolution, settings.pixels),
-        vae, encoders, _versions(networks.device),
-    )  # fmt: skip
-    write_json(out / PLAN, asdict(plan))
+    plan = begun
+    for number in range(len(begun.parts) if begun else 0, len(parts)):
+        before = plan
+        extends = []
+        if before is not None:
+            earlier = {"id": before.id, "index": before.index, "count": before.parts[-1].count,
+                       "classes": len(parts[number - 1].classes)}  # fmt: skip
+            extends = [*before.extends, earlier]
+        plan = Plan(
+            compared_settings(settings), sha256(index_file(out, number)), sum(map(len, parts[: number + 1])),
+            networks.fields(settings.resolution, settings.pixels), vae, encoders, _versions(networks.device), extends,
+        )  # fmt: skip
+    if plan is not begun:
+        write_json(out / PLAN, plan.content())
     return plan
 
 

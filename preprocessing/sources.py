@@ -18,6 +18,13 @@ LATENT_FOLDER = "vae-sd"
 
 def list_source(source: Path, choice: Choice) -> Index:
     """Find the images of `source` and their classes. Raises UserError, naming what is wrong."""
+    try:
+        return _list_source(source, choice)
+    except PermissionError as error:
+        raise UserError(f"--source {source}: {error.filename} cannot be read ({error.strerror})") from error
+
+
+def _list_source(source: Path, choice: Choice) -> Index:
     if not source.exists():
         raise UserError(f"--source {source}: no such file or folder")
     if source.is_dir():

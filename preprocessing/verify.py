@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.files import sha256
+from common.reporting import progress
 from config import UserError
 from packed.format import CRC, MANIFEST, entry_file, npy_size, read_json, read_manifest
-from preprocessing.finish import MEANS, describe
+from preprocessing.extend import joined
+from preprocessing.finish import describe, has_means, means_file
 from preprocessing.index import Index
-from preprocessing.plan import INDEX, PLAN, Plan, read_plan
+from preprocessing.plan import PLAN, Plan, index_file, index_is_whole, read_parts, read_plan
 
 _SHOWN = 5  # names of broken records in a line
 
@@ -49,8 +51,14 @@ def verify(out: Path, *, repair: bool) -> None:
 
 
 def clear(out: Path, faults: list[Fault]) -> None:
-    """Delete broken files and the entries of their shards; the manifest first, as there is no dataset until it is whole."""
-    (out / MANIFEST).unlink(missing_ok=True)
+    """Delete broken files and the entries of their shards; the manifest first, as there is no dataset until it is whole.
+
+    The manifest of a dataset whose extension is not finished stays if all faults are of the extension."""
+    plan = None if any(fault.file == PLAN for fault in faults) else read_plan(out)
+    first = plan.parts[-1].first_shard if plan is not None and _is_being_extended(out, plan) else sys.maxsize
+    faults = [fault for fault in faults if fault.file != MANIFEST or first == sys.maxsize]
+    if any(fault.shard is None or fault.shard < first for fault in faults):
+        (out / MANIFEST).unlink(missing_ok=True)
     for fault in faults:
         if fault.shard is not None:
             entry_file(out, fault.shard).unlink(missing_ok=True)
@@ -67,15 +75,38 @@ def find_faults(out: Path) -> list[Fault]:
     except (ValueError, FileNotFoundError) as error:
         return [Fault(PLAN, str(error), None), *_faults_without_plan(out)]
     index = None
-    if not (out / INDEX).is_file() or sha256(out / INDEX) != plan.index:
-        faults.append(Fault(INDEX, "is missing or does not match its checksum", None))
-    else:
-        index = Index.from_file(out / INDEX)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter's lock
-        for found in pool.map(lambda number: _shard_faults(out, plan, index, number), range(plan.shards)):
-            faults += found
+    for part in plan.parts:
+        if not index_is_whole(out, part):
+            faults.append(Fault(index_file(out, part.number).name, "is missing or does not match its checksum", None))
+    if not faults:
+        index = joined(read_parts(out, plan))
+    if _is_being_extended(out, plan):
+        return [
+            Fault(MANIFEST, "its extension is not finished: give the packing command again", None), *faults,
+            *_faults_of_shards(out, plan, index),
+        ]  # fmt: skip
+    faults += _faults_of_shards(out, plan, index)
     if index is not None and not any(fault.shard is not None for fault in faults):
         faults += _manifest_faults(out, plan, index)
+    return faults
+
+
+def _is_being_extended(out: Path, plan: Plan) -> bool:
+    """Whether there is a whole dataset and a plan for more."""
+    try:
+        return bool(plan.extends) and read_manifest(out).files.get(PLAN) != sha256(out / PLAN)
+    except (ValueError, FileNotFoundError):
+        return False
+
+
+def _faults_of_shards(out: Path, plan: Plan, index: Index | None) -> list[Fault]:
+    numbers = range(plan.shards)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter's lock
+        with progress(len(numbers), unit="shard", description="verifying") as bar:
+            faults = []
+            for found in pool.map(lambda number: _shard_faults(out, plan, index, number), numbers):
+                faults += found
+                bar.update()
     return faults
 
 
@@ -87,7 +118,7 @@ def _shard_faults(out: Path, plan: Plan, index: Index | None, number: int) -> li
         return [Fault(path.name, "is missing: this shard was never finished", number)]
     except ValueError:
         return [Fault(path.name, "does not match its checksum", number)]
-    if entry["plan"] != plan.id:
+    if entry["plan"] != plan.part(number).id:
         return [Fault(path.name, f"was written by a packing other than that of {PLAN}", number)]
     faults = []
     for name, file in entry["files"].items():
@@ -143,9 +174,10 @@ def _manifest_faults(out: Path, plan: Plan, index: Index) -> list[Fault]:
         manifest = read_manifest(out)
     except (ValueError, FileNotFoundError) as error:
         manifest, faults = None, [Fault(MANIFEST, str(error), None)]
-    wanted = manifest.files.get(MEANS) if manifest is not None else None
-    if "class_token.0" in plan.fields and (not (out / MEANS).is_file() or (wanted and sha256(out / MEANS) != wanted)):
-        return [*faults, Fault(MEANS, "is missing or does not match its checksum", None)]
+    means = means_file(plan)
+    wanted = manifest.files.get(means) if manifest is not None else None
+    if has_means(plan) and (not (out / means).is_file() or (wanted and sha256(out / means) != wanted)):
+        return [*faults, Fault(means, "is missing or does not match its checksum", None)]
     if manifest is not None and asdict(manifest) != asdict(describe(out, plan, index)):
         faults.append(Fault(MANIFEST, "does not describe the shards that are here", None))
     return faults

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE
 from quickstart.stages import Runner, Stage
 
 SAMPLERS = {  # name => generate.py's flags
@@ -16,8 +17,9 @@ SAMPLERS = {  # name => generate.py's flags
 }
 GUIDANCE = {
     "unguided": ("--cfg-scale", "1.0"),
-    "guided": ("--cfg-scale", "2.3", "--cls-cfg-scale", "2.3", "--guidance-low", "0.0", "--guidance-high", "0.85"),
-}
+    "guided": ("--cfg-scale", str(GUIDANCE_SCALE), "--cls-cfg-scale", str(GUIDANCE_SCALE),
+               "--guidance-low", "0.0", "--guidance-high", str(GUIDANCE_HIGH)),
+}  # fmt: skip
 RUNS = {  # rows of the paper's ablation => train.py's flags
     "reg": (),
     "repa": ("--no-class-token",),

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from config import UserError, run
+
 SIZE = 16  # pixels; the scans are 8 x 8 and are enlarged
 
 
@@ -19,7 +21,12 @@ def write_image_folders(out: Path, held_out: float = 0.2) -> tuple[int, int]:
 
     Every fifth scan of each digit is held out, so both trees have all classes and the split is fixed.
     """
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "the digits are scikit-learn's, which is not installed: pip install -r requirements-quickstart.txt"
+        ) from error
 
     digits = load_digits()
     counts = {"train": 0, "test": 0}
@@ -57,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

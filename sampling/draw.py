@@ -11,6 +11,7 @@ from models.guidance import Guidance, Meter, Velocity, network_velocity
 from models.interpolant import Interpolant
 from models.noise import NoiseSource
 from models.samplers import Solver
+from models.solvers import Progress
 from models.state import State
 
 
@@ -41,12 +42,14 @@ class Sampler:
     class_means: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, index: Tensor, label: Tensor, token: Tensor | None = None) -> Drawn:
+    def __call__(
+        self, index: Tensor, label: Tensor, token: Tensor | None = None, progress: Progress | None = None
+    ) -> Drawn:
         """index, label: (N,) int64 on the device; index numbers the noise. token: (N, D) given class tokens, or None to
-        generate them."""
-        best, meter = self._candidate(0, index, label, token), Meter()
+        generate them. progress: takes the finished fraction of the batch, all candidates together, after each step."""
+        best, meter = self._candidate(0, index, label, token, progress), Meter()
         for candidate in range(1, self.best_of):
-            other = self._candidate(candidate, index, label, token)
+            other = self._candidate(candidate, index, label, token, progress)
             scores = [agreement(drawn.state.class_token, label, self.class_means) for drawn in (best, other)]
             better = scores[1] > scores[0]
             state = best.state.map(lambda a, b: torch.where(better.view(-1, *[1] * (a.ndim - 1)), b, a), other.state)
@@ -54,7 +57,13 @@ class Sampler:
             best = Drawn(state, meter.evaluations, meter.forwards)
         return best
 
-    def _candidate(self, number: int, index: Tensor, label: Tensor, token: Tensor | None) -> Drawn:
+    def _candidate(
+        self, number: int, index: Tensor, label: Tensor, token: Tensor | None, progress: Progress | None
+    ) -> Drawn:
+        def after_step(fraction: float) -> None:
+            if progress:
+                progress((number + fraction) / self.best_of)
+
         noise = NoiseSource(self.network.config, self.seed, index, self.solver.num_steps, number)
         start, meter = noise.start(), Meter()
         velocity = network_velocity(
@@ -62,7 +71,7 @@ class Sampler:
         )
         if token is not None:
             velocity = fixed_token(velocity, self.interpolant, token.double(), start.class_token.double())
-        end = self.solver(velocity, start, self.interpolant, noise)
+        end = self.solver(velocity, start, self.interpolant, noise, after_step)
         if token is not None:
             end = State(end.latent, token.double())
         return Drawn(end, meter.evaluations, meter.forwards)

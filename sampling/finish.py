@@ -9,24 +9,25 @@ from typing import Any
 
 import numpy as np
 
+from common.pictures import Cell, class_caption, write_png, write_sheet
 from sampling.parts import Parts, refuse_mixing, write_json, write_rows, write_samples
-from sampling.pictures import Shown, columns_of, write_gallery, write_grid, write_png
+from sampling.pictures import Shown, arrange, write_gallery
 
 SCHEMA = 1
 SAMPLES, SIDECAR = "samples.npz", "samples.json"
-GRID = 100  # pictures in grid.png, at most
+SEEN = 200  # samples that grid.png chooses from
 _PACKAGES = ("torch", "numpy", "diffusers", "timm", "torchdiffeq")
 
 
 @dataclass(frozen=True)
 class Output:
-    """What to write. columns: of the grid, if it is readable; names: of the classes, or empty."""
+    """What to write. strip: samples in each row of an interpolation, 0: none; names: of the classes, or empty."""
 
     folder: Path
     count: int
     resolution: int
     names: tuple[str, ...] = ()
-    columns: int | None = None
+    strip: int = 0
     gallery: int = 200
     class_tokens: bool = False
     png: bool = False
@@ -68,10 +69,15 @@ def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: d
             write_rows(folder / "class_token_labels.npy", (count,), np.int64, iter([nearest]))
     if output.png:
         write_missing_png(folder / "png", parts, count)
-    seen = np.stack(list(islice(chain.from_iterable(parts.rows(count, "pixels")), max(GRID, output.gallery))))
-    columns = columns_of(min(count, GRID), output.columns)
-    whole = min(count, GRID) // columns * columns or count
-    write_grid(folder / "grid.png", seen[:whole], columns)
+    seen = np.stack(list(islice(chain.from_iterable(parts.rows(count, "pixels")), max(SEEN, output.gallery))))
+    shown = [
+        Shown(i, pixels, int(labels[i]), None if nearest is None else int(nearest[i])) for i, pixels in enumerate(seen)
+    ]
+    write_sheet(
+        folder / "grid.png",
+        [[Cell(s.pixels, class_caption(s.label, s.nearest, output.names)) for s in row]
+         for row in arrange(shown[:SEEN], output.strip)],
+    )  # fmt: skip
     named = float((nearest == labels).mean()) if nearest is not None else None
     cost = {name: _mean(parts, count, name) for name in ("evaluations", "forwards")}
     sidecar = {
@@ -85,15 +91,13 @@ def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: d
         "versions": _versions(),
     }
     if output.gallery:
-        shown = [
-            Shown(i, pixels, int(labels[i]), None if nearest is None else int(nearest[i]))
-            for i, pixels in enumerate(seen[: output.gallery])
-        ]
-        write_gallery(folder / "gallery.html", shown, output.names, sidecar)
+        write_gallery(folder / "gallery.html", shown[: output.gallery], output.names, sidecar)
     write_json(folder / SIDECAR, sidecar)
     if not output.keep_parts:
         parts.remove()
-    return f"{folder / SAMPLES}: {count} samples of {side} x {side}, {cost['evaluations']:g} evaluations each"
+    pictures = "grid.png and gallery.html" if output.gallery else "grid.png"
+    made = f"{count} samples of {side} x {side}, {cost['evaluations']:g} evaluations each"
+    return f"{folder / SAMPLES}: {made}; look at {pictures}"
 
 
 def write_missing_png(folder: Path, parts: Parts, count: int) -> None:

@@ -3,30 +3,29 @@
 import hashlib
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models import acceleration
 from models.checkpoint import Model, find_model
 from models.class_token import between, nearest_class
 from models.guidance import Guidance
 from models.interpolant import Interpolant
+from models.published import file_sha256, obtain
 from models.samplers import Solver
-from sampling import processes
+from models.solvers import Progress
+from sampling import messages, processes
 from sampling.draw import Drawn, Sampler
-from sampling.finish import Output, assemble, is_finished, png_file
-from sampling.networks import Decoder, Precision, file_sha256, load_decoder, load_guided, prepare, weights_sha256
+from sampling.finish import Output, assemble, is_finished
+from sampling.loop import sample_parts
+from sampling.networks import Decoder, Precision, load_decoder, load_guided, prepare, weights_sha256
 from sampling.parts import Parts, check_space
-from sampling.pictures import write_png
-from sampling.plan import Labels, batches, read_labels, share
+from sampling.plan import Labels, batches, read_labels
 from sampling.processes import Process
 from sampling.tokens import read_tokens
 
@@ -37,12 +36,14 @@ class Request:
 
     checkpoint: Path
     out: Path
+    preset: str | None = None  # whose values the request has, for messages
     count: int = 50_000
     seed: int = 0
     labels: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     solver: Solver = field(default_factory=Solver)
     guidance: Guidance = field(default_factory=Guidance)
+    guidance_optional: bool = False  # sample unguided a model that has no null class, instead of refusing
     guide_checkpoint: Path | None = None
     class_tokens: bool = False
     best_of: int = 1
@@ -89,12 +90,12 @@ class Job:
             return nearest_class(self.token(index), self.model.class_means)
         return self.labels.at(self.request.seed, index)
 
-    def sample(self, samples: range) -> tuple[Tensor, Drawn]:
-        """Labels on the CPU and the States of the samples."""
+    def sample(self, samples: range, progress: Progress | None = None) -> tuple[Tensor, Drawn]:
+        """Labels on the CPU and the States of the samples. progress: takes the finished fraction after each step."""
         index = torch.arange(samples.start, samples.stop)
         label, token, device = self.label(index), self.token(index), self.process.device
         drawn = self.sampler(
-            self.noise_index(index).to(device), label.to(device), None if token is None else token.to(device)
+            self.noise_index(index).to(device), label.to(device), None if token is None else token.to(device), progress
         )
         return label, drawn
 
@@ -117,9 +118,12 @@ def load(request: Request, process: Process) -> Job:
     acceleration.allow_tf32(request.precision.tf32)
     model, guide = load_guided(request.checkpoint, request.guide_checkpoint, process.device)
     network, info = model.info.network, model.info
-    labels = read_labels(request.labels, request.classes, network.num_classes, info.classes)
-    if request.like and not request.labels and not request.classes:
+    request = replace(request, precision=request.precision.on(process.device))
+    labels = read_labels(request.labels, request.classes, network.num_classes, info.classes, request.count)
+    if request.like and request.labels in ((), ("spread",)) and not request.classes:
         labels = Labels("token", labels.values)
+    if info.cfg_prob == 0 and guide is None and request.guidance_optional and request.guidance.class_scale is None:
+        request = replace(request, guidance=Guidance())
     needs_null = labels.kind == "null" or not (request.guidance.off or guide)
     if needs_null and info.cfg_prob == 0:
         raise ValueError(
@@ -169,7 +173,7 @@ def describe(
     if tokens is not None:
         given = {"sources": list(request.like), "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
     label_values = None
-    if labels.kind == "list" or request.classes:
+    if labels.kind in ("list", "spread") or request.classes:
         label_values = hashlib.sha256(labels.values.tobytes()).hexdigest()
     return {
         "checkpoint_sha256": file_sha256(find_model(request.checkpoint)),
@@ -222,39 +226,42 @@ def generate(request: Request, say: Callable[[str], object] = lambda text: None)
         return
     parts = Parts(request.out / "parts")
     start = time.monotonic()
-    sample_parts(job, parts, share(work, process.rank, process.world))
+    sample_parts(job, parts, work, say)
     if process.first:
         seconds, made = time.monotonic() - start, sum(map(len, work))
         measured = {
             "vae": job.decoder.autoencoder.name,
-            "checkpoint": str(find_model(request.checkpoint)),
+            "checkpoint": str(job.request.checkpoint),
             "per_proc_batch_size": request.batch_size,
             "processes": process.world,
             "device": torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu",
             "seconds": round(seconds, 2),
             "samples_per_second": round(made / seconds, 4) if made else None,
         }
-        columns = request.interpolate or (len(job.labels.values) if job.labels.kind in ("balanced", "list") else None)
-        output = Output(request.out, request.count, job.model.info.resolution, job.model.info.classes, columns,
-                        request.gallery, request.class_tokens, request.png, request.keep_parts)  # fmt: skip
+        info = job.model.info
+        output = Output(request.out, request.count, info.resolution, info.classes, request.interpolate, request.gallery,
+                        request.class_tokens, request.png, request.keep_parts)  # fmt: skip
         say(assemble(output, parts, job.identity, measured))
 
 
 def _agree(request: Request, process: Process, say: Callable[[str], object]) -> tuple[Job | None, list[range]]:
     """Rank 0 loads first and says what there is to do, so that an error is told once. No job: everything is there."""
     if not process.first:
-        work = processes.broadcast(None)
-        if work is None:
+        resolved = processes.broadcast(None)
+        if resolved is None:
             time.sleep(1)  # the first exit ends all processes, and rank 0 is still to tell why
             raise SystemExit(2)
+        request, work = resolved
         return (load(request, process) if work else None), work
     try:
+        guide = request.guide_checkpoint
+        request = replace(request, checkpoint=obtain(request.checkpoint), guide_checkpoint=guide and obtain(guide))
         job = load(request, process)
         work = _begin(job, say)
     except (ValueError, FileNotFoundError):
         processes.broadcast(None)
         raise
-    processes.broadcast(work or [])
+    processes.broadcast((request, work or []))  # every rank loads the files that rank 0 has found
     return (job if work is not None else None), work or []
 
 
@@ -274,64 +281,7 @@ def _begin(job: Job, say: Callable[[str], object]) -> list[range] | None:
     parts.begin(job.identity)
     work = batches(parts.done(), request.count, request.batch_size, aligned=job.identity["batches"] is not None)
     missing = sum(map(len, work))
-    say(f"{missing} of {request.count} samples to make; disk: {needed / 1e9:.3g} GB needed, {free / 1e9:.0f} GB free")
+    say(messages.what_it_makes(job))
+    resumed = f"{missing:,} of them are still to be made; " if missing < request.count else ""
+    say(f"{resumed}disk: {messages.size(needed)} needed, {messages.size(free)} free")
     return work
-
-
-def sample_parts(job: Job, parts: Parts, work: list[range]) -> None:
-    """Sample the batches of this process. A second thread decodes and writes one batch while the next is sampled."""
-    request, first = job.request, job.process.first
-    if request.png:
-        (request.out / "png").mkdir(exist_ok=True)
-    stream = torch.cuda.Stream() if job.process.device.type == "cuda" else None
-    waiting: Future | None = None
-    with (
-        ThreadPoolExecutor(1) as pool,
-        tqdm(total=request.count, unit="image", disable=not first, initial=_count(parts)) as bar,
-    ):
-        for samples in work:
-            label, drawn = job.sample(samples)
-            ready = torch.cuda.Event() if stream else None
-            if ready:
-                ready.record()
-            if waiting:
-                waiting.result()
-            waiting = pool.submit(_keep, job, parts, samples, label, drawn, stream, ready)
-            _show(bar, parts)
-        if waiting:
-            waiting.result()
-        while first and bar.n < request.count:  # the others are still at it
-            _show(bar, parts)
-            if bar.n < request.count:
-                time.sleep(0.2)
-
-
-def _keep(
-    job: Job,
-    parts: Parts,
-    samples: range,
-    label: Tensor,
-    drawn: Drawn,
-    stream: torch.cuda.Stream | None,
-    ready: torch.cuda.Event | None,
-) -> None:
-    """Decode and write one batch, on a GPU in a stream of its own."""
-    with torch.no_grad(), torch.cuda.stream(stream) if stream else nullcontext():
-        if stream and ready:
-            stream.wait_event(ready)
-            drawn.state.map(lambda x: x.record_stream(stream) or x)
-        arrays = job.arrays(label, drawn)
-    if job.request.png:
-        for number, pixels in zip(samples, arrays["pixels"], strict=True):
-            write_png(png_file(job.request.out / "png", number), pixels)
-    parts.write(samples, arrays)
-
-
-def _count(parts: Parts) -> int:
-    return sum(map(len, parts.done()))
-
-
-def _show(bar: tqdm, parts: Parts) -> None:
-    """Bring the first process's bar to what all of them have finished."""
-    if not bar.disable:
-        bar.update(max(0, min(_count(parts), bar.total) - bar.n))

@@ -25,10 +25,12 @@ class Precision:
     vae_batch_size: int = 0
     vae_tiling: bool = False
 
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    def on(self, device: torch.device) -> "Precision":
+        """With a dtype of "auto" decided: bfloat16 where this GPU computes in it natively, else float32."""
+        if self.dtype != "auto":
+            return self
+        native = acceleration.best_precision(device) == "bf16"
+        return dataclasses.replace(self, dtype="bfloat16" if native else "float32")
 
 
 def weights_sha256(module: nn.Module) -> str:

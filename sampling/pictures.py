@@ -1,13 +1,16 @@
-"""What a person looks at: the grid, the strip of an interpolation, and the gallery page."""
+"""What a person looks at: the arrangement of the grid, and the gallery page."""
 
 import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+COLUMNS, GRID = 8, 100  # of grid.png: columns, at least; pictures, about
 
 
 class Shown(NamedTuple):
@@ -19,46 +22,29 @@ class Shown(NamedTuple):
     nearest: int | None
 
 
-def columns_of(count: int, group: int | None) -> int:
-    """Columns of a grid of `count` pictures: `group` when that is a readable number, else about the square root."""
-    if group is not None and 1 < group <= 20:
-        return min(group, count)
-    return max(1, round(count**0.5))
+def arrange(shown: Sequence[Shown], strip: int = 0) -> list[list[Shown]]:
+    """The rows of grid.png, of the first samples.
 
-
-def write_grid(path: Path, pixels: np.ndarray, columns: int) -> None:
-    """Write a PNG of the pictures (N, H, W, 3) uint8, row by row; small ones are enlarged to at least 32 pixels."""
-    from PIL import Image
-
-    n, height, width, _ = pixels.shape
-    factor = -(-32 // width)
-    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-    height, width, gap = height * factor, width * factor, 2
-    rows = -(-n // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for i, picture in enumerate(pixels):
-        y, x = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[y : y + height, x : x + width] = picture
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(sheet).save(temporary, format="PNG")
-    temporary.rename(path)
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    """One picture (H, W, 3) uint8 as a PNG file, whole or not at all."""
-    from PIL import Image
-
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
-    temporary.rename(path)
+    At least 8 columns. A row for each class where there are few classes with many samples; else about as many rows as
+    columns, in the order of the samples. strip: samples in each row of an interpolation; its rows stay whole.
+    """
+    few = sorted({picture.label for picture in shown})
+    if not strip and 1 < len(few) <= 20 and len(shown) >= COLUMNS * len(few):
+        columns = min(2 * COLUMNS, max(COLUMNS, GRID // len(few)))
+        return [[picture for picture in shown if picture.label == label][:columns] for label in few]
+    columns = min(strip, GRID) or max(COLUMNS, round(min(len(shown), GRID) ** 0.5))
+    whole = max(columns, GRID // columns * columns)
+    return [list(shown[start : start + columns]) for start in range(0, min(len(shown), whole), columns)]
 
 
 _NO_CLASS = "no class"  # the null label
 _STYLE = """
 body{font:14px/1.4 system-ui,sans-serif;margin:1.5em;color:#222;background:#fff}
-h1{font-size:1.3em}h2{font-size:1.05em;margin:1.2em 0 .3em}
-.row{display:flex;flex-wrap:wrap;gap:6px}figure{margin:0}img{width:112px;display:block}
-img.small{image-rendering:pixelated}figcaption{font-size:11px;color:#555}
+h1{font-size:1.3em}section{display:inline-block;vertical-align:top;max-width:100%;margin-right:18px}
+h2{font-size:1.05em;margin:1.2em 0 .3em;width:0;min-width:100%}
+h2{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+.row{display:flex;flex-wrap:wrap;gap:6px}figure{margin:0;width:144px}img{width:100%;display:block}
+img.small{image-rendering:pixelated}figcaption{font-size:11px;color:#555;overflow-wrap:anywhere}
 .other{color:#b00}table{border-collapse:collapse;font-size:12px}td{border:1px solid #ddd;padding:2px 8px;vertical-align:top}
 details{margin:1em 0}
 """
@@ -76,10 +62,10 @@ def write_gallery(path: Path, shown: list[Shown], names: tuple[str, ...], sideca
     parts = []
     for label in sorted({picture.label for picture in shown}):
         numbered = label < len(names) and names[label] != str(label)
-        parts.append(f"<h2>{html.escape(f'{label}: {name(label)}' if numbered else name(label))}</h2>")
-        parts.append('<div class="row">')
+        heading = html.escape(f"{label}: {name(label)}" if numbered else name(label))
+        parts.append(f'<section><h2 title="{heading}">{heading}</h2><div class="row">')
         parts += [_figure(picture, name) for picture in shown if picture.label == label]
-        parts.append("</div>")
+        parts.append("</div></section>")
     rows = "".join(
         f"<tr><td>{html.escape(key)}</td><td>{html.escape(value if isinstance(value, str) else json.dumps(value))}</td></tr>"
         for key, value in sidecar.items()
@@ -92,14 +78,14 @@ def write_gallery(path: Path, shown: list[Shown], names: tuple[str, ...], sideca
         f"{''.join(parts)}</html>\n"
     )
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page)
+    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     temporary.rename(path)
 
 
 def _figure(picture: Shown, name: Any) -> str:
     from PIL import Image
 
-    small = picture.pixels.shape[0] < 112
+    small = picture.pixels.shape[0] < 144
     data = io.BytesIO()
     Image.fromarray(picture.pixels).save(data, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 90}))
     source = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,16 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.presets import spread_labels
 from models import philox
 from models.noise import Stream
+
+_FEW = 20  # class names that fit into an error
 
 
 @dataclass(frozen=True)
 class Labels:
     """The label of sample i, a function of i (and the seed) alone.
 
-    kind: random, balanced, list, null, or token (what the given class token names). values: the classes to draw from or to
-    take in turn; the list itself for list. Balanced takes the classes in turn, so that they interleave in the file.
+    kind: random, balanced, spread, list, null, or token (what the given class token names). values: the classes to draw
+    from or to take in turn; the list itself for list and spread. Balanced takes the classes in turn, so that they
+    interleave in the file.
     """
 
     kind: str
@@ -36,12 +41,14 @@ class Labels:
         return torch.from_numpy(self.values)[chosen]
 
 
-def read_labels(source: Sequence[str], classes: Sequence[str], num_classes: int, names: Sequence[str]) -> Labels:
+def read_labels(
+    source: Sequence[str], classes: Sequence[str], num_classes: int, names: Sequence[str], count: int
+) -> Labels:
     """What --labels and --classes say.
 
-    source: one of random, balanced, null; numbers; or a file of numbers (.npy, .npz with arr_1, .json, or text). A list
-    is used in turn. classes: the classes to draw from, numbers or names; given alone they are balanced. Raises
-    ValueError naming the word that is no class.
+    source: one of random, balanced, spread, null; numbers or names; or a file of numbers (.npy, .npz with arr_1, .json,
+    or text). A list is used in turn. classes: the classes to draw from, numbers or names; given alone they are balanced.
+    count: samples in all, which `spread` depends on. Raises ValueError naming the word that is not a class.
     """
     chosen = [_class_number(word, num_classes, names, "--classes") for word in classes]
     everything = np.array(chosen or range(num_classes), dtype=np.int64)
@@ -49,12 +56,14 @@ def read_labels(source: Sequence[str], classes: Sequence[str], num_classes: int,
         return Labels("balanced" if chosen else "random", everything)
     if tuple(source) in (("random",), ("balanced",)):
         return Labels(source[0], everything)
+    if tuple(source) == ("spread",):
+        return Labels("spread", everything[spread_labels(len(everything), min(count, len(everything)))])
     if chosen:
-        raise ValueError("--classes goes with --labels random or balanced, not with a list of labels")
+        raise ValueError("--classes goes with --labels random, balanced or spread, not with a list of labels")
     if tuple(source) == ("null",):
         return Labels("null", np.array([num_classes], dtype=np.int64))
     if len(source) == 1 and not source[0].isdecimal() and source[0] not in names:
-        return Labels("list", _read_label_file(Path(source[0]), num_classes))
+        return Labels("list", _read_label_file(Path(source[0]), num_classes, names))
     numbers = [_class_number(word, num_classes, names, "--labels") for word in source]
     return Labels("list", np.array(numbers, dtype=np.int64))
 
@@ -67,12 +76,34 @@ def _class_number(word: str, num_classes: int, names: Sequence[str], flag: str) 
         raise ValueError(f"{flag} {word}: the model has classes 0 to {num_classes - 1}")
     if word in names:
         return list(names).index(word)
-    raise ValueError(f"{flag} {word}: neither a class number below {num_classes} nor one of the model's class names")
+    raise ValueError(
+        f"{flag} {word}: neither a class number below {num_classes} nor one of the model's class names"
+        + _known_names(word, names)
+    )
 
 
-def _read_label_file(path: Path, num_classes: int) -> np.ndarray:
+def _known_names(word: str, names: Sequence[str]) -> str:
+    """The end of a sentence about a word that is not a class: all names if they are few, else those spelled alike."""
+    if not names:
+        return "; this model has no class names, give numbers"
+    if len(names) <= _FEW:
+        return f": {', '.join(names)}"
+
+    def likeness(name: str) -> float:
+        words = (name, *name.replace("_", " ").replace(",", " ").split())
+        return max(SequenceMatcher(None, word.lower(), part.lower()).ratio() for part in words)
+
+    scores = {name: likeness(name) for name in names}
+    close = [name for name in sorted(names, key=lambda name: -scores[name]) if scores[name] >= 0.6][:5]
+    return f"; the closest of its {len(names)} names: {'; '.join(close)}" if close else ""
+
+
+def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.ndarray:
     if not path.is_file():
-        raise FileNotFoundError(f"--labels {path}: neither random, balanced, null, class numbers nor an existing file")
+        raise FileNotFoundError(
+            f"--labels {path}: neither random, balanced, spread, null, a class number, an existing file, nor one of "
+            f"the model's class names{_known_names(str(path), names)}"
+        )
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as stream:

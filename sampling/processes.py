@@ -1,6 +1,7 @@
 """The processes of one sampling job: torchrun's, or this one alone."""
 
 import os
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ def start(device: str) -> Process:
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(place)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        # the others wait while rank 0 downloads and converts weights: many gigabytes, over any network
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
     return Process(rank, world, place)
 
 

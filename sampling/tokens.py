@@ -41,8 +41,8 @@ def _rows_of_file(source: str, dim: int) -> Tensor:
 def _encode(path: Path, dim: int, encoder: str, resolution: int, grid: int) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
+    from common.crop import center_crop
     from models.encoder import load_encoder
-    from preprocessing.crop import center_crop
 
     try:
         with Image.open(path) as image:

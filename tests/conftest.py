@@ -7,3 +7,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available() and item.config.option.markexpr != "gpu":
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Empty caches of this project and of the hub, and no network."""
+    from huggingface_hub import constants
+
+    from models import hub
+
+    monkeypatch.setenv("REG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "go_offline_if_unreachable", lambda: None)
+    return tmp_path / "cache" / "models"

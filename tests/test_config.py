@@ -1,6 +1,7 @@
 """Settings come from flags, then the recipe, then defaults; a mistake is one sentence."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError, as_dict, parse, setting
+from config import UserError, as_dict, parse, run, setting
 from evaluations.evaluate import EvaluateConfig
 from generate import SampleConfig
 from preprocessing.pack import PackConfig
@@ -48,6 +49,33 @@ def test_recipe_then_flags(tmp_path):
     """A flag beats the recipe, the recipe beats the default; 1e-4 is a number in YAML as in Python."""
     path = recipe(tmp_path, "data-dir: d\nbatch_size: 32\nlr: 2e-4\nclasses: [3, 4]\nema: false\nscale: 2\n")
     assert read("--config", path, "--batch-size", "64") == Example(Path("d"), 64, 2e-4, "linear", False, 2.0, (3, 4))
+
+
+@dataclass(frozen=True)
+class Preset:
+    preset: str | None = setting(None, "values by name", group="what", choices=("quick", "long"))
+    steps: int = setting(10, "steps", group="what")
+    scale: float | None = setting(1.0, "guidance", group="what")
+    names: tuple[str, ...] = setting((), "names", group="what")
+
+
+def test_a_preset_is_weaker_than_recipe_and_flags(tmp_path):
+    """Flag, recipe, preset, default; the recipe may name the preset, and a flag another one."""
+    presets = {"quick": {"steps": 2, "scale": None, "names": ("a", "b")}, "long": {"steps": 99}}
+
+    def read(*argv):
+        return parse(Preset, "", argv, presets=presets)
+
+    path = recipe(tmp_path, "preset: quick\nsteps: 3\n")
+    assert read() == Preset()
+    assert read("--preset", "quick") == Preset("quick", 2, None, ("a", "b"))
+    assert read("--preset", "quick", "--steps", "4", "--names", "c") == Preset("quick", 4, None, ("c",))
+    assert read("--config", path) == Preset("quick", 3, None, ("a", "b"))
+    assert read("--config", path, "--steps", "5") == Preset("quick", 5, None, ("a", "b"))
+    assert read("--config", path, "--preset", "long") == Preset("long", 3, 1.0, ())
+    assert read("--config", recipe(tmp_path, "preset: null")) == Preset()
+    with pytest.raises(UserError, match="preset: 'brief' is none of quick, long"):
+        read("--config", recipe(tmp_path, "preset: brief"))
 
 
 @pytest.mark.parametrize(
@@ -117,3 +145,21 @@ def test_help_is_grouped_and_does_not_import_torch(program):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--config FILE.yaml" in done.stdout and done.stdout.count(":\n") >= 3, done.stdout
+
+
+def test_a_missing_package_is_named(capsys):
+    """`python train.py` outside of the environment says what to activate; a module of ours that is missing is a bug."""
+    def needs(name):
+        def main():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        return main
+
+    with pytest.raises(SystemExit) as stop:
+        run(needs("torch.nn"))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert re.search(r"^error: the package torch is not installed for \S+: `source .venv/bin/activate`", message)
+    for ours in ("training.nothing", "dataset"):
+        with pytest.raises(ModuleNotFoundError):
+            run(needs(ours))

@@ -73,11 +73,13 @@ def test_a_published_checkpoint_makes_the_same_network(tmp_path, kind, changes):
 
 
 def test_weights_of_the_other_kind_and_wrapped_names(tmp_path):
-    """--weights model takes the raw weights; a leading `module.` of DDP falls away, and only a leading one."""
+    """--weights model takes the raw weights; leading `module.` and `_orig_mod.` fall away in any order."""
     state = write_published(tmp_path / "last.pt", toy())
     assert torch.equal(read_published(tmp_path / "last.pt", "model").state_dict["pos_embed"], state["pos_embed"] + 1)
-    torch.save({"ema": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "wrapped.pt")
-    assert list(read_published(tmp_path / "wrapped.pt").state_dict) == list(state)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        for content in ({"ema": {prefix + name: t for name, t in state.items()}}, {prefix + n: t for n, t in state.items()}):
+            torch.save(content, tmp_path / "wrapped.pt")
+            assert list(read_published(tmp_path / "wrapped.pt").state_dict) == list(state)
 
 
 def test_legacy_repa_names():
@@ -180,7 +182,11 @@ def test_malicious_pickles_do_not_run(tmp_path, place):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [({"state": {}}, "no 'ema' weights, only state"), ([1, 2], "holds a list"), ({"ema": {"a": torch.ones(1)}}, "no SiT's")],
+    [
+        ({"state": {}}, "no 'ema' weights, only state"),
+        ([1, 2], "holds a list"),
+        ({"ema": {"a": torch.ones(1)}}, "not the weights of a SiT"),
+    ],
 )
 def test_other_files_are_named(tmp_path, content, words):
     torch.save(content, tmp_path / "other.pt")

@@ -1,9 +1,11 @@
 """Evaluation from files: readers, feature networks, whole measurements, comparison."""
 
+import importlib
 import io
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import warnings
@@ -15,12 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from config import UserError
+from common.crop import center_crop
+from config import UserError, parse
 from evaluations import compare, features, measure
 from evaluations.collect import Auditor, collect
 from evaluations.evaluate import EvaluateConfig
 from evaluations.features import Extractor, Features
-from evaluations.images import open_images
+from evaluations.images import SeveralSizes, open_images
 from evaluations.metrics import frechet_distance
 from evaluations.results import Metric, Results, load, sample_warnings, sorted_share
 from evaluations.statistics import compute_statistics
@@ -162,10 +165,10 @@ def write_bad(path: Path, kind: str) -> None:
         ("chw", r"images must be \(N, H, W, 3\)"),
         ("empty", "holds no images"),
         ("other name", "no array arr_0 .found: images."),
-        ("truncated file", "no npz file or truncated"),
+        ("truncated file", "not an npz file, or truncated"),
         ("truncated array", "its header says"),
-        ("not a zip", "no npz file or truncated"),
-        ("no npy", "is no array of a known version"),
+        ("not a zip", "not an npz file, or truncated"),
+        ("no npy", "is not an array of a known version"),
         ("labels", "labels must be 4 integers"),
         ("fortran", "Fortran order"),
     ],
@@ -199,7 +202,7 @@ def test_folders_with_unusable_images(tmp_path):
         open_images([tmp_path])
     Image.fromarray(pixels(1)[0]).save(tmp_path / "a.png")
     Image.fromarray(pixels(1, size=8)[0]).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b\.png is 8 x 8, .*a\.png 16 x 16"):
+    with pytest.raises(SeveralSizes, match=r"several sizes \(a\.png is 16 x 16, b\.png is 8 x 8\): give --resolution N"):
         read_all(tmp_path)
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"b\.png cannot be read"):
@@ -208,7 +211,7 @@ def test_folders_with_unusable_images(tmp_path):
     with pytest.raises(ValueError, match=r"b\.png has pixel type I;16"):
         read_all(tmp_path)
     (tmp_path / "c.txt").write_text("")
-    with pytest.raises(ValueError, match=r"c\.txt is no \.npz file"):
+    with pytest.raises(ValueError, match=r"c\.txt is not an \.npz file"):
         open_images([tmp_path / "c.txt"])
 
 
@@ -217,6 +220,74 @@ def test_sets_of_different_size_do_not_join(tmp_path):
     np.savez(tmp_path / "b.npz", pixels(2, size=8))
     with pytest.raises(ValueError, match=r"b\.npz has images of 8 x 8, a\.npz of 16 x 16"):
         open_images([tmp_path / "a.npz", tmp_path / "b.npz"])
+
+
+# ----------------------------------------------------------------------------------------------------------- crops
+
+
+def write_mixed(folder: Path, sizes=((16, 16), (40, 24), (16, 16), (8, 12))) -> list[Image.Image]:
+    """Images of several (width, height), in the order of their names."""
+    folder.mkdir()
+    rng = np.random.default_rng(3)
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.png")
+    return images
+
+
+def test_a_folder_of_several_sizes_is_cropped_as_for_training(tmp_path, capsys):
+    """The crops are those of packing; what has the size already stays as it is; a message counts the others."""
+    images = write_mixed(tmp_path / "mixed")
+    found = open_images([tmp_path / "mixed"], resolution=16)
+    assert capsys.readouterr().out == (
+        "2 of 4 images of mixed are cropped to 16 x 16, as for training (1 of them enlarged)\n"
+    )
+    crops = np.stack([center_crop(image, 16) for image in images])
+    assert found.shape == crops.shape and np.array_equal(found.read(0, 4), crops)
+    assert np.array_equal(crops[0], np.asarray(images[0])) and found.cropped == 2
+    assert len({open_images([tmp_path / "mixed"], resolution=size).digest() for size in (8, 16, 32)}) == 3
+    assert open_images([tmp_path / "mixed"], 1, resolution=16).cropped == 0  # of the images that are used
+
+
+def test_a_folder_of_one_size_is_left_alone(tmp_path, capsys):
+    """Not even one that is not square, unless --resolution says so; its digest is that without the flag."""
+    write_mixed(tmp_path / "wide", ((24, 16), (24, 16)))
+    as_it_is = open_images([tmp_path / "wide"], fallback=8)
+    assert as_it_is.shape == (2, 16, 24, 3) and as_it_is.cropped == 0 and not capsys.readouterr().out
+    write_mixed(tmp_path / "square", ((16, 16), (16, 16)))
+    digests = {open_images([tmp_path / "square"], resolution=size).digest() for size in (None, 16)}
+    assert len(digests) == 1 and not capsys.readouterr().out
+
+
+def test_resolution_crops_npz_files_too(tmp_path):
+    """Statistics that came with the file are not those of the crops."""
+    stats = compute_statistics(torch.randn(9, 3))
+    np.savez(tmp_path / "r.npz", arr_0=pixels(5), arr_1=np.arange(5), mu=stats.mean, sigma=stats.covariance)
+    whole, found = open_images([tmp_path / "r.npz"]), open_images([tmp_path / "r.npz"], resolution=8)
+    assert np.array_equal(found.read(1, 4), np.stack([center_crop(Image.fromarray(x), 8) for x in pixels(5)[1:4]]))
+    assert whole.statistics and not found.statistics and found.cropped == 5 and found.labels.tolist() == list(range(5))
+    assert found.digest() != whole.digest() and open_images([tmp_path / "r.npz"], resolution=16).statistics
+    write_mixed(tmp_path / "mixed")
+    both = open_images([tmp_path / "r.npz", tmp_path / "mixed"])  # the size of the file is that of the folder
+    assert both.shape == (9, 16, 16, 3) and both.cropped == 2 and np.array_equal(both.read(5, 9), read_all(
+        tmp_path / "mixed", resolution=16))  # fmt: skip
+
+
+def test_each_side_gives_the_other_its_size(settings, tmp_path):
+    """A mixed reference is cropped to the samples' size and the other way round; results.json and the cache know of it."""
+    write_mixed(tmp_path / "mixed", ((16, 16), (40, 24), (30, 50)) * 3)
+    measure.measure(settings(reference=(tmp_path / "mixed",)))
+    content = json.loads((tmp_path / "results.json").read_text())["protocol"]
+    assert (content["reference_cropped"], content["samples_cropped"], content["image_size"]) == (6, 0, "16 x 16")
+    measure.measure(settings(reference=(tmp_path / "mixed",), resolution=8))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    measure.measure(settings(samples=(tmp_path / "mixed",)))
+    content = json.loads((tmp_path / "results.json").read_text())["protocol"]
+    assert (content["reference_cropped"], content["samples_cropped"], content["image_size"]) == (0, 6, "16 x 16")
+    write_mixed(tmp_path / "other")
+    for more in ({"reference": (tmp_path / "other",)}, {"reference": ()}):
+        with pytest.raises(SeveralSizes, match=r"(mixed|other) holds images of several sizes"):
+            measure.measure(settings(samples=(tmp_path / "mixed",), **more))
 
 
 # -------------------------------------------------------------------------------------------------------- one pass
@@ -681,6 +752,52 @@ def test_program_errors_are_one_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'no.npz'} does not exist\n"
+
+
+def test_where_results_cannot_be_written(settings, tmp_path, monkeypatch, capsys):
+    """An --out that cannot be written ends it before the work; a cache that cannot be written does not."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file cannot be made \(.*\); give another --out"):
+        measure.measure(settings(out=tmp_path / "file" / "results.json"))
+    with pytest.raises(ValueError, match=r"--out .* is a folder; give a file"):
+        measure.measure(settings(out=tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        with pytest.raises(ValueError, match=r"results cannot be written to .* give another --out"):
+            measure.measure(settings())
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "cache").exists()
+    measure.measure(settings(cache_dir=tmp_path / "file" / "cache"))
+    assert "statistics are not kept: " in capsys.readouterr().out and (tmp_path / "results.json").is_file()
+
+
+def test_steps_after_the_features_are_named(settings, capsys):
+    measure.measure(settings(density_coverage=True))
+    captured = capsys.readouterr()
+    steps = [line.removeprefix("judge: ") for line in captured.out.splitlines() if line.startswith("judge: ")]
+    first = ("fd, Frechet distance in 32 ", "precision and recall of 40 ", "density and coverage of 40 ")
+    assert len(steps) == 3 and all(step.startswith(words) for step, words in zip(steps, first, strict=True))
+    assert captured.err.count("100%") == 2 and "reference, judge" in captured.err and "samples, judge" in captured.err
+
+
+@pytest.mark.parametrize("program", ["cknna", "compare", "evaluate", "report"])
+def test_examples_of_the_help_can_be_given(program):
+    """Every example is a command whose flags the program takes."""
+    module = importlib.import_module(f"evaluations.{program}")
+    (settings,) = (value for name, value in vars(module).items() if name.lower() == f"{program}config")
+    for example in module.EXAMPLES:
+        words = shlex.split(example)
+        assert f"evaluations{'/' if words[1].endswith('.py') else '.'}{program}" in example and len(module.EXAMPLES) == 2
+        words = words[2 if words[1].endswith(".py") else 3 :]
+        parse(settings, "", words if words[0].startswith("-") else ["--results", *words])
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [("--ref", "--reference"), ("--sample-batch", "--samples"), ("--bs", "--batch-size"), ("--n", "--num-samples")],
+)
+def test_flags_of_other_projects(flag, ours):
+    with pytest.raises(UserError, match=f"unknown argument '{flag}': here it is '{ours}'"):
+        parse(EvaluateConfig, "", ["--samples", "a.npz", flag, "5"])
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_what_it_writes(place, tmp_path):
     assert tokens.shape == (11, 6) and tokens.dtype == np.float32 and np.load(out / "class_token_labels.npy").max() < 5
     for i in (0, 10):
         assert np.array_equal(np.asarray(Image.open(out / "png" / f"{i:06d}.png")), images[i])
-    assert Image.open(out / "grid.png").size == (5 * 34 - 2, 2 * 34 - 2), "a class a column, whole rows"
+    assert Image.open(out / "grid.png").size == (8 * (64 + 4), 2 * (64 + 28)), "8 columns, captions of two lines"
     page = (out / "gallery.html").read_text()
     assert page.count("<figure>") == 11 and "sample 10" in page and sidecar["checkpoint_sha256"] in page
 
@@ -138,7 +138,7 @@ def test_every_flag_reaches_the_job():
         "solver": "dpmpp", "time_grid": "quadratic", "diffusion": "sigma", "last_step": "ode", "cls_cfg_scale": 2.0,
         "cls_guidance_low": 0.5, "cls_guidance_high": 0.5, "guidance_schedule": "linear", "guide_checkpoint": Path("g"),
         "like": ("a.png",), "device": "cpu", "dtype": "bfloat16", "vae": "v", "vae_dtype": "float16", "t_last": 0.1,
-        "guidance_low": 0.5,
+        "guidance_low": 0.5, "preset": "paper",
     }  # fmt: skip
     for field in fields(SampleConfig):
         value = getattr(base, field.name)
@@ -318,7 +318,7 @@ def test_killed_while_files_are_assembled(place, unbroken, tmp_path, monkeypatch
     """Stopped before each file of the end: the next run makes the same npz."""
     from sampling import finish
 
-    for name in ("write_samples", "write_grid", "write_gallery", "write_json"):
+    for name in ("write_samples", "write_sheet", "write_gallery", "write_json"):
         out = tmp_path / name
         with monkeypatch.context() as patch:
             patch.setattr(finish, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -414,8 +414,8 @@ def test_more_like_an_image(place, tmp_path):
     """An image is cropped and read by the model's own encoder: the token that is fixed is the encoder's."""
     from PIL import Image
 
+    from common.crop import center_crop
     from models.encoder import load_encoder
-    from preprocessing.crop import center_crop
     from tests.tiny import write_encoder
 
     encoder = write_encoder(tmp_path / "encoder", dim=16)
@@ -445,7 +445,7 @@ def test_interpolation_strip(place, tmp_path):
     single = loaded(place, "--like", f"{tmp_path}/t.npy:0", "--labels", "2", "--mode", "ode")
     assert torch.allclose(single.sample(range(0, 2))[1].state.latent, drawn.state.latent[[0, 4]], atol=1e-5)
     generate(place, tmp_path / "s", "--like", f"{tmp_path}/t.npy", "--interpolate", "4", "--num-fid-samples", "8")
-    assert Image.open(tmp_path / "s" / "grid.png").size == (4 * 34 - 2, 2 * 34 - 2)
+    assert Image.open(tmp_path / "s" / "grid.png").size == (4 * (64 + 4), 2 * (64 + 28)), "a row for each noise"
 
 
 # ------------------------------------------------------------------------------------------- precision and bad input
@@ -550,16 +550,3 @@ def test_the_program_ends_with_one_line(monkeypatch):
         program.run(program.main)
     assert stop.value.code == 2
     assert text.getvalue() == "error: unknown argument '--cfg-scal' (did you mean '--cfg-scale'?); see --help\n"
-
-
-def test_progress_is_of_all_processes(tmp_path):
-    """The first process's bar shows what is on disk, whoever made it."""
-    from tqdm import tqdm
-
-    parts = Parts(tmp_path / "parts")
-    parts.begin({})
-    bar = tqdm(total=9, file=io.StringIO())
-    for start in (0, 3):
-        parts.write(range(start, start + 3), {"label": np.zeros(3)})
-    jobs._show(bar, parts)
-    assert bar.n == 6

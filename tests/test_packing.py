@@ -409,6 +409,79 @@ def test_mistakes_in_flags(toys, tmp_path, monkeypatch, more, message):
         pack.main(flags(toys, tmp_path / "out", *more))
 
 
+def test_what_is_said_before_and_during(toys, tmp_path, capsys, monkeypatch):
+    """Images, classes, bytes per record and in all beside the free space before it starts; the time after the first shard;
+    bars that end at 100 %."""
+    import shutil as disk
+
+    monkeypatch.setattr(disk, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 2**30})())
+    pack.main(flags(toys, tmp_path / "out"))
+    captured = capsys.readouterr()
+    text = captured.out
+    assert f"packing 15 images of folder {toys / 'images'} into {tmp_path / 'out'}" in text
+    assert "3 classes: ant (5), bees (5), c (5)" in text and "crop 8 x 8; VAE " in text and "fp32 on " in text
+    for name, array in records(tmp_path / "out").items():
+        assert f"{name}: " in text and f"{array[0].nbytes:,} bytes per record" in text, name
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*-0000?.npy") if not path.name.startswith("crc"))
+    assert f"to write: {written / 1024:.1f} KiB in 3 shards; 3.0 GiB are free" in text
+    order = ["listing the images", "packing 15", "first shard: ", "(h:mm:ss) for the other 9 images", "15 images of 15"]
+    places = [text.index(words) for words in order]
+    assert places == sorted(places) and text.count("first shard") == 1
+    assert "packing: 100%" in captured.err and "15/15" in captured.err
+
+
+def test_forecast():
+    """Eight processes that have as much to do each; the first batch does not count, as it warms the device up."""
+    from preprocessing.messages import duration, forecast
+
+    text = forecast(done=2048, seconds=10.24, remaining=158_000, world=8)
+    assert text.startswith("first shard: 1,600.0 images/s; about 0:13:10 ") and text.endswith("the other 1,264,000 images")
+    assert duration(100_000) == "1 day, 3:46:40"
+
+
+def test_folders_without_permission(toys, tmp_path, monkeypatch):
+    """A source that cannot be read and an --out that cannot be written are one sentence, and nothing is written."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*file/out: the folder cannot be made \(Not a directory\)"):
+        pack.main(flags(toys, tmp_path / "file" / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        with pytest.raises(UserError, match=r"--out .*out: the folder is read-only"):
+            pack.main(flags(toys, tmp_path / "out"))
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("bees"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", refuse)
+        with pytest.raises(UserError, match=r"--source .*images: .*bees cannot be read \(Permission denied\)"):
+            pack.main(flags(toys, tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [("--input", "--source"), ("--dest", "--out"), ("--image-size", "--resolution"), ("--bs", "--batch-size"),
+     ("--workers", "--num-workers")],
+)  # fmt: skip
+def test_flags_of_other_projects(flag, ours):
+    with pytest.raises(UserError, match=f"unknown argument '{flag}': here it is '{ours}'"):
+        pack.main(["--out", "nowhere", flag, "5"])
+
+
+def test_examples_of_the_help_can_be_given():
+    from config import parse
+    from preprocessing import describe
+
+    for module, settings in ((pack, pack.PackConfig), (describe, describe.DescribeConfig)):
+        for example in module.EXAMPLES:
+            words = example.split()
+            parse(settings, "", words[next(i for i, word in enumerate(words) if word.startswith("--") and "=" not in word):])
+
+
 def test_out_that_is_something_else(toys, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):

@@ -17,7 +17,7 @@ NAMES = ("ant", "bee", "cat", "dog", "eel")
 
 
 def labels(*source, classes=(), seed=0, n=1000):
-    return read_labels(source, classes, 5, NAMES).at(seed, torch.arange(n))
+    return read_labels(source, classes, 5, NAMES, n).at(seed, torch.arange(n))
 
 
 def test_random_labels():
@@ -26,7 +26,7 @@ def test_random_labels():
     assert (np.bincount(y, minlength=5) - 1000).__abs__().max() < 4 * (5000 * 0.2 * 0.8) ** 0.5
     assert torch.equal(labels(n=5000), y), "random is the default"
     assert not torch.equal(labels(seed=1, n=5000), y)
-    assert torch.equal(read_labels((), (), 5, ()).at(0, torch.arange(100, 200)), y[100:200])
+    assert torch.equal(read_labels((), (), 5, (), 300).at(0, torch.arange(100, 200)), y[100:200])
 
 
 def test_balanced_labels_interleave():
@@ -51,6 +51,31 @@ def test_lists_of_labels(tmp_path):
         assert labels(str(tmp_path / f"a.{suffix}"), n=4).tolist() == [2, 0, 1, 2]
 
 
+def test_spread_labels():
+    """Few samples go evenly over all classes or those of --classes; more than classes: the classes in turn."""
+    names = tuple(f"c{i}" for i in range(1000))
+    spread = read_labels(("spread",), (), 1000, names, 16).at(0, torch.arange(16)).tolist()
+    assert spread == [i * 1000 // 16 for i in range(16)]
+    assert labels("spread", n=7).tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert labels("spread", classes=("dog", "bee", "ant"), n=2).tolist() == [3, 1]
+
+
+def test_unknown_class_names_are_answered_by_known_ones():
+    """All of them where they are few, else those spelled alike, whole or in a word; without names: give numbers."""
+    for flag, given in (
+        ("--classes", ((), ("fox",))), ("--labels", (("fox",), ())), ("--labels", (("fox", "ant"), ())),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"^{flag} fox: .* names: ant, bee, cat, dog, eel$"):
+            read_labels(*given, 5, NAMES, 8)
+    many = (*(f"thing {i}" for i in range(50)), "golden_retriever", "Chesapeake Bay retriever", "tabby, tabby cat")
+    with pytest.raises(ValueError, match=r"the closest of its 53 names: golden_retriever; Chesapeake Bay retriever$"):
+        read_labels((), ("retriver",), 53, many, 8)
+    with pytest.raises(ValueError, match=r"one of the model's class names$"):
+        read_labels((), ("xyzzyx",), 53, many, 8)
+    with pytest.raises(ValueError, match="this model has no class names, give numbers"):
+        read_labels((), ("cat",), 5, (), 8)
+
+
 def test_the_null_label():
     """Unconditional: the null class of the config, not 1000."""
     assert set(labels("null").tolist()) == {5}
@@ -63,13 +88,13 @@ def test_the_null_label():
         ((), ("7",), "--classes 7: the model has classes 0 to 4"),
         ((), ("fox",), "--classes fox: neither a class number below 5 nor one of the model's class names"),
         (("random", "3"), (), "--labels random: neither a class number"),
-        (("3",), ("2",), "--classes goes with --labels random or balanced"),
-        (("nowhere.txt",), (), "--labels nowhere.txt: neither random, balanced, null, class numbers nor an existing file"),
+        (("3",), ("2",), "--classes goes with --labels random, balanced or spread"),
+        (("nowhere.txt",), (), "--labels nowhere.txt: neither random, .* an existing file, nor one of the model"),
     ],
 )
 def test_bad_labels_are_named(source, classes, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        read_labels(source, classes, 5, NAMES)
+        read_labels(source, classes, 5, NAMES, 8)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +103,7 @@ def test_bad_labels_are_named(source, classes, words):
 def test_bad_label_files_are_named(tmp_path, text, words):
     (tmp_path / "l.txt").write_text(text)
     with pytest.raises(ValueError, match=f"l.txt: .*{words}"):
-        read_labels((str(tmp_path / "l.txt"),), (), 5, ())
+        read_labels((str(tmp_path / "l.txt"),), (), 5, (), 8)
 
 
 def test_noise_is_a_function_of_seed_index_and_step():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.crop import center_crop
 from config import UserError
-from preprocessing.crop import center_crop
 from preprocessing.images import BadImage, crop_file, decode
 from preprocessing.index import Choice, Index
 from preprocessing.read import CropDataset, Reader, Request

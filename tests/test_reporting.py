@@ -35,6 +35,19 @@ def test_a_log_file_gets_few_whole_lines(monkeypatch, capsys):
     assert capsys.readouterr().out == "a message\n"
 
 
+def test_parts_of_a_unit_make_lines_too(monkeypatch):
+    """One image that takes minutes: a line for each stretch of time, though no unit is finished."""
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("sys.stderr", stream)
+    with reporting.progress(1, unit="image") as bar:
+        bar._time, bar.start_t, bar.last_print_t = lambda: now[0], 0.0, 0.0
+        for number in range(1, 10):
+            now[0] += 10.0
+            bar.n = number / 10
+            bar.update(0)
+    assert [line.split("%")[0].strip() for line in stream.getvalue().splitlines()] == ["30", "60", "90"]
+
+
 def test_a_terminal_gets_one_moving_line(monkeypatch, capsys):
     text = run_bar(monkeypatch, Terminal(), 20)
     assert text.startswith("\r") and text.endswith("\n") and text.count("\n") == 1

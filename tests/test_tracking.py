@@ -1,9 +1,7 @@
-"""What a run says: metrics.jsonl, wandb, TensorBoard, previews, the Frechet distance, and silence between log lines."""
+"""Training metrics: metrics.jsonl, previews, the Frechet distance, and no synchronisation between log lines."""
 
 import json
 import re
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import torch
 import train
 from loss import LossTerms, Objective
 from models.class_token import nearest_class
-from models.cost import GPUS
+from models.cost import GPUS, named_gpu
 from tests.tiny import FLAGS, write_dataset, write_encoder, write_vae
 from training.launch import Processes
 from training.previews import preview_labels
@@ -142,64 +140,9 @@ def test_metrics_are_complete_and_never_go_backwards(tools, tmp_path):
     assert lines(tmp_path)[:6] == before and lines(tmp_path)[6]["loss"] != 0.1
 
 
-@pytest.mark.slow
-def test_wandb_keeps_its_run(tools, tmp_path, monkeypatch):
-    """Offline: the id is made once and used again on resume; the files wandb writes hold our values at our steps."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    extra = ("--report-to", "wandb", "--wandb-project", "toy")
-    train.main(flags(tools["data"], tmp_path, *extra, steps=2))
-    identity = (tmp_path / "run/wandb-id.txt").read_text()
-    train.main(flags(tools["data"], tmp_path, *extra, steps=4))
-    assert (tmp_path / "run/wandb-id.txt").read_text() == identity
-    written = sorted((tmp_path / "run/wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
-    assert len(written) == 2
-    for _ in range(100):  # wandb's own process writes the files, and may be behind
-        history = [record for file in written for record in wandb_history(file)]
-        if len(history) == 4:
-            break
-        time.sleep(0.2)
-    assert [record["_step"] for record in history] == [1, 2, 3, 4]
-    assert [record["loss"] for record in history] == pytest.approx([line["loss"] for line in lines(tmp_path)])
-
-
-def wandb_history(file: Path) -> list[dict]:
-    """The logged values in a .wandb file: a header of 7 bytes, then LevelDB's log format around protobuf records."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, record, found = file.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # too little left in the block for a record's header
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            message = wandb_internal_pb2.Record()
-            message.ParseFromString(record)
-            record = b""
-            if message.WhichOneof("record_type") == "history":
-                items = message.history.item
-                found.append({(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in items})
-    return found
-
-
-def test_tensorboard(tools, tmp_path):
-    """The other tracker: the same values at the same steps, over a resume."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for steps in (2, 4):
-        train.main(flags(tools["data"], tmp_path, "--report-to", "tensorboard", steps=steps))
-    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
-    events.Reload()
-    losses = events.Scalars("loss")
-    assert [e.step for e in losses] == [1, 2, 3, 4]
-    assert [e.value for e in losses] == pytest.approx([line["loss"] for line in lines(tmp_path)], rel=1e-6)
-
-
-def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch):
-    """A grid after every interval, from fixed noise and labels; the distance in the same curves; both by the EMA's VAE."""
+def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch, capsys):
+    """A grid after every interval, from fixed noise and labels; the distance in the same curves; both by the EMA's VAE; in a
+    log file a line at the end of each."""
     from PIL import Image
 
     from training import previews
@@ -228,6 +171,11 @@ def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch):
     measured = {line["step"]: line.get("fd") for line in lines(tmp_path)}
     assert measured[1] is None and measured[3] is None and measured[2] > 0 and measured[4] > 0
     assert measured[2] != measured[4]
+    said = capsys.readouterr().err.splitlines()
+    for words, times in (("preview of step 3: 100%", 1), ("preview of step 4: 100%", 1), ("training: 100%", 1),
+                         ("| 4/4 ", 3), (f"reference {reference}: 100%", 1), ("| 40/40 ", 1), ("| 8/8 ", 2),
+                         ("sampling 40 images for the Frechet distance: 100%", 2)):  # fmt: skip
+        assert sum(words in line for line in said) == times, (words, said)
 
 
 def test_preview_labels_and_nearest_classes():
@@ -260,6 +208,11 @@ def test_utilization_is_the_share_of_the_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     assert processes.utilization(1e15) == pytest.approx(1000 / (2 * GPUS["H200"].tflops))
     assert GPUS["H200"].tflops == pytest.approx(989, abs=1)
+    names = {"NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A10": "A10", "NVIDIA A10G": None, "NVIDIA L4": "L4",
+             "NVIDIA L40": None, "NVIDIA L40S": "L40S", "NVIDIA H100 80GB HBM3": "H100",
+             "Tesla V100-SXM2-32GB": "V100", "Tesla T4": "T4", "NVIDIA GeForce RTX 3090": "RTX3090",
+             "NVIDIA RTX A6000": "A6000", "rtx-5090": "RTX5090"}  # fmt: skip
+    assert {name: named_gpu(name) for name in names} == names
     processes.precision = "no"
     assert processes.utilization(1e15) == pytest.approx(2 * 1000 / (2 * GPUS["H200"].tflops))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Other GPU")

@@ -1,5 +1,6 @@
-"""Toy sizes for tests of training: a packed dataset of random numbers, a VAE, an encoder, and the flags of a tiny run."""
+"""Toy sizes for tests: a packed dataset of random numbers, a VAE, an encoder, published weights, the flags of a tiny run."""
 
+import argparse
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 from dataset import encode_moments
 from models.autoencoder import LatentNormalization
+from models.convert import to_published
+from models.sit import SiT, SiTConfig
 from packed.format import EncoderInfo, Manifest, write_manifest
 from packed.writer import write_shard
 
@@ -76,3 +79,26 @@ def write_dataset(
         encoders=[EncoderInfo(f"toy-{dim}", dim, 2) for dim in dims], shards=shards, class_means=means,
     ))  # fmt: skip
     return folder
+
+
+PUBLISHED_ARGS = argparse.Namespace(resolution=8, path_type="linear", enc_type="dinov2-vit-b", encoder_depth=1)
+
+
+def published_weights(**changes) -> dict[str, torch.Tensor]:
+    """A REG network in published names, of a width whose number of heads is known without args."""
+    torch.manual_seed(0)
+    shape = {"depth": 3, "hidden_size": 384, "num_heads": 6, "input_size": 4, "num_classes": 5, "class_token_dim": 6,
+             "align_dims": (6,), "align_depth": 1, "projector_dim": 16, **changes}  # fmt: skip
+    network = SiT(SiTConfig(**shape))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.05)
+    return to_published(network.state_dict())
+
+
+def sit_weights() -> dict[str, torch.Tensor]:
+    """As the original SiT saves: a bare state dict whose output also predicts a variance."""
+    state = published_weights(class_token_dim=0, align_dims=())
+    for name, shape in (("weight", (32, 384)), ("bias", (32,))):
+        state[f"final_layer.linear.{name}"] = 0.05 * torch.randn(shape)
+    return state

@@ -17,7 +17,7 @@ FREE = frozenset({
     "gradient_checkpointing", "ema_device", "allow_tf32", "report_to", "wandb_project", "log_every", "sampling_steps",
     "preview_steps", "preview_scale", "checkpointing_steps", "keep_last", "keep_every", "on_save_error", "on_nonfinite",
     "max_hours", "requeue_command", "eval_every", "eval_samples", "eval_reference", "eval_features", "dry_run",
-    "accept_changes",
+    "accept_changes", "assume", "gpu",
 })  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""The processes of a run, over accelerate: DDP, or FSDP where its launcher was told --use_fsdp."""
+"""The processes of a run and the launcher's settings, over accelerate: DDP, or FSDP after its launcher's --use_fsdp."""
 
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,18 +12,71 @@ from torch import Tensor, nn
 
 from config import UserError
 from models.acceleration import best_precision
-from models.cost import GPUS
+from models.cost import GPUS, named_gpu
 
 T = TypeVar("T")
+
+
+def asked_precision(precision: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The precision asked for by --mixed-precision or by accelerate's launcher: "auto", "no", "fp16" or "bf16".
+
+    Raises UserError where the two contradict each other, and for fp8.
+    """
+    # The launcher sets "no" when nobody chose a precision, so "no" cannot be told from silence and decides nothing.
+    launcher = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launcher == "no":
+        return precision
+    if launcher not in ("fp16", "bf16"):
+        raise UserError(f"accelerate's mixed precision {launcher} is not supported: choose bf16, fp16 or no")
+    if precision not in ("auto", launcher):
+        raise UserError(
+            f"--mixed-precision {precision} contradicts accelerate's mixed precision {launcher} (its --mixed_precision, "
+            "its config file or ACCELERATE_MIXED_PRECISION): set one of them, or both alike"
+        )
+    return launcher
+
+
+def check_launcher(accumulation: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse settings of accelerate's launcher that would have no effect here. accumulation: micro-batches per step.
+
+    Raises UserError naming the setting and the flag to use.
+    """
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise UserError(
+            f"accelerate's dynamo_backend {backend} is not followed: set it to no and give train.py --compile"
+        )
+    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
+    if steps not in ("1", "auto", str(accumulation)):  # 1 is accelerate's default
+        raise UserError(
+            f"accelerate's gradient_accumulation_steps {steps} is not followed: give train.py "
+            f"--gradient-accumulation-steps {steps}"
+        )
+    others = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "parallelism"}
+    for name, words in others.items():
+        if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(
+                f"accelerate's {words} settings are not supported: use accelerate launch --multi_gpu, or --use_fsdp "
+                "for networks that outgrow a GPU"
+            )
+
+
+def is_sharded(world: int) -> bool:
+    """Whether accelerate's launcher asked for FSDP, and there is more than one process."""
+    return world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 class Processes:
     """Rank, device, precision ("no", "fp16" or "bf16") and the few things processes do together. On CUDA where there is a
-    GPU, else on the CPU."""
+    GPU, else (or after `accelerate launch --cpu`) on the CPU."""
 
     def __init__(self, precision: str) -> None:
+        """precision: as for --mixed-precision. Raises UserError for settings of the launcher that cannot be followed."""
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        cpu = not torch.cuda.is_available()
-        self.precision = best_precision("cpu" if cpu else "cuda") if precision == "auto" else precision
+        cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        asked = asked_precision(precision)
+        self.precision = best_precision("cpu" if cpu else "cuda") if asked == "auto" else asked
         # Autocast and the gradient scaler are the training step's own; accelerate places, wraps and talks.
         self.accelerator = Accelerator(
             cpu=cpu,
@@ -34,9 +87,7 @@ class Processes:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
-        self.sharded = self.world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        if self.sharded and self.precision == "fp16":
-            raise UserError("--mixed-precision fp16 and FSDP do not go together: use bf16")
+        self.sharded = is_sharded(self.world)
         self._wrapped: nn.Module | None = None
 
     def wrap(self, network: nn.Module) -> nn.Module:
@@ -97,11 +148,11 @@ class Processes:
         """MFU: share of the GPUs' dense peak; None for hardware whose peak is not in the table."""
         if self.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.device).replace(" ", "")
-        peak = next((gpu.tflops for key, gpu in GPUS.items() if key in name), None)
-        if peak is None:
+        name = named_gpu(torch.cuda.get_device_name(self.device))
+        if name is None:
             return None
-        return flops_per_second / (peak * (0.5 if self.precision == "no" else 1) * 1e12 * self.world)  # TF32: half
+        peak = GPUS[name].tflops * (0.5 if self.precision == "no" else 1)  # TF32: half
+        return flops_per_second / (peak * 1e12 * self.world)
 
 
 @contextmanager

@@ -1,65 +1,238 @@
-"""`--dry-run`: what a run will be, in numbers, before it costs anything."""
+"""What a run will be, in numbers, before it costs anything: printed by `--dry-run` and at the start of every run."""
 
 import os
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
+
+from config import UserError
 from dataset import StepSampler
-from models.cost import GPUS, cost, step_cost, training_memory, vit_macs
+from models.cost import GPUS, USABLE, cost, named_gpu, step_cost, training_memory, vit_macs
 from packed.format import read_manifest
+from training import sharding
+from training.assumed import assumed_manifest, record_bytes
+from training.launch import Processes, asked_precision, check_launcher, is_sharded
 from training.plan import Plan, make_plan
+
+USUAL_GPUS = ("A100", "H100", "H200")  # whose time is predicted where no GPU is named
+GIB = 2**30
+
+
+class Machine(NamedTuple):
+    """What a run has. world: processes. precision: "no", "fp16", "bf16", or "auto" where the GPU is not known. gpus:
+    keys of models.cost.GPUS to predict the time for. name, memory: of the GPU to compare with, in bytes; None: none."""
+
+    world: int
+    precision: str
+    gpus: tuple[str, ...]
+    name: str | None = None
+    memory: float | None = None
 
 
 def dry_run(settings: Any) -> str:
-    """The plan in words. Raises what a real start would raise for settings and dataset."""
-    manifest = read_manifest(settings.data_dir)
+    """The plan in words, for --dry-run.
+
+    Raises what a real start would raise for settings and dataset, and UserError for a --gpu that is not in the table.
+    """
+    precision = asked_precision(settings.mixed_precision)
+    check_launcher(settings.gradient_accumulation_steps)
+    name = None
+    if settings.gpu is not None:
+        name = named_gpu(settings.gpu)
+        if name is None:
+            raise UserError(f"--gpu {settings.gpu} is not in the table, choose from {', '.join(GPUS)}")
+        if precision == "auto":
+            precision = "bf16" if GPUS[name].bf16 else "fp16"
+    if settings.assume is None:
+        manifest = read_manifest(settings.data_dir)
+    else:
+        manifest = assumed_manifest(settings)
+        settings = replace(settings, data_dir=Path(settings.assume))  # names it in messages
     plan = make_plan(settings, manifest)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    sampler = StepSampler(manifest.count, settings.batch_size, seed=settings.seed, world=world,
-                          micro=settings.gradient_accumulation_steps)  # fmt: skip
-    return "\n".join(f"{name:<12} {text}" for name, text in _rows(settings, plan, world, sampler.local))
-
-
-def _rows(settings: Any, plan: Plan, world: int, local: int) -> list[tuple[str, str]]:
-    config, manifest = plan.network, plan.manifest
-    counted = cost(config)
-    average = settings.ema_device == "same"
-    memory = training_memory(
-        config, half=settings.mixed_precision != "no", recompute=settings.gradient_checkpointing, average=average
+    if is_sharded(world):
+        sharding.check(precision, settings.ema_device)
+    StepSampler(manifest.count, settings.batch_size, seed=settings.seed, world=world,
+                micro=settings.gradient_accumulation_steps)  # fmt: skip
+    machine = Machine(
+        world, precision, (name,) if name else USUAL_GPUS, name, GPUS[name].memory * GIB if name else None
     )
+    return _lines(_rows(settings, plan, machine))
+
+
+def start_text(settings: Any, plan: Plan, processes: Processes, folder: Path) -> str:
+    """The same plan for a run that starts now, with what it runs on and where it writes."""
+    cuda = processes.device.type == "cuda"
+    device = torch.cuda.get_device_name(processes.device) if cuda else "CPU"
+    name = named_gpu(device) if cuda else None
+    memory = torch.cuda.get_device_properties(processes.device).total_memory if cuda else None
+    machine = Machine(processes.world, processes.precision, (name,) if name else (), device if cuda else None, memory)
+    return _lines([*_rows(settings, plan, machine), ("device", device), ("folder", str(folder))])
+
+
+def duration(hours: float) -> str:
+    """Hours => "3 d 4 h", "5 h 12 min", "12 min" or "less than a minute"."""
+    minutes = round(hours * 60)
+    for size, larger, smaller in ((24 * 60, "d", "h"), (60, "h", "min")):
+        if minutes >= size:
+            return f"{minutes // size} {larger} {minutes % size // (60 if smaller == 'h' else 1)} {smaller}"
+    return f"{minutes} min" if minutes else "less than a minute"
+
+
+def _lines(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _rows(settings: Any, plan: Plan, machine: Machine) -> list[tuple[str, str]]:
+    config, manifest, counted = plan.network, plan.manifest, cost(plan.network)
     images = settings.max_train_steps * settings.batch_size
+    local = settings.batch_size // (machine.world * settings.gradient_accumulation_steps)
     slot = f"class token of width {config.class_token_dim}" if config.class_token_dim else "no class token"
     aligned = f"aligned after block {config.align_depth}" if config.align_dims else "no alignment"
     where = "run in the step" if plan.online else "cached in the dataset" if plan.cached else "none needed"
-    gib, fixed = 2**30, memory.state + memory.copies
-    per_image = f"{memory.activations / 2**20:.1f} MiB an image" + (", and the encoders" if plan.online else "")
-    return [
-        ("dataset", f"{settings.data_dir}: {manifest.count:,} images of {manifest.resolution} px, {len(manifest.classes)} "
-                    f"classes, latents {config.in_channels} x {config.input_size} x {config.input_size} of {plan.vae}"),
+    records = _size(record_bytes(manifest) * manifest.count)
+    checkpoint, kept = 16 * (counted.parameters + counted.projector_parameters), _checkpoints_kept(settings)
+    rows = [
+        ("dataset", f"{settings.data_dir}{' (assumed)' if settings.assume else ''}: {manifest.count:,} images of "
+                    f"{manifest.resolution} px, {len(manifest.classes)} classes, latents {config.in_channels} x "
+                    f"{config.input_size} x {config.input_size} of {plan.vae}, {records} of records"),
         ("network", f"{config.depth} blocks of width {config.hidden_size}, {config.num_heads} heads, "
                     f"{config.num_tokens} tokens ({config.num_patches} patches); {slot}; {aligned}"),
         ("encoders", ", ".join(plan.encoders) + (": " if plan.encoders else "") + where),
-        ("parameters", f"{counted.parameters / 1e6:.1f} M, and {counted.projector_parameters / 1e6:.1f} M in projectors"),
-        ("compute", f"{counted.flops / 1e9:.2f} G multiply-adds an image forward, {counted.train_flops / 1e12:.3f} TFLOP an "
-                    f"image of training, {counted.train_flops * images / 1e18:.3g} EFLOP in all"),
+        ("parameters", f"{_si(counted.parameters)}, and {_si(counted.projector_parameters)} in projectors"),
+        ("compute", f"{_si(counted.flops)} multiply-adds per image forward, "
+                    f"{_si(counted.train_flops)}FLOP per training image, {_si(counted.train_flops * images)}FLOP in all"),
         ("steps", f"{settings.max_train_steps:,} of {settings.batch_size} images: {images:,} images, "
                   f"{images / manifest.count:.1f} epochs"),
-        ("processes", f"{world}, with micro-batches of {local} images, {settings.gradient_accumulation_steps} a step, "
-                      f"precision {settings.mixed_precision}"),
-        ("memory", f"about {memory.total(local) / gib:.2f} GiB a process: {fixed / gib:.2f} GiB of weights, gradients, "
-                   f"{'AdamW and EMA' if average else 'and AdamW'}, {per_image}"),
-        ("time", f"{_hours(settings, plan, world)} on as many GPUs, by the roofline, without data and gradient exchange"),
-        ("disk", f"{16 * (counted.parameters + counted.projector_parameters) / gib:.2f} GiB a checkpoint"),
+        ("processes", f"{machine.world}, with micro-batches of {local} images, "
+                      f"{settings.gradient_accumulation_steps} per step"),
+        ("precision", _precision(settings, machine)),
+        ("compile", "on: compiling, the first step takes a minute or two" if settings.compile else "off"),
+        ("memory", _memory_text(settings, plan, machine, local)),
     ]  # fmt: skip
+    if machine.memory is not None:
+        rows.append(("GPU", _comparison(settings, plan, machine)))
+    rows.append(("time", _time_text(settings, plan, machine)))
+    rows.append(("disk", f"{_size(checkpoint)} per checkpoint, {_size(checkpoint * kept)} for the {kept} kept"))
+    return rows
 
 
-def _hours(settings: Any, plan: Plan, world: int) -> str:
-    """Expected hours of the whole run for a few GPUs, in words."""
+def _precision(settings: Any, machine: Machine) -> str:
+    if machine.precision == "auto":
+        return "auto: bf16 where the GPU has it, else fp16; no on the CPU"
+    if settings.mixed_precision == "auto" and asked_precision("auto") != "auto":
+        return f"{machine.precision}, as accelerate's launcher asks"
+    return machine.precision
+
+
+def needed_memory(
+    settings: Any, plan: Plan, machine: Machine, *, accumulation: int, recompute: bool, average: bool
+) -> float:
+    """Bytes that one process needs on its GPU, without allocator slack and the CUDA context.
+
+    accumulation: micro-batches per step. recompute: gradient checkpointing. average: the EMA is on the GPU.
+    """
+    memory = training_memory(plan.network, half=machine.precision != "no", recompute=recompute, average=average)
+    share = machine.world if is_sharded(machine.world) else 1
+    batch = settings.batch_size // (machine.world * accumulation)
+    return memory._replace(state=memory.state // share).total(batch) + _encoder_bytes(plan)
+
+
+def _encoder_bytes(plan: Plan) -> int:
+    """Float32 weights of the encoders that run in the step."""
+    return sum(4 * p.numel() for encoder in plan.online for p in encoder.parameters())
+
+
+def _memory_text(settings: Any, plan: Plan, machine: Machine, local: int) -> str:
+    recompute, average = settings.gradient_checkpointing, settings.ema_device == "same"
+    memory = training_memory(plan.network, half=machine.precision != "no", recompute=recompute, average=average)
+    total = needed_memory(
+        settings, plan, machine, accumulation=settings.gradient_accumulation_steps, recompute=recompute, average=average
+    )
+    images = local * memory.activations
+    encoders = f", {_size(_encoder_bytes(plan))} of encoders" if plan.online else ""
+    shards = f" in {machine.world} shards" if is_sharded(machine.world) else ""
+    fixed = total - images - _encoder_bytes(plan)
+    parts = "AdamW and EMA" if average else "and AdamW"
+    return (f"about {_size(total)} per process: {_size(fixed)} of weights, gradients, {parts}{shards}{encoders}, "
+            f"{_size(memory.activations)} per image")  # fmt: skip
+
+
+def _comparison(settings: Any, plan: Plan, machine: Machine) -> str:
+    """Whether a step fits the GPU, and if not, the settings that make it fit."""
+    usable = USABLE * machine.memory
+
+    def need(accumulation: int, recompute: bool, average: bool) -> float:
+        return needed_memory(settings, plan, machine, accumulation=accumulation, recompute=recompute, average=average)
+
+    now, average = settings.gradient_accumulation_steps, settings.ema_device == "same"
+    recompute = settings.gradient_checkpointing
+    needed = need(now, recompute, average)
+    text = f"{machine.name}, {_size(machine.memory)}, of which {_size(usable)} are for tensors: {_size(needed)} "
+    if needed <= usable:
+        return text + "fit"
+    per_process = settings.batch_size // machine.world
+    found = {}
+    for again, mean in ((recompute, average), (True, average), (True, False)):
+        if (again, mean) == (True, False) and (found or is_sharded(machine.world)):
+            continue  # the average on the CPU makes steps slower: only where nothing else helps
+        for accumulation in range(now, per_process + 1):
+            if per_process % accumulation == 0 and need(accumulation, again, mean) <= usable:
+                changed = [
+                    *(["--gradient-checkpointing"] if again != recompute else []),
+                    *(["--ema-device cpu"] if mean != average else []),
+                    *([f"--gradient-accumulation-steps {accumulation}"] if accumulation != now else []),
+                ]
+                found[" ".join(changed)] = need(accumulation, again, mean)
+                break
+    if not found:
+        return text + ("do not fit at any batch size: take a smaller --model, a larger GPU, or several with "
+                       "accelerate launch --use_fsdp")  # fmt: skip
+    return text + "do not fit: use " + ", or ".join(f"{flags} ({_size(bytes_)})" for flags, bytes_ in found.items())
+
+
+def _time_text(settings: Any, plan: Plan, machine: Machine) -> str:
+    predicted = {name: _hours(settings, plan, machine, name) for name in machine.gpus}
+    known = [f"{duration(hours)} on {machine.world} {name}" for name, hours in predicted.items() if hours is not None]
+    if not known:
+        what = "this precision without TF32" if predicted else machine.name or "a CPU"
+        return f"not predicted for {what}; metrics.jsonl says how many hours are left"
+    return f"predicted {', '.join(known)}, by the roofline without data loading and gradient exchange"
+
+
+def _hours(settings: Any, plan: Plan, machine: Machine, name: str) -> float | None:
+    """Expected hours of the whole run on a kind of GPU; None for float32 without TF32: its rate is not in the table."""
+    gpu = GPUS[name]
+    if machine.precision == "no":
+        if not (settings.allow_tf32 and gpu.bf16):
+            return None
+        gpu = gpu._replace(tflops=gpu.tflops / 2)  # TF32
     macs = sum(vit_macs(encoder.vit, encoder.input_size) for encoder in plan.online)
-    hours = {
-        name: settings.max_train_steps / 3600 * step_cost(
-            plan.network, settings.batch_size // world, GPUS[name], encoder_macs=macs,
-            recompute=settings.gradient_checkpointing,
-        ).expected
-        for name in ("A100", "H100", "H200")
-    }  # fmt: skip
-    return ", ".join(f"{name} {value:.3g} h" for name, value in hours.items())
+    batch = settings.batch_size // machine.world
+    step = step_cost(plan.network, batch, gpu, encoder_macs=macs, recompute=settings.gradient_checkpointing)
+    return settings.max_train_steps * step.expected / 3600
+
+
+def _checkpoints_kept(settings: Any) -> int:
+    """How many checkpoints a whole run leaves."""
+    saved = sorted({*range(settings.checkpointing_steps, settings.max_train_steps, settings.checkpointing_steps),
+                    settings.max_train_steps})  # fmt: skip
+    if not settings.keep_last:
+        return len(saved)
+    older, newest = saved[: -settings.keep_last], saved[-settings.keep_last :]
+    return len(newest) + sum(bool(settings.keep_every) and step % settings.keep_every == 0 for step in older)
+
+
+def _si(number: float) -> str:
+    """675129632 => "675.1 M"."""
+    power = min(max(len(str(int(number))) - 1, 0) // 3, 7)
+    return f"{number / 1000**power:.4g} {('', 'K', 'M', 'G', 'T', 'P', 'E', 'Z')[power]}"
+
+
+def _size(size: float) -> str:
+    """Bytes in words, in GiB, MiB or KiB."""
+    if size >= GIB:
+        return f"{size / GIB:,.1f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

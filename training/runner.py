@@ -1,4 +1,4 @@
-"""The rooms of a training run, built once, and what the loop in train.py asks of them."""
+"""Everything that a training run consists of, built once, and what the loop in train.py asks of it."""
 
 import subprocess
 import sys
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from common.presets import GUIDANCE_HIGH
+from common.reporting import progress, say
 from config import UserError, as_dict
 from dataset import PackedDataset, StepSampler, read_ahead
 from models.acceleration import allow_tf32, compile_encoder, compile_network
@@ -25,13 +26,14 @@ from models.ema import EMA
 from models.guidance import Guidance
 from models.sit import SiT
 from packed.format import read_manifest
-from training import previews, sharding, state
+from training import previews, sharding, state, trackers
 from training.evaluation import FrechetProbe
 from training.folder import RunLock, identity, record_settings
 from training.health import check_weights, describe
 from training.interrupt import EXIT_STATUS, Interrupt
-from training.launch import Processes
+from training.launch import Processes, check_launcher
 from training.plan import make_plan
+from training.report import start_text
 from training.step import TrainStep, to_device
 from training.tracking import Tracker, Window, averages, first_fault, merge_windows, peak_memory
 
@@ -44,7 +46,11 @@ class Runner:
     def __init__(self, settings: Any) -> None:
         self.settings = settings
         self.folder = Path(settings.output_dir) / settings.exp_name
+        check_launcher(settings.gradient_accumulation_steps)
         self.processes = Processes(settings.mixed_precision)
+        self.processes.on_main(lambda: trackers.check(settings.report_to))
+        if self.processes.sharded:
+            sharding.check(self.processes.precision, settings.ema_device)
         self.device = self.processes.device
         self.plan = make_plan(settings, read_manifest(settings.data_dir))
         self.dataset = PackedDataset(settings.data_dir, self.plan.fields)
@@ -63,9 +69,9 @@ class Runner:
 
     def _build(self) -> None:
         settings, plan, processes = self.settings, self.plan, self.processes
-        if processes.sharded and settings.ema_device == "cpu":
-            raise UserError("--ema-device cpu and FSDP do not go together: each process has a part of the average alone")
         processes.on_main(self._claim)
+        if processes.is_main:
+            say(start_text(settings, plan, processes, self.folder))
         allow_tf32(settings.allow_tf32)
         torch.manual_seed(settings.seed)
         self.network = SiT(plan.network)
@@ -93,8 +99,9 @@ class Runner:
         )))  # fmt: skip
         self.tracker = processes.on_main(self._track)
         self.bar = self._open.enter_context(
-            tqdm(total=settings.max_train_steps, initial=self.step, unit="step", disable=not processes.is_main)
-        )
+            progress(settings.max_train_steps, unit="step", description="training", initial=self.step,
+                     shown=processes.is_main)
+        )  # fmt: skip
         self.interrupt = self._open.enter_context(Interrupt(processes.world, settings.max_hours))
         self._flops = cost(plan.network).train_flops if self.device.type == "cuda" else None
         self._last: dict[str, Any] = {}  # of the newest log line
@@ -172,7 +179,7 @@ class Runner:
         except (OSError, state.DamagedCheckpoint) as error:
             if self.settings.on_save_error == "stop" or self.step >= self.settings.max_train_steps:
                 raise UserError(f"step {self.step} could not be saved: {error}") from error
-            self._say(f"step {self.step} could not be saved, training goes on: {error}")
+            say(f"step {self.step} could not be saved, training goes on: {error}")
             return False
         return True
 
@@ -192,11 +199,13 @@ class Runner:
 
     def _draw(self, network: SiT, file: Path) -> None:
         labels = previews.preview_labels(self.plan.network.num_classes, PREVIEWS).to(self.device)
-        guidance = Guidance(self.settings.preview_scale, high=0.85)
-        sampled = previews.sample(
-            network, self.plan.objective.interpolant, labels, torch.arange(PREVIEWS, device=self.device),
-            seed=self.settings.seed, steps=self.settings.preview_steps, guidance=guidance,
-        )  # fmt: skip
+        guidance = Guidance(self.settings.preview_scale, high=GUIDANCE_HIGH)
+        steps = self.settings.preview_steps
+        with progress(steps, unit="step", description=f"preview of step {self.step}") as bar:
+            sampled = previews.sample(
+                network, self.plan.objective.interpolant, labels, torch.arange(PREVIEWS, device=self.device),
+                seed=self.settings.seed, steps=steps, guidance=guidance, progress=lambda done: bar.update(),
+            )  # fmt: skip
         means, nearest = self._class_means(), None
         if means is not None and sampled.class_token is not None:
             nearest = nearest_class(sampled.class_token, means)
@@ -205,7 +214,7 @@ class Runner:
             previews.save_grid(file, pixels, labels, self.plan.manifest.classes, nearest)
             self.tracker.picture(self.step, file)
         except OSError as error:
-            self._say(f"preview {file} could not be written: {error}")
+            say(f"preview {file} could not be written: {error}")
 
     # ------------------------------------------------------------------------------------------------- beginning and end
 
@@ -220,10 +229,10 @@ class Runner:
         if self.processes.is_main:
             hours = (time.monotonic() - self._start) / 3600
             ended = f"stopped by {reason}, the same command resumes" if reason else "done"
-            self._say(f"step {self.step} of {self.settings.max_train_steps}: {ended}; {hours:.2f} hours, {self.folder}")
+            say(f"step {self.step} of {self.settings.max_train_steps}: {ended}; {hours:.2f} hours, {self.folder}")
             shown = ("loss", "velocity", "class_velocity", "alignment", "fd", "images_per_second", "peak_memory_gib")
             if self._last:
-                self._say("  " + ", ".join(f"{name} {self._last[name]:.4g}" for name in shown if name in self._last))
+                say("  " + ", ".join(f"{name} {self._last[name]:.4g}" for name in shown if name in self._last))
             if reason == "SIGUSR1" and self.settings.requeue_command:
                 subprocess.run(self.settings.requeue_command, shell=True, check=False)
         return EXIT_STATUS[reason] if reason and self.step < self.settings.max_train_steps else 0
@@ -239,7 +248,7 @@ class Runner:
         for change in record_settings(
             self.folder, as_dict(self.settings), facts, accept_changes=self.settings.accept_changes
         ):
-            self._say(f"continuing with another setting: {change}")
+            say(f"continuing with another setting: {change}")
 
     def _track(self) -> Tracker:
         settings = self.settings
@@ -254,7 +263,7 @@ class Runner:
     def _resume(self) -> int:
         """Place the networks, make the optimiser, and load the newest intact checkpoint; returns its step, 0 without one."""
         folder = self.folder / "checkpoints"
-        found = self.processes.share(self.processes.on_main(lambda: state.newest(folder, self._say)))
+        found = self.processes.share(self.processes.on_main(lambda: state.newest(folder, say)))
         loaded = None if found is None else state.load(found)
         if loaded is not None:
             self.network.load_state_dict(loaded.model)
@@ -277,7 +286,7 @@ class Runner:
         elif self.processes.is_main:  # another number of processes: the main one carries on all their sums
             self.window.values.copy_(merge_windows(loaded.window))
         if self.processes.is_main:
-            self._say(f"resuming from {found}")
+            say(f"resuming from {found} at step {loaded.step} of {self.settings.max_train_steps}")
         return loaded.step
 
     def _load_autoencoder(self) -> None:
@@ -288,7 +297,7 @@ class Runner:
             self.autoencoder = load()
             self.probe = FrechetProbe(
                 self.processes, self.autoencoder, reference=settings.eval_reference, space=settings.eval_features,
-                count=settings.eval_samples,
+                count=settings.eval_samples, resolution=self.plan.manifest.resolution,
             )  # fmt: skip
         elif settings.sampling_steps:
             self.autoencoder = self.processes.on_main(load)
@@ -318,7 +327,7 @@ class Runner:
         if self.settings.on_nonfinite == "stop":
             raise UserError(f"{text}; the weights took no part (--on-nonfinite skip leaves such steps out)")
         if self.processes.is_main:
-            self._say(f"left out: {text}")
+            say(f"left out: {text}")
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -326,6 +335,3 @@ class Runner:
         begin = time.monotonic()
         yield
         self._paused += time.monotonic() - begin
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text)

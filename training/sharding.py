@@ -29,6 +29,15 @@ def shard(network: SiT, device: torch.device) -> None:
     fully_shard(network, mesh=mesh, reshard_after_forward=reshard)
 
 
+def check(precision: str, ema_device: str) -> None:
+    """Raise UserError for settings that shards exclude, of train.py (resolved precision, --ema-device) or of accelerate."""
+    if precision == "fp16":
+        raise UserError("--mixed-precision fp16 and FSDP do not go together: use bf16")
+    if ema_device == "cpu":
+        raise UserError("--ema-device cpu and FSDP do not go together: each process has a part of the average alone")
+    reshard_after_forward(os.environ)
+
+
 def reshard_after_forward(environment: Mapping[str, str]) -> bool:
     """What accelerate's FSDP settings ask for: whether a block's weights are freed between its passes (less memory, more
     exchange). Raises UserError for settings that are not followed here; how to wrap and save is this module's own affair."""

@@ -1,20 +1,21 @@
-"""What a run says about itself: a window of sums on the device, metrics.jsonl, wandb or TensorBoard."""
+"""Training metrics: on-device sums between log lines, metrics.jsonl, and the tracker beside it."""
 
 import json
 import resource
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from common.reporting import say
+from models.hub import first_line
 from training.folder import replace_text
 from training.step import StepResult
+from training.trackers import open_tracker
 
-METRICS, WANDB_ID = "metrics.jsonl", "wandb-id.txt"
+METRICS = "metrics.jsonl"
 QUARTILES = 4
 TERMS = ("velocity", "class_velocity", "alignment")
 # window layout: for each quartile of t: count and sum of each term; then steps, sum of gradient norms, skipped steps, and
@@ -112,66 +113,54 @@ class Tracker:
     """Writes metrics.jsonl and, if asked to, wandb or TensorBoard; of the main process only.
 
     A line is {"step": 100, ...}. On resuming, lines after the checkpoint's step are cut off, so steps never go backwards.
+    What fails while training (a full disk, a tracker's server) is reported once and does not end the run.
     """
 
     def __init__(self, folder: Path, report_to: str, project: str, settings: Mapping[str, Any], start_step: int) -> None:
         self.path = folder / METRICS
         self._cut(start_step)
         self._stream = self.path.open("a")
-        self._wandb = self._board = None
-        self._told = False
-        if report_to == "wandb":
-            import wandb
-
-            identity = folder / WANDB_ID
-            if not identity.is_file():
-                identity.write_text(secrets.token_hex(4))
-            self._wandb = wandb.init(
-                project=project, name=settings["exp_name"], id=identity.read_text().strip(), resume="allow",
-                dir=folder, config=dict(settings),
-            )  # fmt: skip
-        elif report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1 if start_step else None)
+        self._reported: set[str] = set()
+        self._name = report_to
+        self._external = open_tracker(report_to, folder, project, settings, start_step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line. A full disk is told once and does not end the run."""
+        """Write one line."""
         try:
             self._write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
-            if not self._told:
-                tqdm.write(f"{self.path} could not be written, training goes on: {error}")
-            self._told = True
+            self._report(str(self.path), error)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        if self._wandb:
-            self._wandb.log(numbers, step=step)
-        if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+        self._try(lambda tracker: tracker.log(step, numbers))
+
+    def picture(self, step: int, file: Path) -> None:
+        """Show a PNG in the tracker."""
+        self._try(lambda tracker: tracker.picture(step, file))
+
+    def close(self) -> None:
+        try:
+            self._stream.close()  # writes what a full disk did not take before
+        except OSError as error:
+            self._report(str(self.path), error)
+        self._try(lambda tracker: tracker.close())
 
     def _write(self, line: str) -> None:
         self._stream.write(line)
         self._stream.flush()
 
-    def picture(self, step: int, file: Path) -> None:
-        """Show a PNG in the tracker."""
-        if self._wandb:
-            import wandb
+    def _try(self, action: Callable[[Any], None]) -> None:
+        if self._external is None:
+            return
+        try:
+            action(self._external)
+        except Exception as error:  # whatever a tracker raises, the run is worth more
+            self._report(self._name, error)
 
-            self._wandb.log({"preview": wandb.Image(str(file))}, step=step)
-        if self._board:
-            import numpy as np
-            from PIL import Image
-
-            self._board.add_image("preview", np.asarray(Image.open(file)), step, dataformats="HWC")
-
-    def close(self) -> None:
-        self._stream.close()
-        if self._wandb:
-            self._wandb.finish()
-        if self._board:
-            self._board.close()
+    def _report(self, what: str, error: Exception) -> None:
+        """Once for each of the two."""
+        if what not in self._reported:
+            say(f"warning: {what} could not be written, training goes on: {first_line(error)}")
+        self._reported.add(what)
 
     def _cut(self, start_step: int) -> None:
         """Drop lines after start_step and a line torn by a kill."""
