@@ -56,7 +56,7 @@ def encode_moments(moments: np.ndarray) -> np.ndarray:
     bad = ~(np.abs(scaled) <= np.finfo(np.float16).max)
     if bad.any():
         record = int(np.argwhere(bad)[0, 0])
-        raise ValueError(f"the VAE moments of record {record} of this batch do not fit float16 or are not finite")
+        raise UserError(f"the VAE moments of record {record} of this batch do not fit float16 or are not finite")
     return scaled.astype(np.float16)
 
 
@@ -229,9 +229,9 @@ class StepSampler(Sampler):
     ) -> None:
         """micro: micro-batches a step. Raises ValueError if the batch does not divide evenly."""
         if count < 1:
-            raise ValueError("the dataset is empty")
+            raise UserError("the dataset is empty")
         if global_batch < 1 or global_batch % (world * micro):
-            raise ValueError(
+            raise UserError(
                 f"batch size {global_batch} must be divisible by {world} processes x {micro} accumulation steps"
             )
         self.count, self.global_batch, self.seed = count, global_batch, seed

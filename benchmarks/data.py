@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from config import parse, run, setting
+from common.reporting import run
+from config import parse, setting
 
 RESOLUTION, LATENT, TOKENS, WIDTH = 256, 32, 256, 768  # ImageNet 256, SD-VAE, DINOv2-B
 IMAGENET = 1_281_167

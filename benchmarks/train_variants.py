@@ -60,7 +60,7 @@ class OurStep:
     """A step of training.step.TrainStep on fixed data, as train.py builds it; call it to take the next one."""
 
     def __init__(
-        self, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "no",
+        self, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "fp32",
         compiled: bool = False, gradient_checkpointing: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def encoded_ahead(ours: OurStep) -> Callable[[], StepResult]:
 
 
 def published_step(
-    clone: Path, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "no", read_back: bool
+    clone: Path, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "fp32", read_back: bool
 ) -> Callable[[], None]:
     """The body of the published training loop with its own functions, on one process and without its launcher.
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -20,7 +21,7 @@ def say(text: str) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a program's `main`; a UserError ends it with one line on stderr and exit status 2.
+    """Call a program's `main`; a UserError or a missing package ends it with one line on stderr and exit status 2.
 
     The same error of several ranks is reported by the first of them, an error of one rank alone with its number. What then
     breaks on the other ranks, whose peer is gone, is not reported. Any other exception is a bug of ours and keeps its
@@ -32,6 +33,16 @@ def run(main: Callable[[], None]) -> None:
         if not _reported(str(error)):
             rank = int(os.environ.get("RANK", "0"))
             sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {error}\n")
+        raise SystemExit(2) from error
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        root = Path(__file__).parents[1]
+        if not package or (root / package).exists() or (root / f"{package}.py").exists():
+            raise
+        sys.stderr.write(
+            f"error: the package {package} is not installed for {sys.executable}: `source .venv/bin/activate` after "
+            "`bash setup.sh`, or `pip install -r requirements.txt -c constraints.txt`\n"
+        )
         raise SystemExit(2) from error
     except Exception as error:
         if _reported():

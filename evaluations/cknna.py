@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from config import UserError, parse, run, setting
+from common.reporting import run
+from config import UserError, parse, setting
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ def prepare(x: "torch.Tensor", k: int) -> Side:
     import torch.nn.functional as F
 
     if len(x) < 4 or not 2 <= k <= len(x) - 2:
-        raise ValueError(f"CKNNA needs at least 4 images and 2 <= k <= images - 2, got {len(x)} images and k = {k}")
+        raise UserError(f"CKNNA needs at least 4 images and 2 <= k <= images - 2, got {len(x)} images and k = {k}")
     unit = F.normalize(x.double(), dim=1)
     single, nearest, kernels = unit.float(), [], []
     for start in range(0, len(x), 500):
@@ -108,7 +109,7 @@ def prepare(x: "torch.Tensor", k: int) -> Side:
 def compare(a: Side, b: Side) -> float:
     """CKNNA of two prepared sides."""
     if len(a.nearest) != len(b.nearest):
-        raise ValueError(f"CKNNA compares the same images: got {len(a.nearest)} and {len(b.nearest)} rows")
+        raise UserError(f"CKNNA compares the same images: got {len(a.nearest)} and {len(b.nearest)} rows")
     own = a.own * b.own
     return _similarity(a, b) / own**0.5 if own > 0 else 0.0
 
@@ -149,7 +150,7 @@ def read_targets(
         packed = {info.name: info for info in data.manifest.encoders}
         name = encoder or next(iter(packed), None)
         if "pixels" not in data.manifest.fields or name is None:
-            raise ValueError(f"{data.directory} has no cached tokens; give --encoder for its pixels")
+            raise UserError(f"{data.directory} has no cached tokens; give --encoder for its pixels")
         from models.encoder import load_encoder
 
         # 16 x 16 tokens at 256 px, as in training

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.presets import spread_labels
+from config import MissingFile, UserError
 from models import philox
 from models.noise import Stream
 
@@ -59,7 +60,7 @@ def read_labels(
     if tuple(source) == ("spread",):
         return Labels("spread", everything[spread_labels(len(everything), min(count, len(everything)))])
     if chosen:
-        raise ValueError("--classes goes with --labels random, balanced or spread, not with a list of labels")
+        raise UserError("--classes goes with --labels random, balanced or spread, not with a list of labels")
     if tuple(source) == ("null",):
         return Labels("null", np.array([num_classes], dtype=np.int64))
     if len(source) == 1 and not source[0].isdecimal() and source[0] not in names:
@@ -73,10 +74,10 @@ def _class_number(word: str, num_classes: int, names: Sequence[str], flag: str) 
     if word.isdecimal():
         if int(word) < num_classes:
             return int(word)
-        raise ValueError(f"{flag} {word}: the model has classes 0 to {num_classes - 1}")
+        raise UserError(f"{flag} {word}: the model has classes 0 to {num_classes - 1}")
     if word in names:
         return list(names).index(word)
-    raise ValueError(
+    raise UserError(
         f"{flag} {word}: neither a class number below {num_classes} nor one of the model's class names"
         + _known_names(word, names)
     )
@@ -100,7 +101,7 @@ def _known_names(word: str, names: Sequence[str]) -> str:
 
 def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.ndarray:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"--labels {path}: neither random, balanced, spread, null, a class number, an existing file, nor one of "
             f"the model's class names{_known_names(str(path), names)}"
         )
@@ -114,12 +115,12 @@ def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.n
             text = path.read_text()
             labels = np.array(json.loads(text) if path.suffix == ".json" else [int(word) for word in text.split()])
     except (ValueError, KeyError, EOFError, OSError) as error:
-        raise ValueError(f"--labels {path}: not a list of class numbers ({error})") from error
+        raise UserError(f"--labels {path}: not a list of class numbers ({error})") from error
     if labels.ndim != 1 or len(labels) == 0 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"--labels {path}: holds {labels.dtype} {labels.shape}, not a list of class numbers")
+        raise UserError(f"--labels {path}: holds {labels.dtype} {labels.shape}, not a list of class numbers")
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
-        raise ValueError(f"--labels {path}: label {bad[0]}, but the model has classes 0 to {num_classes - 1}")
+        raise UserError(f"--labels {path}: label {bad[0]}, but the model has classes 0 to {num_classes - 1}")
     return labels.astype(np.int64)
 
 

@@ -666,7 +666,7 @@ def test_generated_tokens_against_the_encoder(settings, vit, tmp_path):
         measure.measure(settings(**asked))
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 7}, {"dtype": "float64"}])
+@pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 7}, {"dtype": "fp64"}])
 def test_batch_size_and_dtype_leave_the_numbers(settings, change):
     usual, other = measure.measure(settings()), measure.measure(settings(cache=False, **change))
     for key, metric in usual.metrics.items():

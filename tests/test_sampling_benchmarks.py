@@ -55,7 +55,7 @@ def test_the_cheapest_within_two_percent():
 def test_our_variants_share_weights_and_noise():
     """float32 and bfloat16 sample the same latents, to the precision of bfloat16; fewer rows are the same rows."""
     bench = Bench(SampleBenchmark(**TINY), "cpu")
-    exact, reduced = (bench.ours(dtype, compiled=False) for dtype in ("float32", "bfloat16"))
+    exact, reduced = (bench.ours(dtype, compiled=False) for dtype in ("fp32", "bf16"))
     assert torch.allclose(exact(2), exact()[:2], atol=1e-5)
     agreement, found = bench.deviations({"ours, float32": exact, "ours, bfloat16": reduced})
     assert agreement == 0 and found["ours, float32"][0] < 1e-5 < found["ours, bfloat16"][0] < 0.1

@@ -17,7 +17,7 @@ from packed.writer import write_shard
 SIZE = 4  # latent; 8 pixels
 FLAGS = (
     "--model", "SiT-S/2", "--depth", "2", "--hidden-size", "32", "--num-heads", "2", "--encoder-depth", "1",
-    "--projector-dim", "32", "--batch-size", "8", "--mixed-precision", "no", "--num-workers", "0", "--sampling-steps", "0",
+    "--projector-dim", "32", "--batch-size", "8", "--mixed-precision", "fp32", "--num-workers", "0", "--sampling-steps", "0",
     "--log-every", "1",
 )  # fmt: skip
 

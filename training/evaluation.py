@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.reporting import progress
+from config import UserError
 from evaluations import features
 from evaluations.images import open_images
 from evaluations.metrics import frechet_distance
@@ -82,7 +83,7 @@ class FrechetProbe:
 
     def _whole(self, moments: Moments | None) -> Statistics:
         if moments is None:
-            raise ValueError(f"there are fewer images than the {self.processes.world} processes that are to share them")
+            raise UserError(f"there are fewer images than the {self.processes.world} processes that are to share them")
         if self.processes.world > 1:
             moments.all_reduce()
         return moments.statistics()
