@@ -7,7 +7,8 @@ dataclass default. Nothing here imports torch, so that `--help` answers at once.
 import argparse
 import dataclasses
 import difflib
-import sys
+import json
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,14 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one sentence that names the culprit and the mend."""
+    """Bad input: one sentence that names the file, value or flag and says what to do."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file or folder that the user named, or that belongs to one, does not exist."""
+
+
+RESULT, RUN = "result", "run"  # roles of a setting: results depend on it; it says how or where to run
 
 
 def setting(
@@ -28,6 +36,11 @@ def setting(
     group: str,
     choices: Sequence | None = None,
     also: Sequence[str] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    role: str = RESULT,
 ) -> Any:
     """Declare one field of a settings dataclass.
 
@@ -37,8 +50,12 @@ def setting(
         group: heading in `--help`.
         choices: the only values allowed.
         also: names that people type for it in other projects; they are not accepted, the error names the right flag.
+        at_least, above, at_most, below: the numbers allowed, for each number of a tuple; NaN never is.
+        role: RESULT if what the program makes depends on it, so that work begun with another value is not continued; RUN if
+            it only says how, where or how much (see `identity`).
     """
-    metadata = {"help": help, "group": group, "choices": choices, "also": tuple(also)}
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {"help": help, "group": group, "choices": choices, "also": tuple(also), "bounds": bounds, "role": role}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -85,10 +102,13 @@ def parse(
         else:
             choices = field.metadata["choices"]
             metavar = None if choices else kind.__name__.upper()
-            groups[name].add_argument(flag, type=kind, nargs=nargs, choices=choices, help=text, metavar=metavar)
+            read = _reader(field, kind)
+            groups[name].add_argument(flag, type=read, nargs=nargs, choices=choices, help=text, metavar=metavar)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0].removeprefix("--no-").lstrip("-").replace("-", "_")
+        if name in REMOVED:
+            raise UserError(f"{unknown[0]}: {_removed(name)}")
         raise UserError(f"unknown argument {unknown[0]!r}{_closest(name, cls, _flag)}; see --help")
     values = vars(given)
     recipe = values.pop("config", None)
@@ -98,30 +118,20 @@ def parse(
     for field in dataclasses.fields(cls):
         if field.name not in values and field.default is dataclasses.MISSING:
             raise UserError(f"{_flag(field.name)} is required: {field.metadata['help']}")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    settings = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    for field in dataclasses.fields(cls):
+        _check_bounds(field, getattr(settings, field.name))
+    return settings
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a program's `main`; a user's mistake or a missing package ends it with one line on stderr and exit status 2.
+_HOLDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
-    ValueError and FileNotFoundError are what the rooms below raise for bad input; other exceptions are bugs of ours
-    and keep their traceback.
-    """
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        here = Path(__file__).parent
-        if not package or (here / package).exists() or (here / f"{package}.py").exists():
-            raise
-        sys.stderr.write(
-            f"error: the package {package} is not installed for {sys.executable}: `source .venv/bin/activate` after "
-            "`bash setup.sh`, or `pip install -r requirements.txt -c constraints.txt`\n"
-        )
-        raise SystemExit(2) from error
+
+def _check_bounds(field: dataclasses.Field, value: Any) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        for name, bound in field.metadata["bounds"].items():
+            if bound is not None and number is not None and not _HOLDS[name](number, bound):
+                raise UserError(f"{_flag(field.name)} must be {name.replace('_', ' ')} {bound}, got {number}")
 
 
 def as_dict(settings: Any) -> dict[str, Any]:
@@ -131,6 +141,67 @@ def as_dict(settings: Any) -> dict[str, Any]:
         value = getattr(settings, field.name)
         plain[field.name] = str(value) if isinstance(value, Path) else value
     return plain
+
+
+def identity(settings: Any) -> dict[str, Any]:
+    """The settings that results depend on (role RESULT), as `as_dict` gives them."""
+    plain = as_dict(settings)
+    return {field.name: plain[field.name] for field in dataclasses.fields(settings) if field.metadata["role"] == RESULT}
+
+
+# ------------------------------------------------------------------------------------------------- files of former versions
+
+LAST_WITH_REMOVED = "83daf46"  # the newest commit that had what is listed here
+REMOVED = {  # settings that are gone => the value that their absence means
+    "ema_device": "same",
+    "guidance_schedule": "constant",
+}
+REMOVED_CHOICES = {"solver": ("ab2", "ab3"), "time_grid": ("quadratic", "cosine")}
+_DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+FORMER_WORDS = {  # names of precisions before all programs had the same ones
+    "mixed_precision": {"no": "fp32"}, "precision": {"no": "fp32"}, "dtypes": _DTYPES,
+    "dtype": _DTYPES, "vae_dtype": _DTYPES, "pr_dtype": _DTYPES,
+}  # fmt: skip
+NEUTRAL = frozenset({"compile"})  # was recorded, but changes no result
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What differs between recorded settings and today's, as (name, before, now).
+
+    A removed setting counts as equal to its absence where it had the value that its absence means, and a former word as the
+    present one. `before` may lack settings that are newer than it.
+    """
+    plain = json.loads(json.dumps(now))  # tuples as JSON gives them back
+    missing = object()
+    found = []
+    for name in {**before, **plain}:
+        if name in NEUTRAL:
+            continue
+        a, b = (_present_word(name, side.get(name, REMOVED.get(name, missing))) for side in (before, plain))
+        if a is not missing and a != b:
+            found.append((name, a, None if b is missing else b))
+    return found
+
+
+def _present_word(name: str, value: Any) -> Any:
+    return FORMER_WORDS.get(name, {}).get(value, value) if isinstance(value, str) else value
+
+
+def _removed(name: str) -> str:
+    return f"was removed; the last version that had it is commit {LAST_WITH_REMOVED}"
+
+
+def _reader(field: dataclasses.Field, kind: type) -> Callable[[str], Any]:
+    """Text => value for argparse, former words included."""
+    gone = REMOVED_CHOICES.get(field.name, ())
+
+    def read(text: str) -> Any:
+        if text in gone:
+            raise UserError(f"{_flag(field.name)} {text}: {_removed(field.name)}")
+        return kind(_present_word(field.name, text))
+
+    read.__name__ = kind.__name__  # argparse names it in its errors
+    return read
 
 
 def _flag(name: str) -> str:
@@ -175,8 +246,18 @@ def _read_recipe(cls: type, hints: dict[str, Any], path: Path) -> dict[str, Any]
     values = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        if name in REMOVED:
+            if value == REMOVED[name]:
+                continue
+            raise UserError(f"--config {path}: {key}: {value}: {_removed(name)}")
         if name not in fields:
             raise UserError(f"--config {path}: unknown key {key!r}{_closest(name, cls)}")
+        if value is False and name in FORMER_WORDS:
+            value = "no"  # YAML reads the former word for fp32 as a boolean
+        if isinstance(value, str):
+            if value in REMOVED_CHOICES.get(name, ()):
+                raise UserError(f"--config {path}: {key}: {value}: {_removed(name)}")
+            value = _present_word(name, value)
         kind, nargs = _kind(hints[name])
         try:
             values[name] = _convert(value, kind, nargs, optional=type(None) in typing.get_args(hints[name]))

@@ -7,8 +7,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.reporting import say
-from config import parse, run, setting
+from common.reporting import run, say
+from config import parse, setting
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The packed dataset: its schema, its reader, and the order in which training reads it.
 
-A directory of fixed-size-record `.npy` files (memory-mapped by the reader) and a manifest, `dataset.json`, written
-last (shards.py).
+A directory of fixed-size-record `.npy` files and a manifest, `dataset.json`, written
+last (packed/format.py).
 Record i of shard k is row i of each of its files. Fields:
 
     moments        (2C, h, w) float16   mean and scaled standard deviation of the VAE posterior (see MOMENTS_STD_SCALE)
@@ -11,6 +11,7 @@ Record i of shard k is row i of each of its files. Fields:
     patch_tokens.K (T, D_K)   float16   likewise
 """
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,26 +24,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from mapped import Buffers, copy_records, map_file
+from config import MissingFile, UserError
 from models import philox
-from shards import (  # what readers need is named here again
-    MANIFEST,
-    MOMENTS_STD_SCALE,
-    EncoderInfo,
-    Manifest,
-    npy_size,
-    read_manifest,
-    write_manifest,
-    write_shard,
-)
+from models.noise import Stream
+from packed.format import MANIFEST, MOMENTS_STD_SCALE, npy_header, npy_size, read_manifest
+from packed.memory import Buffers, read_record
 
-__all__ = [
-    "MANIFEST", "Batch", "EncoderInfo", "Manifest", "PackedDataset", "StepSampler", "decode_moments", "encode_moments",
-    "read_ahead", "read_manifest", "write_manifest", "write_shard",
-]  # fmt: skip
-_SHUFFLE = 2  # philox purpose of the data order
-_UNMAP = 16 * 2**30  # bytes read after which files are mapped anew: page tables of a whole epoch would take 1 GB
-_MEND = "redo this shard with preprocessing/pack.py --repair"
+_REPAIR = "redo this shard with preprocessing/pack.py --repair"
 
 
 class Batch(NamedTuple):
@@ -68,7 +56,7 @@ def encode_moments(moments: np.ndarray) -> np.ndarray:
     bad = ~(np.abs(scaled) <= np.finfo(np.float16).max)
     if bad.any():
         record = int(np.argwhere(bad)[0, 0])
-        raise ValueError(f"the VAE moments of record {record} of this batch do not fit float16 or are not finite")
+        raise UserError(f"the VAE moments of record {record} of this batch do not fit float16 or are not finite")
     return scaled.astype(np.float16)
 
 
@@ -81,8 +69,8 @@ def decode_moments(moments: Tensor) -> Tensor:
 class PackedDataset(Dataset):
     """Random access to a packed dataset, a whole batch at a time: `dataset[indices]` => Batch.
 
-    Read it by `read_ahead`, or by DataLoader(dataset, sampler=StepSampler(...), batch_size=None). Files are mapped on first
-    use, in the process that uses them; what a process holds grows with the number of shards, never with that of records.
+    Read it by `read_ahead`, or by DataLoader(dataset, sampler=StepSampler(...), batch_size=None). What a process holds
+    grows with the number of shards, never with that of records.
     """
 
     def __init__(self, directory: Path | str, fields: Sequence[str] | None = None) -> None:
@@ -92,19 +80,19 @@ class PackedDataset(Dataset):
         self.fields = tuple(fields if fields is not None else self.manifest.fields)
         missing = [name for name in self.fields if name not in self.manifest.fields]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} has no field {missing[0]!r}, only {', '.join(self.manifest.fields)}; pack it again"
             )
         counts = np.array([shard["count"] for shard in self.manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
         if len(self._ends) == 0 or self._ends[-1] != self.manifest.count:
-            raise ValueError(f"{self.directory / MANIFEST}: the shards do not add up to count {self.manifest.count}")
+            raise UserError(f"{self.directory / MANIFEST}: the shards do not add up to count {self.manifest.count}")
         self._specs = {
             name: (np.dtype(spec["dtype"]), tuple(spec["shape"])) for name, spec in self.manifest.fields.items()
         }
-        self._maps: dict[tuple[int, str], np.ndarray] = {}
-        self._mapped_bytes = 0
+        self._paths: dict[tuple[int, str], str] = {}  # of the files whose header was found right
+        self._headers = {name: len(npy_header(*spec, 0)) for name, spec in self._specs.items()}
         self._buffers = Buffers()
         self._check_sizes()
 
@@ -117,8 +105,6 @@ class PackedDataset(Dataset):
 
     def read(self, indices: Sequence[int] | np.ndarray, *, pin_memory: bool = False) -> Batch:
         """`self[indices]`; with pin_memory straight into memory that a GPU can copy from while it computes."""
-        if self._mapped_bytes > _UNMAP:
-            self._maps, self._mapped_bytes = {}, 0
         indices = np.asarray(indices, dtype=np.int64)
         records = indices.tolist()
         if records and not 0 <= min(records) <= max(records) < len(self):
@@ -137,22 +123,15 @@ class PackedDataset(Dataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}, "_buffers": Buffers()}  # a spawned worker maps the files itself
+        return {**self.__dict__, "_buffers": Buffers()}
 
     def labels(self) -> np.ndarray:
         """(count,) int64 labels of all records."""
-        return np.concatenate([self.map(number, "label") for number in range(len(self.manifest.shards))])
+        return np.concatenate([self.records(number, "label") for number in range(len(self.manifest.shards))])
 
-    def map(self, number: int, name: str) -> np.ndarray:
-        """The read-only memory map of one field of one shard. Raises ValueError if the file is not what it should be."""
-        mapped = self._maps.get((number, name))
-        if mapped is None:
-            path, count, (dtype, shape) = self._file(number, name), self.manifest.shards[number]["count"], self._specs[name]
-            mapped = map_file(path, dtype, shape, count)
-            if mapped is None:
-                raise ValueError(f"shard file {path} does not hold {count} records of {dtype} {shape}; {_MEND}")
-            self._maps[number, name] = mapped
-        return mapped
+    def records(self, number: int, name: str) -> np.ndarray:
+        """One field of one shard, (records, ...), mapped read-only. Raises UserError if the file is damaged."""
+        return np.load(self._checked(number, name), mmap_mode="r", allow_pickle=False)
 
     def _gather(self, name: str, places: list[tuple[int, int]], pin_memory: bool) -> Tensor:
         """One field of the records at `places`: (shard, row of it) each."""
@@ -163,10 +142,23 @@ class PackedDataset(Dataset):
         else:
             out = self._buffers.take((len(places), *shape), dtype)
             tensor = torch.from_numpy(out)
-        self._mapped_bytes += out.nbytes
-        maps = {number: self.map(number, name) for number in {number for number, _ in places}}
-        copy_records(out, [maps[number][row : row + 1] for number, row in places])
+        size, header = dtype.itemsize * math.prod(shape), self._headers[name]
+        for position, (number, row) in enumerate(places):
+            path = self._paths.get((number, name)) or self._checked(number, name)
+            read_record(path, header + row * size, out[position : position + 1])
         return tensor
+
+    def _checked(self, number: int, name: str) -> str:
+        """Path of a shard file, whose header is compared with the manifest when it is first used."""
+        path, count = self._file(number, name), self.manifest.shards[number]["count"]
+        if (number, name) not in self._paths:
+            header = npy_header(*self._specs[name], count)
+            with path.open("rb") as stream:
+                if stream.read(len(header)) != header:
+                    dtype, shape = self._specs[name]
+                    raise UserError(f"shard file {path} does not hold {count} records of {dtype} {shape}; {_REPAIR}")
+            self._paths[number, name] = str(path)
+        return self._paths[number, name]
 
     def _file(self, number: int, name: str) -> Path:
         return self.directory / self.manifest.shards[number]["files"][name]["file"]
@@ -180,10 +172,10 @@ class PackedDataset(Dataset):
                 try:
                     size = os.stat(path).st_size
                 except FileNotFoundError:
-                    raise FileNotFoundError(f"shard file {path} is missing; {_MEND}") from None
+                    raise MissingFile(f"shard file {path} is missing; {_REPAIR}") from None
                 expected = npy_size(*self._specs[name], shard["count"])
                 if size != expected:
-                    raise ValueError(f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {_MEND}")
+                    raise UserError(f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {_REPAIR}")
 
 
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:
@@ -237,9 +229,9 @@ class StepSampler(Sampler):
     ) -> None:
         """micro: micro-batches a step. Raises ValueError if the batch does not divide evenly."""
         if count < 1:
-            raise ValueError("the dataset is empty")
+            raise UserError("the dataset is empty")
         if global_batch < 1 or global_batch % (world * micro):
-            raise ValueError(
+            raise UserError(
                 f"batch size {global_batch} must be divisible by {world} processes x {micro} accumulation steps"
             )
         self.count, self.global_batch, self.seed = count, global_batch, seed
@@ -265,7 +257,7 @@ class StepSampler(Sampler):
     def _permutation(self, epoch: int) -> np.ndarray:
         """Shuffle by sorting random 64-bit keys: stable across library versions, unlike their shuffles."""
         if self._epoch is None or self._epoch[0] != epoch:
-            keys = philox.uniform(self.seed, _SHUFFLE, epoch, torch.arange(self.count), 2)
+            keys = philox.uniform(self.seed, Stream.DATA_ORDER, epoch, torch.arange(self.count), 2)
             self._epoch = (epoch, torch.argsort(keys[:, 0] + keys[:, 1] * 2.0**-32, stable=True).numpy())
         return self._epoch[1]
 

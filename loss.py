@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from config import UserError
 from models import philox
+from models.choices import WEIGHTINGS
 from models.interpolant import Interpolant
+from models.noise import Stream, as_state, latent_size
+from models.sit import SiTConfig
 from models.state import State
-
-WEIGHTINGS = ("uniform", "lognormal")
-_NORMALS, _UNIFORMS = 0, 1  # philox purposes of a training step
 
 
 class Draws(NamedTuple):
@@ -41,20 +42,19 @@ class LossTerms(NamedTuple):
     t: Tensor  # (N,)
 
 
-def draw(
-    seed: int, step: int, index: Tensor, latent_shape: Sequence[int], class_token_dim: int, weighting: str
-) -> Draws:
+def draw(seed: int, step: int, index: Tensor, config: SiTConfig, weighting: str) -> Draws:
     """Draw for the samples at positions `index` (N,) int64 of the global batch of this step.
 
     The same numbers for any number of processes, micro-batches, and after any resume.
     """
-    size = latent_shape[0] * latent_shape[1] * latent_shape[2]
-    z = philox.normal(seed, _NORMALS, step, index, 2 * size + class_token_dim + 1)
-    posterior, latent, class_token, log_sigma = z.split([size, size, class_token_dim, 1], dim=1)
-    u = philox.uniform(seed, _UNIFORMS, step, index, 2).float()
+    size = latent_size(config)
+    z = philox.normal(seed, Stream.TRAINING_NORMALS, step, index, 2 * size + config.class_token_dim + 1)
+    posterior, noise, log_sigma = z.split([size, size + config.class_token_dim, 1], dim=1)
+    u = philox.uniform(seed, Stream.TRAINING_UNIFORMS, step, index, 2).float()
+    noise = as_state(noise, config)
     return Draws(
-        posterior=posterior.reshape(-1, *latent_shape),
-        noise=State(latent.reshape(-1, *latent_shape), class_token if class_token_dim else None),
+        posterior=posterior.reshape(noise.latent.shape),
+        noise=noise,
         time=u[:, 0] if weighting == "uniform" else log_sigma[:, 0],
         drop=u[:, 1],
     )
@@ -72,9 +72,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting {self.weighting!r} is none of {', '.join(WEIGHTINGS)}")
+            raise UserError(f"weighting {self.weighting!r} is none of {', '.join(WEIGHTINGS)}")
         if not 0 <= self.cfg_prob <= 1:
-            raise ValueError(f"the label dropout probability (cfg-prob) must be in [0, 1], got {self.cfg_prob}")
+            raise UserError(f"the label dropout probability (cfg-prob) must be in [0, 1], got {self.cfg_prob}")
 
     def times(self, draws: Draws) -> Tensor:
         """(N,) times in (0, 1): uniform, or the t at which sigma/alpha = exp(N(0, 1))."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.presets import GUIDANCE_SCALE
-from common.reporting import say
-from config import UserError, parse, run, setting
+from common.reporting import run, say
+from config import UserError, parse, setting
 
 EXAMPLES = (
     "python train.py --config recipes/reg-xl2.yaml --dry-run --assume imagenet256 --gpu RTX4090",
@@ -85,17 +85,12 @@ class TrainConfig:
 
     mixed_precision: str = setting(
         "auto", "over float32 weights; auto: what accelerate launch asks for, or bf16 where the GPU has it, else fp16, "
-        "no on the CPU (published: fp16)",
-        group="speed", choices=("auto", "no", "fp16", "bf16"),
+        "fp32 on the CPU (published: fp16)",
+        group="speed", choices=("auto", "fp32", "fp16", "bf16"),
     )  # fmt: skip
     allow_tf32: bool = setting(True, "TF32 matrix products", group="speed")
     compile: bool = setting(False, "torch.compile network and encoders, block by block", group="speed")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory", group="speed")
-
-    ema_device: str = setting(
-        "same", "where the average is kept; cpu: 4 bytes per parameter less on the GPU, slower steps", group="speed",
-        choices=("same", "cpu"),
-    )  # fmt: skip
 
     report_to: str = setting(
         "none", "tracker beside metrics.jsonl (WANDB_MODE=offline for wandb without network)", group="watching",

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from config import parse, run, setting
+from common.reporting import run
+from config import parse, setting
 
 RESOLUTION, LATENT, TOKENS, WIDTH = 256, 32, 256, 768  # ImageNet 256, SD-VAE, DINOv2-B
 IMAGENET = 1_281_167
@@ -68,8 +69,9 @@ def write_ours(folder: Path, count: int, images: Path | None = None) -> None:
     """Two packed datasets of the same records, `pixels` and `tokens`, in shards of 256; tokens and moments are random."""
     import numpy as np
 
-    from dataset import EncoderInfo, Manifest, encode_moments, write_manifest
-    from shards import ShardWriter
+    from dataset import encode_moments
+    from packed.format import EncoderInfo, Manifest, write_manifest
+    from packed.writer import ShardWriter
 
     rng = np.random.default_rng(0)
     crops = _crops(images, rng)
@@ -208,7 +210,7 @@ def _bare(folder: Path, size: int) -> Callable[[], Any]:
     def read() -> list[np.ndarray]:
         number = int(rng.integers(len(dataset.manifest.shards)))
         rows = rng.integers(0, dataset.manifest.shards[number]["count"], size)
-        return [dataset.map(number, name)[rows] for name in dataset.fields]
+        return [dataset.records(number, name)[rows] for name in dataset.fields]
 
     return read
 
@@ -230,8 +232,8 @@ def _full_size(folder: Path) -> dict[str, Any]:
     """Start-up on as many records as ImageNet has: files of the right size without content on the disk."""
     import torch
 
-    from dataset import EncoderInfo, Manifest, PackedDataset, StepSampler, write_manifest
-    from shards import npy_header
+    from dataset import PackedDataset, StepSampler
+    from packed.format import EncoderInfo, Manifest, npy_header, write_manifest
 
     folder.mkdir()
     import numpy as np

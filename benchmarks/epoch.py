@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from config import parse, run, setting
+from common.reporting import run
+from config import parse, setting
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class EpochBenchmark:
     hidden_size: int = setting(128, "its width", group="what")
     num_heads: int = setting(4, "its attention heads", group="what")
     batch_size: int = setting(100, "images a step", group="what")
-    mixed_precision: str = setting("no", "arithmetic", group="what", choices=("no", "fp16", "bf16"))
+    mixed_precision: str = setting("fp32", "arithmetic", group="what", choices=("fp32", "fp16", "bf16"))
     num_workers: int = setting(2, "reading threads", group="how")
     intervals: int = setting(10, "stretches of the epoch to measure", group="how")
     label: str = setting("run", "names the result files", group="how")
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(EpochBenchmark, (__doc__ or "").splitlines()[0], argv)
     import train
     from benchmarks import harness
-    from dataset import read_manifest
+    from packed.format import read_manifest
 
     manifest = read_manifest(settings.data_dir)
     steps = manifest.count // settings.batch_size

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from config import parse, run, setting
+from common.reporting import run
+from config import parse, setting
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def main() -> None:
         lambda: frechet_distance(stats[0], compute_statistics(on_device[1])), "np.cov, scipy.linalg.sqrtm",
     )  # fmt: skip
     if len(samples) <= settings.baseline_limit:
-        for rule, dtype in (("adm", np.float16), ("float32", np.float32)):
+        for rule, dtype in (("adm", np.float16), ("fp32", np.float32)):
             row(
                 f"precision and recall, {rule}, {len(reference)} x {len(samples)}",
                 lambda dtype=dtype: numpy_precision_recall(reference.numpy(), samples.numpy(), dtype),

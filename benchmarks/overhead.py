@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from config import parse, run, setting
+from common.reporting import run
+from config import parse, setting
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class OverheadBenchmark:
     input_size: int = setting(32, "side of the latent", group="what")
     batch_size: int = setting(64, "images a forward pass and a training step", group="what")
     train: bool = setting(True, "time the training step, too", group="what")
-    precision: str = setting("auto", "mixed precision", group="how", choices=("auto", "no", "fp16", "bf16"))
+    precision: str = setting("auto", "mixed precision", group="how", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "compile the networks' regions", group="how")
     rounds: int = setting(25, "timed calls of each", group="how")
     warmup: int = setting(3, "untimed calls of each before them", group="how")

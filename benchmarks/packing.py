@@ -16,7 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from config import parse, run, setting
+from common.reporting import run
+from config import parse, setting
 
 if TYPE_CHECKING:
     from preprocessing.index import Index

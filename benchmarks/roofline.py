@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError, parse, run, setting
+from common.reporting import run
+from config import UserError, parse, setting
 
 GPU_NAMES = ("T4", "V100", "RTX3090", "RTX4090", "RTX5090", "A10", "L4", "A6000", "L40S", "A100", "H100", "H200",
              "B200")  # fmt: skip

@@ -16,7 +16,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE
-from config import UserError, parse, run, setting
+from common.reporting import run
+from config import UserError, parse, setting
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SampleBenchmark:
     full_steps: int = setting(250, "steps of the published evaluation", group="what")
     cfg_scale: float = setting(GUIDANCE_SCALE, "guidance scale, of latent and class token", group="what")
     guidance_high: float = setting(GUIDANCE_HIGH, "guide up to this t", group="what")
-    dtypes: tuple[str, ...] = setting(("float32", "bfloat16"), "arithmetic of our variants", group="how")
+    dtypes: tuple[str, ...] = setting(("fp32", "bf16"), "arithmetic of our variants", group="how")
     compile: bool = setting(False, "also measure our variants compiled", group="how")
     rounds: int = setting(3, "timed runs of each variant", group="how")
     deviation: bool = setting(True, "compare latents under the same noise", group="how")
@@ -122,7 +123,7 @@ class Bench:
         } if settings.published else {}  # fmt: skip
 
     def noise(self, rows: int | None = None) -> Any:
-        from sampling.plan import NoiseSource
+        from models.noise import NoiseSource
 
         return NoiseSource(self.config, 0, self.index[:rows], self.settings.steps)
 
@@ -135,12 +136,12 @@ class Bench:
 
     def ours(self, dtype: str, *, compiled: bool) -> Callable[[], Any]:
         """What generate.py runs between the noise and the VAE."""
-        import torch
 
+        from models import acceleration
+        from models.guidance import Guidance
         from models.interpolant import Interpolant
-        from models.samplers import Guidance
+        from models.samplers import Solver
         from models.sit import SiT
-        from models.solvers import Solver
         from sampling.draw import Sampler
         from sampling.networks import Precision, prepare
 
@@ -149,7 +150,7 @@ class Bench:
         sampler = Sampler(
             prepare(network.to(self.device), Precision(dtype, compile=compiled)), Interpolant(),
             Solver("sde", "euler", self.settings.steps),
-            Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high), dtype=getattr(torch, dtype),
+            Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high), dtype=acceleration.DTYPES[dtype],
         )  # fmt: skip
         def sample(rows: int | None = None) -> Any:
             return sampler(self.index[:rows], self.label[:rows]).state.latent
@@ -195,7 +196,7 @@ class Bench:
         from models import acceleration
 
         rows = min(8, len(self.index))
-        plain = self.ours("float32", compiled=False)
+        plain = self.ours("fp32", compiled=False)
         acceleration.allow_tf32(False)
         with torch.no_grad():
             exact = plain(rows)

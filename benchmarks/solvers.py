@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE
-from config import UserError, parse, run, setting
+from common.reporting import run
+from config import UserError, parse, setting
 
 TOLERANCE = 1.02
 DOPRI5 = (1e-1, 1e-2, 1e-3)  # tolerances; its evaluations are what they are
@@ -29,7 +30,7 @@ class SolverBenchmark:
     features: str = setting("inception", "feature space, as evaluate.py takes it", group="what")
     vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="what")
     solvers: tuple[str, ...] = setting(
-        ("sde-euler", "sde-dpmpp", "ode-euler", "ode-heun", "ode-ab2", "ode-ab3", "ode-dpmpp", "ode-dopri5"),
+        ("sde-euler", "sde-dpmpp", "ode-euler", "ode-heun", "ode-dpmpp", "ode-dopri5"),
         "MODE-SOLVER or MODE-SOLVER-GRID", group="what",
     )  # fmt: skip
     budgets: tuple[int, ...] = setting((6, 10, 16, 25, 50, 100), "evaluations of a sample", group="what")
@@ -39,7 +40,7 @@ class SolverBenchmark:
     num_samples: int = setting(1000, "samples of a setting and seed, balanced labels", group="how")
     seeds: int = setting(2, "seeds of each setting", group="how")
     batch_size: int = setting(250, "samples at once", group="how")
-    dtype: str = setting("float32", "arithmetic", group="how", choices=("float32", "bfloat16", "float16"))
+    dtype: str = setting("fp32", "arithmetic", group="how", choices=("fp32", "bf16", "fp16"))
     device: str = setting("auto", "cpu, cuda or auto", group="how")
     label: str = setting("run", "names the result files", group="how")
 
@@ -115,14 +116,14 @@ def cheapest(measured: Sequence[Measured]) -> Measured:
 
 
 def steps_of(name: str, budget: int) -> int:
-    """Steps that cost `budget` evaluations: Heun takes two a step but one in the last, ab3 one more in the first."""
+    """Steps that cost `budget` evaluations: Heun takes two per step but one in the last."""
     solver = name.split("-")[1]
-    return {"heun": (budget + 1) // 2, "ab3": budget - 1}.get(solver, budget)
+    return (budget + 1) // 2 if solver == "heun" else budget
 
 
 def solver_of(name: str, steps: int, tolerance: float = 1e-3) -> Any:
     """MODE-SOLVER[-GRID] => Solver. Raises UserError for a word that is not of this form."""
-    from models.solvers import Solver
+    from models.samplers import Solver
 
     words = name.split("-")
     if len(words) not in (2, 3):
@@ -139,10 +140,11 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     from evaluations.images import open_images
     from evaluations.metrics import frechet_distance
     from evaluations.statistics import compute_statistics
+    from models import acceleration
     from models.checkpoint import load_model
+    from models.guidance import Guidance
     from models.interpolant import Interpolant
     from models.published import obtain
-    from models.samplers import Guidance
     from sampling.draw import Sampler
     from sampling.networks import Precision, load_decoder, prepare
 
@@ -165,7 +167,7 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     def distance(solver: Any, seed: int) -> tuple[float, float, float]:
         sampler = Sampler(
             network, Interpolant(model.info.path), solver, Guidance(settings.cfg_scale, None, 0.0, settings.guidance_high),
-            dtype=getattr(torch, settings.dtype), seed=seed,
+            dtype=acceleration.DTYPES[settings.dtype], seed=seed,
         )  # fmt: skip
         found, evaluations, forwards = [], 0.0, 0.0
         for start in range(0, settings.num_samples, size):

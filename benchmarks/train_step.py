@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import parse, run, setting
+from common.reporting import run
+from config import parse, setting
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class TrainStepBenchmark:
     input_size: int = setting(32, "side of the latent", group="what")
     batch_size: tuple[int, ...] = setting((256,), "images a step on this device, one or several", group="what")
     encoder: str = setting("cached", "cached: tokens are given; or what runs in the step: dinov2-vit-b", group="what")
-    precision: str = setting("auto", "ours", group="how", choices=("auto", "no", "fp16", "bf16"))
+    precision: str = setting("auto", "ours", group="how", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "also measure ours with its regions compiled", group="how")
     stream: bool = setting(False, "also measure ours with the next batch encoded on a side stream (CUDA)", group="how")
     gradient_checkpointing: bool = setting(False, "ours recomputes its blocks", group="how")
@@ -140,7 +141,7 @@ def builders_of(settings: TrainStepBenchmark, config: Any, device: str, precisio
     cuda = device.startswith("cuda")
     builders: Builders = {}
     if settings.published:
-        builders["published"] = lambda n: theirs(n, "fp16" if cuda else "no", True)
+        builders["published"] = lambda n: theirs(n, "fp16" if cuda else "fp32", True)
         if cuda or precision == "bf16":
             builders["published, best case"] = lambda n: theirs(n, "bf16", False)
     builders["ours"] = lambda n: ours(n, False)
@@ -234,14 +235,13 @@ def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str
     ours = OurStep(config, n, device, encoder=settings.encoder, precision=precision, compiled=settings.compile,
                    gradient_checkpointing=settings.gradient_checkpointing)  # fmt: skip
     step, batch, positions = ours.step, ours.batch, ours.positions
-    shape = (config.in_channels, config.input_size, config.input_size)
 
     def backward() -> None:
         step.objective.total(step.loss(0, batch, positions)).backward()
         step.optimizer.zero_grad(set_to_none=True)
 
     pieces = {
-        "draws": lambda: draw(0, 1, positions, shape, config.class_token_dim, "uniform"),
+        "draws": lambda: draw(0, 1, positions, config, "uniform"),
         "targets": lambda: step.targets(batch),
         "forward": lambda: step.loss(0, batch, positions),
         "backward": backward,

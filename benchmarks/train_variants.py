@@ -12,13 +12,14 @@ from torch import Tensor
 from torchvision.transforms import Normalize
 
 from benchmarks import published
-from dataset import MOMENTS_STD_SCALE, Batch
+from dataset import Batch
 from loss import Objective
 from models import acceleration
 from models.autoencoder import LatentNormalization
 from models.ema import EMA
 from models.encoder import PUBLISHED, VisionEncoder
 from models.sit import SiT, SiTConfig
+from packed.format import MOMENTS_STD_SCALE
 from training.step import StepResult, TrainStep
 
 CACHED = "cached"  # in place of an encoder: tokens are given
@@ -59,7 +60,7 @@ class OurStep:
     """A step of training.step.TrainStep on fixed data, as train.py builds it; call it to take the next one."""
 
     def __init__(
-        self, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "no",
+        self, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "fp32",
         compiled: bool = False, gradient_checkpointing: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
@@ -114,7 +115,7 @@ def encoded_ahead(ours: OurStep) -> Callable[[], StepResult]:
 
 
 def published_step(
-    clone: Path, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "no", read_back: bool
+    clone: Path, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "fp32", read_back: bool
 ) -> Callable[[], None]:
     """The body of the published training loop with its own functions, on one process and without its launcher.
 

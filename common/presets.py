@@ -18,7 +18,7 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         },
         "paper": {
             "num_fid_samples": 50_000, "mode": "sde", "solver": "euler", "num_steps": 250, "cfg_scale": GUIDANCE_SCALE,
-            "guidance_low": 0.0, "guidance_high": GUIDANCE_HIGH, "dtype": "float32", "tf32": True,
+            "guidance_low": 0.0, "guidance_high": GUIDANCE_HIGH, "dtype": "fp32", "tf32": True,
         },
     }
 )  # fmt: skip

@@ -2,9 +2,13 @@
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from config import UserError
 
 SECONDS_BETWEEN_LINES = 30.0  # of a bar in a log file
 
@@ -14,6 +18,49 @@ def say(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a program's `main`; a UserError or a missing package ends it with one line on stderr and exit status 2.
+
+    The same error of several ranks is reported by the first of them, an error of one rank alone with its number. What then
+    breaks on the other ranks, whose peer is gone, is not reported. Any other exception is a bug of ours and keeps its
+    traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        if not _reported(str(error)):
+            rank = int(os.environ.get("RANK", "0"))
+            sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {error}\n")
+        raise SystemExit(2) from error
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        root = Path(__file__).parents[1]
+        if not package or (root / package).exists() or (root / f"{package}.py").exists():
+            raise
+        sys.stderr.write(
+            f"error: the package {package} is not installed for {sys.executable}: `source .venv/bin/activate` after "
+            "`bash setup.sh`, or `pip install -r requirements.txt -c constraints.txt`\n"
+        )
+        raise SystemExit(2) from error
+    except Exception as error:
+        if _reported():
+            raise SystemExit(2) from error
+        raise
+    if "torch" in sys.modules:
+        from common.processes import leave
+
+        leave()
+
+
+def _reported(error: str | None = None) -> bool:
+    """Whether another rank has reported this error, or any error, before; without a launcher no one has."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    from common.processes import already_reported  # imports torch
+
+    return already_reported(error)
 
 
 def progress(total: int, *, unit: str, description: str | None = None, initial: int = 0, shown: bool = True) -> tqdm:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from config import UserError, parse, run, setting
+from common.reporting import run
+from config import UserError, parse, setting
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from dataset import PackedDataset
     from models.checkpoint import Model
 
-_PROBE = 4  # philox purpose: noise of this measurement
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def prepare(x: "torch.Tensor", k: int) -> Side:
     import torch.nn.functional as F
 
     if len(x) < 4 or not 2 <= k <= len(x) - 2:
-        raise ValueError(f"CKNNA needs at least 4 images and 2 <= k <= images - 2, got {len(x)} images and k = {k}")
+        raise UserError(f"CKNNA needs at least 4 images and 2 <= k <= images - 2, got {len(x)} images and k = {k}")
     unit = F.normalize(x.double(), dim=1)
     single, nearest, kernels = unit.float(), [], []
     for start in range(0, len(x), 500):
@@ -109,7 +109,7 @@ def prepare(x: "torch.Tensor", k: int) -> Side:
 def compare(a: Side, b: Side) -> float:
     """CKNNA of two prepared sides."""
     if len(a.nearest) != len(b.nearest):
-        raise ValueError(f"CKNNA compares the same images: got {len(a.nearest)} and {len(b.nearest)} rows")
+        raise UserError(f"CKNNA compares the same images: got {len(a.nearest)} and {len(b.nearest)} rows")
     own = a.own * b.own
     return _similarity(a, b) / own**0.5 if own > 0 else 0.0
 
@@ -150,7 +150,7 @@ def read_targets(
         packed = {info.name: info for info in data.manifest.encoders}
         name = encoder or next(iter(packed), None)
         if "pixels" not in data.manifest.fields or name is None:
-            raise ValueError(f"{data.directory} has no cached tokens; give --encoder for its pixels")
+            raise UserError(f"{data.directory} has no cached tokens; give --encoder for its pixels")
         from models.encoder import load_encoder
 
         # 16 x 16 tokens at 256 px, as in training
@@ -240,6 +240,7 @@ def _forward(
     from models import philox
     from models.autoencoder import LatentNormalization, sample_posterior
     from models.interpolant import Interpolant
+    from models.noise import Stream, as_state, latent_size
     from models.state import State
 
     config, device = model.info.network, token.device
@@ -250,15 +251,13 @@ def _forward(
             f"{data.directory} holds latents of {moments.shape[1] // 2} x {moments.shape[2]} x {moments.shape[3]}, the "
             f"network was trained on {shape[1]} x {shape[2]} x {shape[3]}"
         )
-    size = shape[1] * shape[2] * shape[3]
-    z = philox.normal(seed, _PROBE, 0, rows.to(device), 2 * size + config.class_token_dim)
-    posterior, noise, token_noise = z.split([size, size, config.class_token_dim], dim=1)
-    latent = sample_posterior(moments, posterior.view(shape), LatentNormalization(**model.info.normalization))
+    size = latent_size(config)
+    z = philox.normal(seed, Stream.CKNNA, 0, rows.to(device), 2 * size + config.class_token_dim)
+    latent = sample_posterior(moments, z[:, :size].view(shape), LatentNormalization(**model.info.normalization))
     time = torch.full((len(rows),), t, device=device)
     path = Interpolant(model.info.path)
     clean = State(latent, token if config.class_token_dim else None)
-    drawn = State(noise.view(shape), token_noise if config.class_token_dim else None)
-    state = clean.map(lambda x, e: path.interpolate(x, e, time), drawn)
+    state = clean.map(lambda x, e: path.interpolate(x, e, time), as_state(z[:, size:], config))
     label = data[rows.numpy()].label.to(device)
     output = model.network(state.latent, time, label, state.class_token)
     if output.class_velocity is None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from config import MissingFile, UserError
 from evaluations.collect import collect
 from evaluations.features import Extractor, Features
 from evaluations.images import ImageSet
@@ -28,7 +29,7 @@ def token_metrics(
     both are nearest to the same row of class_means (C, D). Raises ValueError when shapes differ.
     """
     if generated.shape != read.shape:
-        raise ValueError(f"class tokens have shape {tuple(generated.shape)}, the encoder's {tuple(read.shape)}")
+        raise UserError(f"class tokens have shape {tuple(generated.shape)}, the encoder's {tuple(read.shape)}")
     a, b = (F.normalize(tokens.double(), dim=1) for tokens in (generated, read))
     n = len(a)
     cosines = (a * b).sum(1)
@@ -56,13 +57,13 @@ def _share(hits: torch.Tensor) -> tuple[float, float]:
 def load_tokens(path: Path, count: int) -> torch.Tensor:
     """(count, D) float32 from class_tokens.npy. Raises FileNotFoundError or ValueError naming the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; generate.py writes it when asked for class tokens")
+        raise MissingFile(f"{path} does not exist; generate.py writes it when asked for class tokens")
     try:
         tokens = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no .npy file of numbers: {error}") from error
+        raise UserError(f"{path} is no .npy file of numbers: {error}") from error
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.floating) or len(tokens) < count:
-        raise ValueError(f"{path} holds {tokens.dtype} {tokens.shape}, not one float vector for each of {count} samples")
+        raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, not one float vector for each of {count} samples")
     return torch.from_numpy(tokens[:count].astype(np.float32))
 
 
@@ -79,7 +80,7 @@ def class_means(
 ) -> torch.Tensor | None:
     """(classes, D) mean encoder token of each class: from a packed dataset that stores them, or from labelled reference
     images; None without labels."""
-    from dataset import MANIFEST, read_manifest
+    from packed.format import MANIFEST, read_manifest
 
     if len(paths) == 1 and (paths[0] / MANIFEST).is_file():
         stored = read_manifest(paths[0]).class_means

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common import reporting
+from config import UserError
 from evaluations.features import Extractor
 from evaluations.images import ImageSet
 from evaluations.metrics import InceptionScore
@@ -160,7 +161,7 @@ def _stretch(images: ImageSet) -> tuple[int, int]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     start, stop = len(images) * rank // world, len(images) * (rank + 1) // world
     if start == stop:
-        raise ValueError(f"{images.name} has {len(images)} images, too few for {world} processes")
+        raise UserError(f"{images.name} has {len(images)} images, too few for {world} processes")
     return start, stop
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, parse, run, setting
+from common.reporting import run
+from config import UserError, parse, setting
 from evaluations.results import (
     Results,
     check_writable,

@@ -14,7 +14,8 @@ if __name__ == "__main__" and not __package__:  # run as a file: start again as 
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse, run, setting
+from common.reporting import run
+from config import UserError, parse, setting
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class EvaluateConfig:
     density_coverage: bool = setting(False, "density and coverage (k = 5)", group="metrics")
     kernel_distance: bool = setting(False, "kernel distance: KID, KDD", group="metrics")
     pr_dtype: str = setting(
-        "adm", "distances of precision and recall: ADM's float16 arithmetic, or float32", group="metrics",
-        choices=("adm", "float32"),
+        "adm", "distances of precision and recall: ADM's float16 arithmetic, or fp32", group="metrics",
+        choices=("adm", "fp32"),
     )  # fmt: skip
     pr_reference: int = setting(10_000, "reference images used by neighbour and kernel metrics", group="metrics")
     split: int = setting(5000, "images in a chunk of the Inception Score", group="metrics")
@@ -62,7 +63,7 @@ class EvaluateConfig:
         None, "what that file must have, default: the published file's; or any", group="networks"
     )
     batch_size: int = setting(64, "images at once in each process", group="networks", also=("bs",))
-    dtype: str = setting("float32", "arithmetic of the networks", group="networks", choices=("float32", "float64"))
+    dtype: str = setting("fp32", "arithmetic of the networks", group="networks", choices=("fp32", "fp64"))
     device: str = setting("auto", "cpu, cuda, or auto", group="networks", choices=("auto", "cpu", "cuda"))
     cache: bool = setting(True, "keep the reference's statistics, by content", group="networks")
     cache_dir: Path = setting(Path("~/.cache/reg/statistics"), "where", group="networks")

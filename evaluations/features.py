@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from config import MissingFile, UserError
+
 # the 2015 network, converted; torch-fidelity and pytorch-fid publish the same file under two names
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
@@ -46,7 +48,7 @@ class Extractor:
     def __call__(self, pixels: torch.Tensor) -> Features:
         """uint8 pixels (N, 3, H, W) -> Features in the extractor's dtype."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"expected uint8 images (N, 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
+            raise UserError(f"expected uint8 images (N, 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
         with torch.inference_mode():
             return self.compute(pixels.to(self.device))
 
@@ -76,7 +78,7 @@ def load(
         return _extractor("clip", network, _Input(336, False, *_statistics(network)), device, dtype, embed=network)
     if spec.startswith("timm:") and spec != "timm:":
         return load_timm(spec.removeprefix("timm:"), device=device, dtype=dtype)
-    raise ValueError(f"unknown features {spec!r}: give inception, dinov2, clip or timm:NAME_OR_FOLDER")
+    raise UserError(f"unknown features {spec!r}: give inception, dinov2, clip or timm:NAME_OR_FOLDER")
 
 
 def load_inception(
@@ -102,7 +104,7 @@ def load_inception(
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=clean)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of the 2015 Inception: {_first_line(error)}") from error
+        raise UserError(f"{path} does not hold the weights of the 2015 Inception: {_first_line(error)}") from error
     network = network.to(device, dtype).eval()
     network.feature_extractor_internal_dtype = dtype
     caught: dict[str, torch.Tensor] = {}
@@ -130,9 +132,9 @@ def load_timm(
     config = network.pretrained_cfg
     channels, height, width = config["input_size"]
     if height != width or channels not in (1, 3):
-        raise ValueError(f"timm network {source} takes {channels} x {height} x {width}; square RGB or grey is needed")
+        raise UserError(f"timm network {source} takes {channels} x {height} x {width}; square RGB or grey is needed")
     if classifier and not getattr(network, "num_classes", 0):
-        raise ValueError(f"timm network {source} has no classification head (num_classes 0)")
+        raise UserError(f"timm network {source} has no classification head (num_classes 0)")
     name = Path(source).name if Path(source).is_dir() else source
     image = _Input(height, True, *_statistics(network), grey=channels == 1)
     return _extractor(name, network, image, device, dtype)
@@ -185,7 +187,7 @@ def _timm_network(source: str, prefix: str = "timm:", architecture: str | None =
 
     path = Path(source).expanduser()
     if source.startswith(("/", "./", "../", "~")) and not path.exists():
-        raise FileNotFoundError(f"{source} does not exist (a folder with config.json and model.safetensors is expected)")
+        raise MissingFile(f"{source} does not exist (a folder with config.json and model.safetensors is expected)")
     try:
         if path.is_dir():
             return timm.create_model(f"local-dir:{path}", pretrained=True)
@@ -194,13 +196,13 @@ def _timm_network(source: str, prefix: str = "timm:", architecture: str | None =
         return timm.create_model(source, pretrained=True)
     except OSError as error:
         if path.exists():
-            raise FileNotFoundError(f"{path} cannot be read as a timm network: {_first_line(error)}") from error
-        raise FileNotFoundError(
+            raise MissingFile(f"{path} cannot be read as a timm network: {_first_line(error)}") from error
+        raise MissingFile(
             f"the weights of {source} are not cached and could not be downloaded; on a machine with network run "
             f"`hf download timm/{source} --local-dir FOLDER`, then give {prefix}FOLDER"
         ) from error
     except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"timm network {source} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"timm network {source} cannot be loaded: {_first_line(error)}") from error
 
 
 def _statistics(network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +237,7 @@ def _find_inception() -> Path:
     try:
         torch.hub.download_url_to_file(INCEPTION_URL, str(target), hash_prefix=INCEPTION_SHA256, progress=False)
     except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"the Inception weights are not in {folder} and cannot be downloaded ({_first_line(error)}); get "
             f"{INCEPTION_URL} on a machine with network and pass it as --inception-weights FILE"
         ) from error
@@ -244,20 +246,20 @@ def _find_inception() -> Path:
 
 def _read_inception(path: Path, sha256: str) -> tuple[dict[str, torch.Tensor], str]:
     if not path.is_file():
-        raise FileNotFoundError(f"Inception weights {path} do not exist")
+        raise MissingFile(f"Inception weights {path} do not exist")
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if sha256 not in ("any", digest):
-        raise ValueError(
+        raise UserError(
             f"{path} has SHA-256 {digest}, not {sha256}: it is damaged or another network; numbers of other weights "
             "are no FID (to use them all the same: --inception-sha256 any)"
         )
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no file of weights: {_first_line(error)}") from error
+        raise UserError(f"{path} is no file of weights: {_first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} does not hold a state dict")
+        raise UserError(f"{path} does not hold a state dict")
     return state, digest
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from common.crop import center_crop
+from config import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 READABLE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -19,7 +20,7 @@ def _image(file: Path) -> Iterator[Image.Image]:
         with Image.open(file) as image:
             yield image
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        raise UserError(f"{file} cannot be read as an image: {error}") from error
 
 
 def size(file: Path) -> tuple[int, int]:
@@ -35,11 +36,11 @@ def decode(file: Path, height: int, width: int, side: int | None) -> np.ndarray:
     """
     with _image(file) as image:
         if getattr(image, "n_frames", 1) > 1:
-            raise ValueError(f"{file} is animated; a still image is needed")
+            raise UserError(f"{file} is animated; a still image is needed")
         if image.mode not in READABLE_MODES:
-            raise ValueError(f"{file} has pixel type {image.mode}; 8 bits per channel are needed")
+            raise UserError(f"{file} has pixel type {image.mode}; 8 bits per channel are needed")
         if (image.height, image.width) == (height, width):
             return np.asarray(image.convert("RGB"))
         if side is None:
-            raise ValueError(f"{file} has changed: it was {height} x {width} and is {image.height} x {image.width}")
+            raise UserError(f"{file} has changed: it was {height} x {width} and is {image.height} x {image.width}")
         return center_crop(image, side)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.reporting import progress, say
+from config import MissingFile, UserError
 from evaluations import files as image_files
 from evaluations.npz import Array, members
 from evaluations.statistics import Statistics
@@ -54,7 +55,7 @@ class ImageSet:
         if count >= len(self):
             return self
         if count < 1:
-            raise ValueError(f"the number of images must be at least 1, got {count}")
+            raise UserError(f"the number of images must be at least 1, got {count}")
         return replace(
             self,
             name=f"{self.name} (first {count})",
@@ -91,7 +92,7 @@ def open_images(
     """
     found = [_open(Path(path)) for path in paths]
     if not found:
-        raise ValueError("no images were named")
+        raise UserError("no images were named")
     beside = {part.shape[1:3] for part in found if part.shape is not None}
     if len(beside) == 1 and len(set(*beside)) == 1:
         fallback = beside.pop()[0]
@@ -116,14 +117,14 @@ def open_images(
 def _open(path: Path) -> "ImageSet | Folder":
     try:
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
+            raise MissingFile(f"{path} does not exist")
         if path.is_dir():
             return open_packed(path) if (path / "dataset.json").is_file() else find_images(path)
         if path.suffix != ".npz":
-            raise ValueError(f"{path} is not an .npz file, an image folder or a packed dataset")
+            raise UserError(f"{path} is not an .npz file, an image folder or a packed dataset")
         return open_npz(path)
     except PermissionError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}: {error.filename})") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}: {error.filename})") from error
 
 
 def _crop(images: ImageSet, size: int) -> ImageSet:
@@ -147,7 +148,7 @@ def _crop(images: ImageSet, size: int) -> ImageSet:
 def _concatenate(parts: list[ImageSet]) -> ImageSet:
     for part in parts[1:]:
         if part.shape[1:] != parts[0].shape[1:]:
-            raise ValueError(
+            raise UserError(
                 f"{part.name} has images of {part.shape[1]} x {part.shape[2]}, {parts[0].name} of "
                 f"{parts[0].shape[1]} x {parts[0].shape[2]}; they cannot be one set"
             )
@@ -187,21 +188,21 @@ def open_npz(path: Path) -> ImageSet:
     """
     arrays = members(path)
     if "arr_0" not in arrays:
-        raise ValueError(f"{path} has no array arr_0 (found: {', '.join(sorted(arrays)) or 'nothing'})")
+        raise UserError(f"{path} has no array arr_0 (found: {', '.join(sorted(arrays)) or 'nothing'})")
     images = arrays["arr_0"]
     if images.dtype != np.uint8:
-        raise ValueError(f"{path}: arr_0 is {images.dtype}, images must be uint8 (0 .. 255)")
+        raise UserError(f"{path}: arr_0 is {images.dtype}, images must be uint8 (0 .. 255)")
     if len(images.shape) != 4 or images.shape[3] != 3:
-        raise ValueError(f"{path}: arr_0 has shape {images.shape}, images must be (N, H, W, 3)")
+        raise UserError(f"{path}: arr_0 has shape {images.shape}, images must be (N, H, W, 3)")
     if not np.prod(images.shape):
-        raise ValueError(f"{path}: arr_0 holds no images, its shape is {images.shape}")
+        raise UserError(f"{path}: arr_0 holds no images, its shape is {images.shape}")
     labels = _labels(path, arrays["arr_1"], images.shape[0]) if "arr_1" in arrays else None
     statistics = {}
     for space, mean, covariance in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         if mean in arrays and covariance in arrays:
             values = [arrays[key].all().astype(np.float64) for key in (mean, covariance)]
             if values[0].ndim != 1 or values[1].shape != (len(values[0]),) * 2:
-                raise ValueError(f"{path}: {mean} {values[0].shape} and {covariance} {values[1].shape} do not fit")
+                raise UserError(f"{path}: {mean} {values[0].shape} and {covariance} {values[1].shape} do not fit")
             statistics[space] = Statistics(0, *values)
     digest = cache(partial(_file_sha, path))
     return ImageSet(path.name, images.shape, images.rows, digest, labels, statistics or None, _sidecar(path))
@@ -209,7 +210,7 @@ def open_npz(path: Path) -> ImageSet:
 
 def _labels(path: Path, array: Array, count: int) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.integer) or array.shape != (count,):
-        raise ValueError(f"{path}: arr_1 is {array.dtype} {array.shape}, labels must be {count} integers")
+        raise UserError(f"{path}: arr_1 is {array.dtype} {array.shape}, labels must be {count} integers")
     return array.all().astype(np.int64)
 
 
@@ -265,7 +266,7 @@ def find_images(path: Path) -> Folder:
     """All images below a folder; their headers are read for the sizes. Raises ValueError naming the file."""
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_files.SUFFIXES and file.is_file())
     if not files:
-        raise ValueError(f"{path} holds no images ({', '.join(image_files.SUFFIXES)}) and is not a packed dataset")
+        raise UserError(f"{path} holds no images ({', '.join(image_files.SUFFIXES)}) and is not a packed dataset")
     sizes: list[tuple[int, int]] = []
     shown = len(files) > _AT_ONCE and os.environ.get("RANK", "0") == "0"
     with ThreadPoolExecutor(8) as pool, progress(
@@ -291,7 +292,7 @@ def open_packed(path: Path) -> ImageSet:
         for number in shards:
             low, high = max(start, starts[number]) - starts[number], min(stop, starts[number + 1]) - starts[number]
             if low < high:
-                pieces.append(np.array(dataset.map(number, "pixels")[low:high]))
+                pieces.append(np.array(dataset.records(number, "pixels")[low:high]))
         return np.concatenate(pieces)
 
     def digest() -> str:  # the manifest holds the checksum of every shard
@@ -308,9 +309,9 @@ def _sidecar(path: Path) -> dict | None:
     try:
         content = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); it should say how {path.name} was made") from error
+        raise UserError(f"{file} is not valid JSON ({error}); it should say how {path.name} was made") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object; it should say how {path.name} was made")
+        raise UserError(f"{file} holds no JSON object; it should say how {path.name} was made")
     return content
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from common.reporting import say
+from config import UserError
 from evaluations import features as networks
 from evaluations import metrics, neighbours
 from evaluations.collect import Auditor, Collected, collect
@@ -17,6 +18,7 @@ from evaluations.images import ImageSet, SeveralSizes, open_images
 from evaluations.reference import Reference, read_reference
 from evaluations.results import Metric, Results, check_writable, sample_warnings
 from evaluations.statistics import Statistics, compute_moments, jackknife_error, jackknife_groups, without
+from models.acceleration import DTYPES
 from models.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
@@ -39,13 +41,13 @@ def measure(settings: "EvaluateConfig") -> Results | None:
             lambda spec=spec: networks.load(
                 spec,
                 device=device,
-                dtype=getattr(torch, settings.dtype),
+                dtype=DTYPES[settings.dtype],
                 inception_weights=settings.inception_weights,
                 inception_sha256=settings.inception_sha256 or networks.INCEPTION_SHA256,
             )
         )
         if extractor.space in digests:
-            raise ValueError(f"two --features are called {extractor.space}; rename one folder")
+            raise UserError(f"two --features are called {extractor.space}; rename one folder")
         digests[extractor.space] = extractor.digest
         known = None if reference is None else read_reference(reference, extractor, settings)
         found = collect(
@@ -122,7 +124,7 @@ def _side(images: ImageSet) -> int | None:
 def start(device: str) -> torch.device:
     """Join the process group when torchrun started several; choose the device; switch TF32 off."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no usable CUDA device")
+        raise UserError("--device cuda: this machine has no usable CUDA device")
     cuda = device != "cpu" and torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -219,15 +221,15 @@ def class_accuracy(
 ) -> dict[str, Metric]:
     """Share of the samples that an independent classifier gives their label."""
     if samples.labels is None:
-        raise ValueError(f"--classifier needs the labels of the samples (arr_1), which {samples.name} lacks")
+        raise UserError(f"--classifier needs the labels of the samples (arr_1), which {samples.name} lacks")
     judge = _in_turn(
         lambda: networks.load_timm(
-            settings.classifier, device=device, dtype=getattr(torch, settings.dtype), classifier=True
+            settings.classifier, device=device, dtype=DTYPES[settings.dtype], classifier=True
         )
     )
     highest = int(samples.labels.max())
     if highest >= judge.classes:
-        raise ValueError(f"{samples.name} has label {highest}, the classifier {settings.classifier} {judge.classes} classes")
+        raise UserError(f"{samples.name} has label {highest}, the classifier {settings.classifier} {judge.classes} classes")
     digests[f"classifier {judge.space}"] = judge.digest
     found = collect(samples, judge, batch_size=settings.batch_size, keep=0, progress="samples, classifier")
     if rank() > 0:

@@ -28,7 +28,7 @@ class Pairs(NamedTuple):
 def closest_pairs(reference: torch.Tensor, samples: torch.Tensor, count: int) -> Pairs:
     """reference (N, D), samples (M, D): pooled features."""
     found = nearest(reference, samples)
-    radii = neighbour_radii(reference, k=1, rule="float32")
+    radii = neighbour_radii(reference, k=1, rule="fp32")
     authenticity = (found.distances > radii[found.indices]).double().mean().item()
     order = found.distances.argsort()[:count]
     columns = (t.cpu().numpy() for t in (order, found.indices[order], found.distances[order]))

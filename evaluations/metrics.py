@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from config import UserError
 from evaluations.statistics import Statistics
 
 
@@ -26,9 +27,9 @@ def frechet_distance(reference: Statistics, samples: Statistics) -> float:
     """
     for name, stats in (("reference", reference), ("sample", samples)):
         if not (np.isfinite(stats.mean).all() and np.isfinite(stats.covariance).all()):
-            raise ValueError(f"the {name} statistics hold NaN or infinite values; the features overflowed")
+            raise UserError(f"the {name} statistics hold NaN or infinite values; the features overflowed")
     if reference.mean.shape != samples.mean.shape:
-        raise ValueError(f"feature dimensions differ: {reference.mean.shape[0]} and {samples.mean.shape[0]}")
+        raise UserError(f"feature dimensions differ: {reference.mean.shape[0]} and {samples.mean.shape[0]}")
     shift = reference.mean - samples.mean
     traces = np.trace(reference.covariance) + np.trace(samples.covariance)
     distance = shift @ shift + traces - 2 * _root_trace(reference.covariance, samples.covariance)
@@ -123,7 +124,7 @@ def kernel_distance(
     """
     size = min(subset_size, len(reference), len(samples))
     if size < 2:
-        raise ValueError(f"the kernel distance needs at least 2 images in each set, got {size}")
+        raise UserError(f"the kernel distance needs at least 2 images in each set, got {size}")
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):

@@ -2,13 +2,15 @@
 
 All distances are squared Euclidean. Rule "adm" repeats the ADM evaluator, whose TensorFlow graph works in float16:
 inputs, squares, their sums, the product and both additions are each rounded to float16, in blocks of 10,000 x 10,000;
-a block that overflows is computed in float32. Rule "float32" is the plain formula.
+a block that overflows is computed in float32. Rule "fp32" is the plain formula.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+from config import UserError
 
 BLOCK = 10_000  # ADM's block: whether float16 overflows is decided block by block
 HALF_MAX = 65504.0
@@ -57,7 +59,7 @@ def precision_recall(
 
 
 def density_coverage(
-    reference: torch.Tensor, samples: torch.Tensor, *, k: int = 5, rule: str = "float32"
+    reference: torch.Tensor, samples: torch.Tensor, *, k: int = 5, rule: str = "fp32"
 ) -> DensityCoverage:
     """Density: reference balls around a sample, over k; coverage: share of reference balls that hold a sample."""
     radii = neighbour_radii(reference, k=k, rule=rule)
@@ -74,7 +76,7 @@ def nearest(reference: torch.Tensor, samples: torch.Tensor) -> Nearest:
     """The nearest reference point of every sample, in float32."""
     distances = torch.full((len(samples),), torch.inf, device=samples.device)
     indices = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
-    for tile in _cross_tiles(reference, samples, "float32"):
+    for tile in _cross_tiles(reference, samples, "fp32"):
         smallest, row = tile.distances().min(0)
         closer = smallest < distances[tile.columns]
         distances[tile.columns] = torch.where(closer, smallest, distances[tile.columns])
@@ -85,7 +87,7 @@ def nearest(reference: torch.Tensor, samples: torch.Tensor) -> Nearest:
 def neighbour_radii(points: torch.Tensor, *, k: int, rule: str) -> torch.Tensor:
     """Squared distance (N,) float32 of every point to its k-th nearest other point."""
     if len(points) <= k:
-        raise ValueError(f"{k} nearest neighbours need more than {k} images in each set, got {len(points)}")
+        raise UserError(f"{k} nearest neighbours need more than {k} images in each set, got {len(points)}")
     # k + 1 because the point itself is among them; duplicates give radius 0, as in the published evaluator
     smallest = torch.full((len(points), k + 1), torch.inf, device=points.device)
     side = _Points(points, rule)
@@ -111,8 +113,8 @@ class _Points:
     """One set: float32 features (N, D) and squared norms (N,), and the same rounded to float16 under "adm"."""
 
     def __init__(self, features: torch.Tensor, rule: str):
-        if rule not in ("adm", "float32"):
-            raise ValueError(f"the distance rule must be 'adm' or 'float32', got {rule!r}")
+        if rule not in ("adm", "fp32"):
+            raise UserError(f"the distance rule must be 'adm' or 'fp32', got {rule!r}")
         self.features = features.float()
         self.norms = self.features.square().sum(1)
         self.half = rule == "adm"
@@ -151,7 +153,7 @@ def _distances(product: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
 
 def _cross_tiles(reference: torch.Tensor, samples: torch.Tensor, rule: str) -> Iterator[_Tile]:
     if reference.shape[1] != samples.shape[1]:
-        raise ValueError(f"feature dimensions differ: {reference.shape[1]} and {samples.shape[1]}")
+        raise UserError(f"feature dimensions differ: {reference.shape[1]} and {samples.shape[1]}")
     left, right = _Points(reference, rule), _Points(samples, rule)
     for rows in _slices(0, len(reference), BLOCK):
         for columns in _slices(0, len(samples), BLOCK):

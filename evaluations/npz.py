@@ -8,6 +8,8 @@ from typing import IO
 
 import numpy as np
 
+from config import UserError
+
 
 class Array:
     """One .npy member of an npz: C order, no objects. Stored members are read in place, compressed ones unpacked."""
@@ -19,15 +21,15 @@ class Array:
             try:
                 self.shape, fortran, self.dtype = readers[np.lib.format.read_magic(stream)](stream)
             except (ValueError, KeyError) as error:
-                raise ValueError(f"{path}: {member.filename} is not an array of a known version ({error})") from error
+                raise UserError(f"{path}: {member.filename} is not an array of a known version ({error})") from error
             self.header = stream.tell()
         if self.dtype.hasobject:
-            raise ValueError(f"{path}: {member.filename} holds pickled objects, which are not read; save plain arrays")
+            raise UserError(f"{path}: {member.filename} holds pickled objects, which are not read; save plain arrays")
         if fortran and len(self.shape) > 1:
-            raise ValueError(f"{path}: {member.filename} is in Fortran order; save it with np.ascontiguousarray")
+            raise UserError(f"{path}: {member.filename} is in Fortran order; save it with np.ascontiguousarray")
         expected = self.header + int(np.prod(self.shape)) * self.dtype.itemsize
         if member.file_size != expected:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {member.filename} has {member.file_size} bytes, its header says {expected}; it is damaged"
             )
         self.offset = None  # of the data in the file, where it lies there uncompressed
@@ -47,9 +49,9 @@ class Array:
             self._stream.seek((self.header if self.offset is None else self.offset) + start * row)
             data = self._stream.read(count)
         except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{self.path} is damaged in {self.member}: {error}") from error
+            raise UserError(f"{self.path} is damaged in {self.member}: {error}") from error
         if len(data) != count:
-            raise ValueError(f"{self.path} is truncated: {self.member} ends before row {stop}")
+            raise UserError(f"{self.path} is truncated: {self.member} ends before row {stop}")
         return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
 
     def _unpack(self) -> IO[bytes]:
@@ -58,7 +60,7 @@ class Array:
     def all(self) -> np.ndarray:
         """The whole array; small ones only."""
         if not self.shape:
-            raise ValueError(f"{self.path}: {self.member} is a single number, not an array")
+            raise UserError(f"{self.path}: {self.member} is a single number, not an array")
         return self.rows(0, self.shape[0])
 
 
@@ -72,4 +74,4 @@ def members(path: Path) -> dict[str, Array]:
                 if member.filename.endswith(".npy")
             }
     except (zipfile.BadZipFile, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} is not an npz file, or truncated ({error}); write it again") from error
+        raise UserError(f"{path} is not an npz file, or truncated ({error}); write it again") from error

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from config import parse, run, setting
+from common.reporting import run
+from config import MissingFile, UserError, parse, setting
 from evaluations.results import columns, format_value, load, sampler_cells, title
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     """All numbers logged in metrics.jsonl of a run folder, by name; a step logged again (after a resume) counts once."""
     file = Path(folder) / "metrics.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; is {folder} the folder of a training run?")
+        raise MissingFile(f"{file} does not exist; is {folder} the folder of a training run?")
     points: dict[str, dict[float, float]] = {}
     lines = file.read_text().splitlines()
     for number, line in enumerate(lines, start=1):
@@ -172,7 +173,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):
                 continue  # a run that was killed, or still writes
-            raise ValueError(f"{file}, line {number}, is no JSON object with a step") from error
+            raise UserError(f"{file}, line {number}, is no JSON object with a step") from error
         for name, value in entry.items():
             if name in NOT_CURVES or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -238,7 +239,7 @@ def _draw_table(axes: "Axes", table: Table) -> None:
 def _check_table(table: Table) -> None:
     for row in table.rows:
         if len(row) != len(table.header):
-            raise ValueError(f"table {table.title!r}: a row has {len(row)} cells, the header {len(table.header)}")
+            raise UserError(f"table {table.title!r}: a row has {len(row)} cells, the header {len(table.header)}")
 
 
 def _html_table(table: Table) -> str:
@@ -258,7 +259,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 def _read_png(file: Path) -> bytes:
     if not Path(file).is_file():
-        raise FileNotFoundError(f"image {file} does not exist")
+        raise MissingFile(f"image {file} does not exist")
     return Path(file).read_bytes()
 
 

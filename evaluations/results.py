@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from config import MissingFile, UserError
+
 SCHEMA = 1
 PAPER_IMAGES = 50_000  # FID and IS depend on the number of images; papers use this one
 
@@ -82,29 +84,29 @@ class Results:
 def check_writable(path: Path) -> None:
     """Make the folder of a results file before the work begins. Raises ValueError if the file could not be written."""
     if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; give a file, such as {path / 'results.json'}")
+        raise UserError(f"--out {path} is a folder; give a file, such as {path / 'results.json'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{path.parent} cannot be made ({error.strerror}); give another --out") from error
+        raise UserError(f"{path.parent} cannot be made ({error.strerror}); give another --out") from error
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"results cannot be written to {path.parent} (it is read-only); give another --out")
+        raise UserError(f"results cannot be written to {path.parent} (it is read-only); give another --out")
 
 
 def load(path: Path) -> Results:
     """Read results.json. Raises FileNotFoundError or ValueError naming the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise MissingFile(f"{path} does not exist")
     try:
         content = json.loads(path.read_text())
         schema = content["schema"]
         if schema != SCHEMA:
-            raise ValueError(f"{path} has schema {schema}, this program reads {SCHEMA}")
+            raise UserError(f"{path} has schema {schema}, this program reads {SCHEMA}")
         errors, measured = content["errors"], content["measured"]
         metrics = {key: Metric(value, errors[key], **measured[key]) for key, value in content["metrics"].items()}
         return Results(metrics, content["protocol"], content["warnings"], content["name"])
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} was not written by evaluations/evaluate.py ({error})") from error
+        raise UserError(f"{path} was not written by evaluations/evaluate.py ({error})") from error
 
 
 def title(key: str) -> str:

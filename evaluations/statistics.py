@@ -1,6 +1,5 @@
 """Mean and covariance of features, streamed in float64 and merged over batches, groups and processes."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ class Statistics(NamedTuple):
 
 
 class Moments:
-    """Running mean and scatter matrix of (N, D) features; of the matrix, which is symmetric, the lower triangle counts.
+    """Running mean and scatter matrix of (N, D) features.
 
     Rows are buffered and folded in chunks of fixed length, so the batch size leaves no trace in the result; every
     fold is centred first (Chan et al. 1983), so features far from zero lose no digits.
@@ -50,26 +49,10 @@ class Moments:
         self._rows, self._buffered = [], 0
 
     def _fold(self, rows: torch.Tensor) -> None:
-        if rows.device.type != "cpu":
-            rows = rows.double()
-            mean = rows.mean(0)
-            rows = rows - mean
-            self._combine(len(rows), mean, rows.T @ rows)
-            return
-        # A symmetric update adds one triangle of the product to what is there: half the work of a general product, and no
-        # (D, D) temporary. The shift between the means (_combine) is its last row. No torch in between: its threads and
-        # those of BLAS would wait for each other's cores.
-        from scipy.linalg.blas import dsyrk
-
-        values, n = rows.numpy(), len(rows)
-        mean = values.mean(0, dtype=np.float64)
-        shift = mean - self.mean.numpy()
-        centred = np.empty((n + 1, len(mean)))
-        np.subtract(values, mean, out=centred[:n])
-        centred[n] = shift * math.sqrt(self.n * n / (self.n + n))
-        dsyrk(1.0, centred.T, beta=1.0, c=self.scatter.numpy().T, overwrite_c=True)
-        self.n += n
-        self.mean += torch.from_numpy(shift * (n / self.n))
+        rows = rows.double()
+        mean = rows.mean(0)
+        rows = rows - mean
+        self._combine(len(rows), mean, rows.T @ rows)
 
     def _combine(self, n: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
         if n == 0:
@@ -110,7 +93,6 @@ class Moments:
         if self.n < 2:
             raise ValueError(f"statistics need at least 2 images, got {self.n}")
         covariance = self.scatter.cpu().numpy() / (self.n - 1)
-        covariance = np.tril(covariance) + np.tril(covariance, -1).T
         return Statistics(self.n, self.mean.cpu().numpy().copy(), covariance)
 
 

@@ -5,22 +5,24 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+from config import UserError
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def best_precision(device: str | torch.device) -> str:
-    """The fastest of "bf16", "fp16" and "no" that loses nothing on this device: bf16 needs no loss scaling."""
+    """The fastest of "bf16", "fp16" and "fp32" that loses nothing on this device: bf16 needs no loss scaling."""
     if torch.device(device).type != "cuda":
-        return "no"
+        return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def autocast(device: str | torch.device, precision: str) -> AbstractContextManager:
-    """Mixed precision for a block of code; "no" changes nothing. Raises ValueError for another name."""
-    if precision == "no":
+    """Mixed precision for a block of code; "fp32" changes nothing. Raises ValueError for another name."""
+    if precision == "fp32":
         return nullcontext()
     if precision not in DTYPES:
-        raise ValueError(f"mixed precision {precision!r} is none of no, fp16, bf16")
+        raise UserError(f"mixed precision {precision!r} is none of fp32, fp16, bf16")
     return torch.autocast(torch.device(device).type, dtype=DTYPES[precision])
 
 

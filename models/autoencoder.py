@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from config import MissingFile, UserError
 from models import hub
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}  # published names => hub ids
@@ -27,9 +28,9 @@ class LatentNormalization:
         object.__setattr__(self, "scale", tuple(self.scale))
         object.__setattr__(self, "bias", tuple(self.bias))
         if self.order not in ("scale_bias", "bias_scale"):
-            raise ValueError(f"latent normalisation order {self.order!r} is neither scale_bias nor bias_scale")
+            raise UserError(f"latent normalisation order {self.order!r} is neither scale_bias nor bias_scale")
         if 0 in self.scale:
-            raise ValueError("latent normalisation: a scale of 0 cannot be undone")
+            raise UserError("latent normalisation: a scale of 0 cannot be undone")
 
     def normalize(self, z: Tensor) -> Tensor:
         """(N, C, H, W) raw latents => the network's."""
@@ -116,16 +117,16 @@ def load_autoencoder(name: str) -> Autoencoder:
     source = PUBLISHED.get(name, name)
     local = Path(source).expanduser()
     if local.exists() and not (local / "config.json").is_file():
-        raise FileNotFoundError(f"VAE folder {local} has no config.json; expected AutoencoderKL.save_pretrained's format")
+        raise MissingFile(f"VAE folder {local} has no config.json; expected AutoencoderKL.save_pretrained's format")
     if not local.exists():
         hub.go_offline_if_unreachable()
     try:
         vae = AutoencoderKL.from_pretrained(local if local.exists() else source)
     except (OSError, ValueError) as error:
         if local.exists():
-            raise FileNotFoundError(f"VAE folder {local} cannot be read: {hub.first_line(error)}") from error
+            raise MissingFile(f"VAE folder {local} cannot be read: {hub.first_line(error)}") from error
         elsewhere = f"`hf download {source} --local-dir vae` and pass --vae vae"
-        raise FileNotFoundError(
+        raise MissingFile(
             f"VAE {name!r} is not a local folder, and {hub.cause(error, source, elsewhere)}"
         ) from error
     return Autoencoder(vae, name)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from config import MissingFile, UserError
 from models.sit import SiT, SiTConfig
 
 SCHEMA = 1
@@ -86,7 +87,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     try:
         network.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit the config in its header: {error}") from error
+        raise UserError(f"{path}: the weights do not fit the config in its header: {error}") from error
     return Model(network.eval(), info, class_means)
 
 
@@ -94,12 +95,12 @@ def read_info(path: Path) -> ModelInfo:
     """The header of a model file. Raises ValueError for a file that is truncated, of another kind or another schema."""
     header = read_header(path)
     if "reg" not in header:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a model file of this project: its header has no config (convert.py converts published ones)"
         )
     content = json.loads(header["reg"])
     if content["schema"] != SCHEMA:
-        raise ValueError(f"{path} has schema {content['schema']}, this code reads {SCHEMA}")
+        raise UserError(f"{path} has schema {content['schema']}, this code reads {SCHEMA}")
     return ModelInfo(**{**content, "network": SiTConfig(**content["network"])})
 
 
@@ -111,7 +112,7 @@ def read_header(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as stream:
             return stream.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+        raise UserError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
 def is_safetensors(path: Path) -> bool:
@@ -139,7 +140,7 @@ def find_model(path: Path) -> Path:
     candidates = sorted(file for file in path.glob(f"checkpoints/*/{MODEL_FILE}") if file.parent.name.isdigit())
     if not candidates:
         held = sorted(str(file) for file in path.glob("*.pt"))
-        raise FileNotFoundError(
+        raise MissingFile(
             f"no model file at {path}: give a model file, checkpoint folder or run folder, a published .pt"
             f"{f' ({held[0]} perhaps)' if held else ''}, or OWNER/NAME or OWNER/NAME/FILE on the Hugging Face hub"
         )

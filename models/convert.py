@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import MissingFile, UserError
 from models.autoencoder import LatentNormalization
 from models.checkpoint import ModelInfo, is_safetensors, load_model, read_header, save_model
 from models.hub import first_line
@@ -84,22 +84,22 @@ def read_published(path: Path, weights: str = "ema") -> Published:
         FileNotFoundError, or ValueError for a file that holds other objects, is damaged, or lacks the weights.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        raise MissingFile(f"checkpoint {path} does not exist")
     content = _content(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} instead of a checkpoint")
+        raise UserError(f"{path} holds a {type(content).__name__} instead of a checkpoint")
     settings = content.get("args") or {}
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     bare = bool(content) and all(isinstance(value, Tensor) for value in content.values())
     state_dict = content if bare else content.get(weights)
     if not isinstance(state_dict, dict) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
         other = "; convert.py --weights model converts the others" if weights == "ema" and "model" in content else ""
-        raise ValueError(f"{path} has no {weights!r} weights, only {', '.join(map(str, content)) or 'nothing'}{other}")
+        raise UserError(f"{path} has no {weights!r} weights, only {', '.join(map(str, content)) or 'nothing'}{other}")
     # DDP and torch.compile each put their prefix before the names
     state_dict = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): tensor for name, tensor in state_dict.items()}
     step = 0 if bare else content.get("steps", 0)
     if not isinstance(settings, dict) or not isinstance(step, int):
-        raise ValueError(f"{path}: its args are not settings, or its steps not a number")
+        raise UserError(f"{path}: its args are not settings, or its steps not a number")
     return Published(_modern_names(state_dict), settings, step)
 
 
@@ -112,26 +112,26 @@ def _content(path: Path) -> Any:
             from safetensors.torch import load_file
 
             if "reg" in read_header(path):
-                raise ValueError(f"{path} is a model file of this project already")
+                raise UserError(f"{path} is a model file of this project already")
             return load_file(path)
         mapped = zipfile.is_zipfile(path)  # today's format of torch.save; older ones cannot be mapped
         if not mapped and not start.startswith(b"\x80"):
-            raise ValueError(f"{path} {_what_it_is(start)}")
+            raise UserError(f"{path} {_what_it_is(start)}")
         damaged = zipfile.ZipFile(path).testzip() if mapped else None  # torch.load does not look at checksums
         if damaged:
-            raise ValueError(f"{path} is damaged: the checksum of {damaged} in it does not fit")
+            raise UserError(f"{path} is damaged: the checksum of {damaged} in it does not fit")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = re.search(r"GLOBAL (\S+)", str(error))
         if reason is None:
-            raise ValueError(f"{path} is damaged or not a checkpoint: it cannot be unpickled") from error
-        raise ValueError(
+            raise UserError(f"{path} is damaged or not a checkpoint: it cannot be unpickled") from error
+        raise UserError(
             f"{path} is refused: it holds more than tensors and settings (it asks for {reason[1]})"
         ) from error
     except (RuntimeError, EOFError, LookupError, OSError, zipfile.BadZipFile) as error:
         what = f"{type(error).__name__}: {first_line(error).split('. ')[0]}"
-        raise ValueError(f"{path} is damaged or not a checkpoint ({what})") from error
+        raise UserError(f"{path} is damaged or not a checkpoint ({what})") from error
 
 
 def _what_it_is(start: bytes) -> str:
@@ -164,7 +164,7 @@ def derive_config(state_dict: dict[str, Tensor], settings: dict[str, Any], given
     try:
         patch_weight = state_dict["x_embedder.proj.weight"]
         if patch_weight.ndim != 4:
-            raise ValueError(f"these are not the weights of a SiT: x_embedder.proj.weight is {tuple(patch_weight.shape)}")
+            raise UserError(f"these are not the weights of a SiT: x_embedder.proj.weight is {tuple(patch_weight.shape)}")
         hidden_size, channels, patch_size, _ = patch_weight.shape
         class_token_dim = state_dict["cls_projectors2.weight"].shape[1] if "cls_projectors2.weight" in state_dict else 0
         patches = state_dict["pos_embed"].shape[1] - (class_token_dim > 0)
@@ -187,9 +187,9 @@ def derive_config(state_dict: dict[str, Tensor], settings: dict[str, Any], given
             projector_dim=state_dict["projectors.0.0.weight"].shape[0] if aligned else 2048,
         )
     except KeyError as error:
-        raise ValueError(f"these are not the weights of a SiT: {error} is missing") from error
+        raise UserError(f"these are not the weights of a SiT: {error} is missing") from error
     except IndexError as error:
-        raise ValueError("these are not the weights of a SiT: a tensor has too few dimensions") from error
+        raise UserError("these are not the weights of a SiT: a tensor has too few dimensions") from error
 
 
 def _heads(state_dict: dict[str, Tensor], settings: dict[str, Any], given: Given, hidden_size: int) -> int:
@@ -263,12 +263,12 @@ def convert_published(
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     except KeyError as error:
-        raise ValueError(f"{source}: these are not the weights of a SiT: {error} is missing") from error
+        raise UserError(f"{source}: these are not the weights of a SiT: {error} is missing") from error
     except RuntimeError as error:  # of load_state_dict: a heading, then a line for each kind of difference
         reason = " ".join(str(error).splitlines()[1].split())
-        raise ValueError(f"{source}: these are not the weights of a SiT: {reason[:200]}") from error
+        raise UserError(f"{source}: these are not the weights of a SiT: {reason[:200]}") from error
     encoders = given.enc_type or tuple(filter(None, str(settings.get("enc_type") or "").split(",")))
     return state_dict, ModelInfo(
         network=network,
@@ -293,7 +293,7 @@ def import_published(source: Path, out: Path, weights: str = "ema", given: Given
         out.parent.mkdir(parents=True, exist_ok=True)
         save_model(out, state_dict, info)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{out} cannot be written: {first_line(error)}") from error
+        raise UserError(f"{out} cannot be written: {first_line(error)}") from error
     return info
 
 

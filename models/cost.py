@@ -144,16 +144,14 @@ class TrainingMemory(NamedTuple):
         return self.state + self.copies + batch * self.activations
 
 
-def training_memory(
-    config: SiTConfig, *, half: bool = True, recompute: bool = False, average: bool = True
-) -> TrainingMemory:
+def training_memory(config: SiTConfig, *, half: bool = True, recompute: bool = False) -> TrainingMemory:
     """Count what the backward pass keeps, on fake tensors, as an eager step does; a compiled one keeps less.
 
     half: fp16 or bf16 by autocast. recompute: gradient checkpointing, which keeps the input of each block and recomputes
-    one block at a time. average: the EMA is there, too.
+    one block at a time.
     """
     c = cost(config)
-    state = (c.parameters + c.projector_parameters) * (4 + 4 + 8 + 4 * average)
+    state = (c.parameters + c.projector_parameters) * (4 + 4 + 8 + 4)
     two, three = (_by_depth(partial(_kept_bytes, n=n, half=half), config)[0] for n in (2, 3))
     activations, copies = three - two, max(0, 3 * two - 2 * three)
     if recompute:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import MissingFile, UserError
 from models import hub
 
 PUBLISHED = {  # published names => timm names
@@ -66,16 +67,16 @@ def load_encoder(name: str, grid: int) -> VisionEncoder:
     arguments: dict = {"num_classes": 0}
     if file:
         if not Path(file).expanduser().is_file():
-            raise FileNotFoundError(f"encoder {name!r}: no checkpoint file {file}")
+            raise MissingFile(f"encoder {name!r}: no checkpoint file {file}")
         arguments["pretrained_cfg_overlay"] = {"file": str(Path(file).expanduser())}
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"encoder folder {folder} has no config.json; expected timm's save_for_hf format")
+            raise MissingFile(f"encoder folder {folder} has no config.json; expected timm's save_for_hf format")
         source = f"local-dir:{folder}"
     else:
         source = PUBLISHED.get(architecture, architecture)
         if "/" in source and not source.startswith("hf-hub:"):
-            raise FileNotFoundError(f"encoder folder {architecture} does not exist (hub models: hf-hub:OWNER/NAME)")
+            raise MissingFile(f"encoder folder {architecture} does not exist (hub models: hf-hub:OWNER/NAME)")
         if not file:
             hub.go_offline_if_unreachable()
     try:
@@ -84,22 +85,22 @@ def load_encoder(name: str, grid: int) -> VisionEncoder:
         vit = timm.create_model(source, pretrained=True, img_size=grid * patch_size, **arguments)
     except OSError as error:
         if folder.is_dir():
-            raise FileNotFoundError(f"encoder folder {folder} cannot be read: {hub.first_line(error)}") from error
+            raise MissingFile(f"encoder folder {folder} cannot be read: {hub.first_line(error)}") from error
         repo = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"timm/{source}"
         elsewhere = (
             f"`hf download {repo} --local-dir encoder` and pass --enc-type encoder, or give a checkpoint file as "
             f"--enc-type {architecture}=FILE"
         )
-        raise FileNotFoundError(
+        raise MissingFile(
             f"the weights of encoder {name!r} are missing: {hub.cause(error, repo, elsewhere)}"
         ) from error
     except RuntimeError as error:  # timm: unknown model, or weights of another architecture
-        raise ValueError(f"encoder {name!r} cannot be loaded: {hub.first_line(error)}") from error
+        raise UserError(f"encoder {name!r} cannot be loaded: {hub.first_line(error)}") from error
     return VisionEncoder(vit, name, grid)
 
 
 def _patch_size(vit: nn.Module, name: str) -> int:
     """Side of a patch in pixels. Raises ValueError for a network without class token or patches."""
     if not getattr(vit, "has_class_token", False) or not hasattr(vit, "patch_embed"):
-        raise ValueError(f"encoder {name!r} ({type(vit).__name__}) is not a ViT with a class token")
+        raise UserError(f"encoder {name!r} ({type(vit).__name__}) is not a ViT with a class token")
     return int(vit.patch_embed.patch_size[0])

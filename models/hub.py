@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
-from config import UserError
+from config import MissingFile, UserError
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(/[^/]+)*")
@@ -61,9 +61,9 @@ def download(name: str) -> Path:
             with suppress(Exception):
                 others = _weights(repo)
         listed = f"; weights that are there: {', '.join(others)}" if others else ""
-        raise FileNotFoundError(f"{name} is not a local file or folder, and {reason}{listed}") from error
+        raise MissingFile(f"{name} is not a local file or folder, and {reason}{listed}") from error
     if not names:
-        raise FileNotFoundError(f"{repo} on {_host()} holds no weights ({', '.join(_WEIGHTS)})")
+        raise MissingFile(f"{repo} on {_host()} holds no weights ({', '.join(_WEIGHTS)})")
     raise UserError(f"{repo} holds several weights files, name one: {', '.join(f'{repo}/{file}' for file in names)}")
 
 

@@ -5,12 +5,16 @@ t = 0 is data, t = 1 is noise. The only owner of alpha, sigma and their derivati
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-PATHS = ("linear", "cosine")
+from config import UserError
+from models.choices import PATHS
+from models.state import State
+
+X = TypeVar("X", Tensor, State)
 
 
 class Coefficients(NamedTuple):
@@ -30,7 +34,7 @@ class Interpolant:
 
     def __post_init__(self) -> None:
         if self.path not in PATHS:
-            raise ValueError(f"path type {self.path!r} is none of {', '.join(PATHS)}")
+            raise UserError(f"path type {self.path!r} is none of {', '.join(PATHS)}")
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """alpha(t), sigma(t) and their derivatives; linear: 1 - t, t; cosine: cos(pi t / 2), sin(pi t / 2)."""
@@ -50,17 +54,18 @@ class Interpolant:
         c = self.coefficients(_like(t, x))
         return c.d_alpha * x + c.d_sigma * noise
 
-    def score(self, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def score(self, v: X, x_t: X, t: Tensor) -> X:
         """The score grad log p_t(x_t) that belongs to the velocity v (SiT eq. 9). Shapes as in `interpolate`.
 
-        With the true velocity of one (x, noise) pair it is -noise / sigma. Singular at t = 0.
+        With the true velocity of one (x, noise) pair it is -noise / sigma. Singular at t = 0. For a scalar t, v and x_t may
+        be States.
         """
         c = self.coefficients(_like(t, x_t))
         ratio = c.alpha / c.d_alpha
         return (ratio * v - x_t) / (c.sigma**2 - ratio * c.d_sigma * c.sigma)
 
-    def denoised(self, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The data estimate E[x | x_t] that belongs to the velocity v: x_t and v solved for x."""
+    def denoised(self, v: X, x_t: X, t: Tensor) -> X:
+        """The data estimate E[x | x_t] that belongs to the velocity v: x_t and v solved for x. States as in `score`."""
         c = self.coefficients(_like(t, x_t))
         return (c.d_sigma * x_t - c.sigma * v) / (c.alpha * c.d_sigma - c.sigma * c.d_alpha)
 
@@ -69,7 +74,7 @@ class Interpolant:
         return ratio / (1 + ratio) if self.path == "linear" else 2 / math.pi * torch.atan(ratio)
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
+def _like(t: Tensor, x: Tensor | State) -> Tensor:
     """Give t (scalar or (N,)) trailing axes so that it broadcasts against x (N, ...)."""
     if t.ndim == 0:
         return t

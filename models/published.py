@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.reporting import say
+from config import UserError
 from models import autoencoder, hub
 from models.checkpoint import ModelInfo, find_model, is_safetensors, read_header, read_info, save_model
 from models.convert import convert_published
@@ -45,7 +46,7 @@ def obtain(name: Path | str) -> Path:
         ours = is_safetensors(source.path) and "reg" in read_header(source.path)
         path = source.path if ours else _converted(source)
     except PermissionError as error:
-        raise ValueError(f"{source.path} cannot be read ({error.strerror})") from error
+        raise UserError(f"{source.path} cannot be read ({error.strerror})") from error
     say(f"{source.name}: {describe(read_info(path))}{'' if ours else f'; converted to {path}'}")
     return path
 
@@ -124,7 +125,7 @@ def _converted(source: Source) -> Path:
     try:
         save_model(temporary / "model.safetensors", state_dict, info)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{source.name}: the converted weights fit neither in the cache nor in {temporary}") from error
+        raise UserError(f"{source.name}: the converted weights fit neither in the cache nor in {temporary}") from error
     say(f"the cache of converted weights cannot be written ({hub.first_line(reason)}): this copy is deleted at the end; "
         "REG_CACHE names another folder")  # fmt: skip
     return temporary / "model.safetensors"
@@ -153,7 +154,7 @@ def _digest(path: Path, folder: Path) -> str:
     digest = file_sha256(path)
     expected = hub.cached_sha256(path)
     if expected and digest != expected:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged (its SHA-256 differs): delete {path.resolve()} to have it downloaded again"
         )
     try:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from config import UserError
+
 SIZES = {  # depth, hidden size, heads
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -45,15 +47,15 @@ class SiTConfig:
         object.__setattr__(self, "align_dims", tuple(self.align_dims))  # a list, when read from JSON
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_classes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"SiTConfig.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"SiTConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads} and by 4"
             )
         if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} must be divisible by patch_size {self.patch_size}")
+            raise UserError(f"input_size {self.input_size} must be divisible by patch_size {self.patch_size}")
         if self.align_dims and not 1 <= self.align_depth <= self.depth:
-            raise ValueError(f"alignment after block {self.align_depth}, but the network has blocks 1 to {self.depth}")
+            raise UserError(f"alignment after block {self.align_depth}, but the network has blocks 1 to {self.depth}")
 
     @property
     def num_patches(self) -> int:
@@ -70,7 +72,7 @@ def preset(name: str, **changes: Any) -> SiTConfig:
     The alignment depth follows the paper (S, B: 4; L, XL: 8). Raises ValueError for an unknown name.
     """
     if name not in PRESETS:
-        raise ValueError(f"model {name!r} is none of {', '.join(PRESETS)}")
+        raise UserError(f"model {name!r} is none of {', '.join(PRESETS)}")
     size, patch = name.removeprefix("SiT-").split("/")
     depth, hidden_size, num_heads = SIZES[size]
     shape = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}

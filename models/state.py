@@ -1,15 +1,17 @@
 """What diffuses: the image latent and, with representation entanglement, the class token beside it."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-class State(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class State:
     """latent: (N, C, H, W). class_token: (N, D), or None for a network without the class-token slot (SiT, REPA).
 
-    Used for data, noise, interpolated states and velocities alike: every formula is written once and mapped over both.
+    Used for data, noise, interpolated states and velocities alike. Arithmetic acts on both tensors; factors are numbers or
+    scalar tensors. So every formula is written once, and a solver reads `state = state + dt * v`.
     """
 
     latent: Tensor
@@ -21,3 +23,27 @@ class State(NamedTuple):
         if self.class_token is None:
             return State(latent)
         return State(latent, function(self.class_token, *[o.class_token for o in others]))
+
+    def scaled(self, scale: float, class_scale: float) -> "State":
+        """Latent and class token times a factor of their own."""
+        return State(scale * self.latent, None if self.class_token is None else class_scale * self.class_token)
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.latent, self.class_token))
+
+    def double(self) -> "State":
+        return self.map(lambda x: x.double())
+
+    def __add__(self, other: "State") -> "State":
+        return self.map(lambda a, b: a + b, other)
+
+    def __sub__(self, other: "State") -> "State":
+        return self.map(lambda a, b: a - b, other)
+
+    def __mul__(self, factor: Tensor | float) -> "State":
+        return self.map(lambda a: factor * a)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Tensor | float) -> "State":
+        return self.map(lambda a: a / divisor)

@@ -15,7 +15,8 @@ if __name__ == "__main__" and not __package__:  # run as a script: start again a
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     os.execv(sys.executable, [sys.executable, "-m", "preprocessing.describe", *sys.argv[1:]])
 
-from config import UserError, parse, run, setting
+from common.reporting import run
+from config import UserError, parse, setting
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from common.files import sha256
 from config import UserError
+from packed.format import EncoderInfo, Manifest, entry_file, read_json
 from preprocessing.index import Index
 from preprocessing.plan import PLAN, Plan, index_file
-from shards import EncoderInfo, Manifest, entry_file, read_json, sha256
 
 
 def means_file(plan: Plan) -> str:

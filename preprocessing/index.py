@@ -75,7 +75,7 @@ class Index:
                 names = data["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
                 return cls(names=names, labels=data["labels"], places=data["places"], **head)
         except Exception as error:  # a flipped bit makes zip, numpy and json fail in ways of their own
-            raise ValueError(f"{path} is damaged ({error})") from error
+            raise UserError(f"{path} is damaged ({error})") from error
 
 
 WHOLE_FILE = (0, 0, -1, -1, -1)  # the place of an image that is a file of its own

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from packed.format import MANIFEST, npy_size
 from preprocessing.index import Index
 from preprocessing.plan import PLAN, Plan
-from shards import MANIFEST, npy_size
 
 _SHOWN = 5  # classes whose names and counts are listed
 

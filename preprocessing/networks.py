@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from config import UserError
-from dataset import EncoderInfo, decode_moments, encode_moments
+from dataset import decode_moments, encode_moments
 from models.autoencoder import latent_space, load_autoencoder
 from models.encoder import load_encoder
+from packed.format import EncoderInfo
 from preprocessing.read import Crops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from common.reporting import progress, say
 from config import UserError
+from packed.format import write_manifest
 from preprocessing import messages
 from preprocessing.extend import joined
 from preprocessing.finish import describe, write_class_means
@@ -22,7 +23,6 @@ from preprocessing.networks import Encoded, Networks, Pending
 from preprocessing.plan import Plan, check_room, check_settings, index_source, is_complete, make_plan, read_parts
 from preprocessing.read import CropDataset, Crops, Reader, Request, as_is
 from preprocessing.writer import BackgroundWriter
-from shards import write_manifest
 
 _PATIENCE = datetime.timedelta(days=7)  # processes wait for each other only at the two ends
 

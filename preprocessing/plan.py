@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from config import UserError
+from common.files import fingerprint, sha256
+from config import MissingFile, UserError, differences
+from packed.format import MANIFEST, entry_file, npy_size, read_json, read_manifest, write_json
 from preprocessing.extend import merged_classes, new_images, remaining
 from preprocessing.index import Choice, Index
 from preprocessing.networks import Networks
 from preprocessing.sources import list_source
-from shards import MANIFEST, entry_file, fingerprint, npy_size, read_json, read_manifest, sha256, write_json
 
 PLAN = "packing.json"
 INDEX = "index.npz"
@@ -116,11 +117,11 @@ class Plan:
 def read_plan(out: Path) -> Plan:
     """Raises FileNotFoundError or ValueError."""
     if not (out / PLAN).is_file():
-        raise FileNotFoundError(f"{out}: no {PLAN}; no packing was begun here")
+        raise MissingFile(f"{out}: no {PLAN}; no packing was begun here")
     try:
         return Plan(**read_json(out / PLAN))
     except TypeError as error:
-        raise ValueError(f"{out / PLAN} was written by another version of this code; pack into a new folder") from error
+        raise UserError(f"{out / PLAN} was written by another version of this code; pack into a new folder") from error
 
 
 def compared_settings(settings: Any) -> dict[str, Any]:
@@ -140,12 +141,12 @@ def check_settings(out: Path, settings: Any) -> Plan | None:
         return None
     plan = read_plan(out)
     extending = settings.extend and is_complete(out, plan)
-    for name, value in compared_settings(settings).items():
-        if plan.settings[name] != value and not (extending and name == "classes"):  # may name more classes now
+    for name, was, value in differences(plan.settings, compared_settings(settings)):
+        if not (extending and name == "classes"):  # may name more classes now
             flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"--out {out}: was begun with {flag} {_show(plan.settings[name])}, now it is {_show(value)}; give the same "
-                "flags to finish it, or another --out"
+                f"--out {out}: was begun with {flag} {_show(was)}, now it is {_show(value)}; give the same flags to finish "
+                "it, or another --out"
             )
     return plan
 

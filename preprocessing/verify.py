@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.files import sha256
 from common.reporting import progress
 from config import UserError
+from packed.format import CRC, MANIFEST, entry_file, npy_size, read_json, read_manifest
 from preprocessing.extend import joined
 from preprocessing.finish import describe, has_means, means_file
 from preprocessing.index import Index
 from preprocessing.plan import PLAN, Plan, index_file, index_is_whole, read_parts, read_plan
-from shards import CRC, MANIFEST, entry_file, npy_size, read_json, read_manifest, sha256
 
 _SHOWN = 5  # names of broken records in a line
 

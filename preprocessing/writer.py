@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from config import UserError
-from shards import ShardWriter
+from packed.writer import ShardWriter
 
 _DEPTH = 4  # batches that may wait for the disk
 

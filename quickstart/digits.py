@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import UserError, run
+from common.reporting import run
+from config import MissingFile, UserError
 
 SIZE = 16  # pixels; the scans are 8 x 8 and are enlarged
 
@@ -46,7 +47,7 @@ def read_image_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read such a tree: (N, 16, 16, 3) uint8 pixels and (N,) int64 labels, sorted by path."""
     files = sorted(folder.glob("*/*.png"))
     if not files:
-        raise FileNotFoundError(f"no images under {folder}; run with --fresh")
+        raise MissingFile(f"no images under {folder}; run with --fresh")
     pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
     return pixels, np.array([int(file.parent.name) for file in files])
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from models.class_token import agreement
+from models.guidance import Guidance, Meter, Velocity, network_velocity
 from models.interpolant import Interpolant
-from models.samplers import Guidance, Meter, Progress, Velocity, network_velocity
-from models.solvers import Solver
+from models.noise import NoiseSource
+from models.samplers import Solver
+from models.solvers import Progress
 from models.state import State
-from sampling.plan import NoiseSource
 
 
 class Drawn(NamedTuple):

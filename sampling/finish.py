@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.pictures import Cell, class_caption, write_png, write_sheet
+from config import REMOVED, UserError
 from sampling.parts import Parts, refuse_mixing, write_json, write_rows, write_samples
 from sampling.pictures import Shown, arrange, write_gallery
 
@@ -44,14 +45,14 @@ def is_finished(folder: Path, count: int, identity: dict[str, Any], wanted: list
     if not file.is_file() or not (folder / SAMPLES).is_file():
         return False
     sidecar = json.loads(file.read_text())
-    refuse_mixing(folder, {name: sidecar.get(name) for name in identity}, identity)
+    refuse_mixing(folder, {name: sidecar[name] for name in sidecar if name in identity or name in REMOVED}, identity)
     lacking = [name for name in wanted if not (folder / name).exists()]
     if sidecar["n"] == count and not lacking:
         return True
     if have_parts:
         return False
     problem = f"is finished without {lacking[0]}" if lacking else f"is finished with {sidecar['n']} samples"
-    raise ValueError(f"{folder} {problem} and its parts are gone; give another --out, or delete that folder")
+    raise UserError(f"{folder} {problem} and its parts are gone; give another --out, or delete that folder")
 
 
 def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: dict[str, Any]) -> str:

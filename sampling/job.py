@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import UserError
 from models import acceleration
 from models.checkpoint import Model, find_model
 from models.class_token import between, nearest_class
+from models.guidance import Guidance
 from models.interpolant import Interpolant
 from models.published import file_sha256, obtain
-from models.samplers import Guidance, Progress
-from models.solvers import Solver
+from models.samplers import Solver
+from models.solvers import Progress
 from sampling import messages, processes
 from sampling.draw import Drawn, Sampler
 from sampling.finish import Output, assemble, is_finished
@@ -125,37 +127,37 @@ def load(request: Request, process: Process) -> Job:
         request = replace(request, guidance=Guidance())
     needs_null = labels.kind == "null" or not (request.guidance.off or guide)
     if needs_null and info.cfg_prob == 0:
-        raise ValueError(
+        raise UserError(
             f"{find_model(request.checkpoint)} was trained without label dropout (cfg-prob 0) and knows no null class: "
             "sample with --cfg-scale 1 and labels, or give a --guide-checkpoint"
         )
     if guide and request.guidance.off:
-        raise ValueError("--guide-checkpoint does nothing at --cfg-scale 1")
+        raise UserError("--guide-checkpoint does nothing at --cfg-scale 1")
     for flag, wanted in (("--class-tokens", request.class_tokens), ("--best-of", request.best_of > 1),
                          ("--like", bool(request.like))):  # fmt: skip
         if wanted and not network.class_token_dim:
-            raise ValueError(f"{flag} needs a model with a class token; {find_model(request.checkpoint)} has none")
+            raise UserError(f"{flag} needs a model with a class token; {find_model(request.checkpoint)} has none")
     if (request.best_of > 1 or labels.kind == "token") and model.class_means is None:
-        raise ValueError(
+        raise UserError(
             f"{find_model(request.checkpoint)} holds no mean class tokens (they come from a dataset packed with tokens): "
             + ("--best-of cannot choose" if request.best_of > 1 else "say with --classes which label goes with --like")
         )
     if request.best_of > 1 and labels.kind == "null":
-        raise ValueError("--best-of compares tokens with labels; it cannot choose among samples of the null class")
+        raise UserError("--best-of compares tokens with labels; it cannot choose among samples of the null class")
     tokens = None
     if request.like:
         if any(".npy" not in source for source in request.like) and not info.encoders:
-            raise ValueError("--like: the model file names no encoder; give tokens as .npy")
+            raise UserError("--like: the model file names no encoder; give tokens as .npy")
         grid = network.input_size // network.patch_size
         encoder = info.encoders[0] if info.encoders else ""
         tokens = read_tokens(request.like, network.class_token_dim, encoder, info.resolution, grid)
         if request.interpolate and len(tokens) != 2:
-            raise ValueError(f"--interpolate goes between two tokens, --like gives {len(tokens)}")
+            raise UserError(f"--interpolate goes between two tokens, --like gives {len(tokens)}")
     decoder = load_decoder(model, request.vae, request.precision, process.device)
     identity = describe(request, model, guide, decoder, labels, tokens)
     sampler = Sampler(
         prepare(model.network, request.precision), Interpolant(info.path), request.solver, request.guidance,
-        prepare(guide.network, request.precision) if guide else None, getattr(torch, request.precision.dtype),
+        prepare(guide.network, request.precision) if guide else None, acceleration.DTYPES[request.precision.dtype],
         request.seed, request.best_of, model.class_means,
     )  # fmt: skip
     return Job(request, process, model, sampler, decoder, labels, tokens, identity)
@@ -195,13 +197,11 @@ def describe(
         "guidance_high": guidance["high"],
         "cls_guidance_low": guidance["low"] if guidance["class_low"] is None else guidance["class_low"],
         "cls_guidance_high": guidance["high"] if guidance["class_high"] is None else guidance["class_high"],
-        "guidance_schedule": guidance["schedule"],
         "best_of": request.best_of,
         "like": given,
         "interpolate": request.interpolate,
         "dtype": precision.dtype,
         "tf32": precision.tf32,
-        "compile": precision.compile,
         "vae_sha256": weights_sha256(decoder.autoencoder.vae),
         "vae_dtype": precision.vae_dtype,
         "vae_tiling": precision.vae_tiling,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.presets import PRESETS
-from models.solvers import Solver
+from models.samplers import Solver
 
 if TYPE_CHECKING:
     from sampling.job import Job
@@ -77,14 +77,13 @@ def _solver(solver: Solver) -> str:
 
 
 def _guidance(job: "Job") -> str:
-    request, schedule = job.request, job.request.guidance.schedule
+    request = job.request
     if request.guidance.off:
         why = ", as the model was trained without label dropout (cfg-prob 0)" if request.guidance_optional else ""
         return "unguided" + why
     names = ("cfg_scale", "guidance_low", "guidance_high")
     latent, token = ([job.identity[prefix + name] for name in names] for prefix in ("", "cls_"))
-    mean = "" if schedule == "constant" else f"{schedule}, mean "
-    text = "{}guidance {}{:g} on t in [{:g}, {:g}]".format("auto" if job.sampler.guide else "", mean, *latent)
+    text = "{}guidance {:g} on t in [{:g}, {:g}]".format("auto" if job.sampler.guide else "", *latent)
     if job.model.info.network.class_token_dim and token != latent:
         text += " (class token {:g} on [{:g}, {:g}])".format(*token)
     return text
@@ -113,6 +112,6 @@ def _labels(job: "Job") -> str:
 def _machine(job: "Job") -> str:
     precision, process = job.request.precision, job.process
     cuda = process.device.type == "cuda"
-    tf32 = " (TF32)" if cuda and precision.tf32 and precision.dtype == "float32" else ""
+    tf32 = " (TF32)" if cuda and precision.tf32 and precision.dtype == "fp32" else ""
     count = f"{process.world} x " if process.world > 1 else ""
     return f"{precision.dtype}{tf32} on {count}{torch.cuda.get_device_name(process.device) if cuda else 'cpu'}"

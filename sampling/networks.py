@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from config import UserError
 from models import acceleration
 from models.autoencoder import Autoencoder, LatentNormalization, load_autoencoder
 from models.checkpoint import Model, find_model, load_model
@@ -18,10 +19,10 @@ class Precision:
     """dtype: of the network's arithmetic (its state is float64 in any case). vae_batch_size: latents decoded at once,
     0: all."""
 
-    dtype: str = "float32"
+    dtype: str = "fp32"
     tf32: bool = True
     compile: bool = False
-    vae_dtype: str = "float32"
+    vae_dtype: str = "fp32"
     vae_batch_size: int = 0
     vae_tiling: bool = False
 
@@ -30,7 +31,7 @@ class Precision:
         if self.dtype != "auto":
             return self
         native = acceleration.best_precision(device) == "bf16"
-        return dataclasses.replace(self, dtype="bfloat16" if native else "float32")
+        return dataclasses.replace(self, dtype="bf16" if native else "fp32")
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -51,10 +52,10 @@ def load_guided(checkpoint: Path, guide_checkpoint: Path | None, device: torch.d
     for name in ("in_channels", "input_size", "num_classes", "class_token_dim"):
         a, b = getattr(model.info.network, name), getattr(guide.info.network, name)
         if a != b:
-            raise ValueError(f"--guide-checkpoint {find_model(guide_checkpoint)} has {name} {b}, the model has {a}")
+            raise UserError(f"--guide-checkpoint {find_model(guide_checkpoint)} has {name} {b}, the model has {a}")
     for name in ("path", "normalization"):
         if getattr(model.info, name) != getattr(guide.info, name):
-            raise ValueError(f"--guide-checkpoint {find_model(guide_checkpoint)} was trained with another {name}")
+            raise UserError(f"--guide-checkpoint {find_model(guide_checkpoint)} was trained with another {name}")
     return model, guide
 
 
@@ -62,7 +63,7 @@ def prepare(network: nn.Module, precision: Precision) -> nn.Module:
     """Ready to sample, in place: frozen; for a reduced precision the weights of the matrix products are stored in it, so
     that autocast has nothing to convert at each step; compiled if asked for."""
     network.eval().requires_grad_(False)
-    dtype = getattr(torch, precision.dtype)
+    dtype = acceleration.DTYPES[precision.dtype]
     if dtype != torch.float32:
         for module in network.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -91,22 +92,22 @@ def load_decoder(model: Model, location: str | None, precision: Precision, devic
     autoencoder = load_autoencoder(name)
     network, trained = model.info.network, LatentNormalization(**model.info.normalization)
     if autoencoder.latent_channels != network.in_channels:
-        raise ValueError(
+        raise UserError(
             f"VAE {name} has {autoencoder.latent_channels} latent channels, the model was trained on {network.in_channels}"
         )
     if autoencoder.factor * network.input_size != model.info.resolution:
-        raise ValueError(
+        raise UserError(
             f"VAE {name} enlarges {autoencoder.factor} times: {network.input_size} latent pixels do not make "
             f"{model.info.resolution}"
         )
     probe = torch.randn(1, network.in_channels, 1, 1, generator=torch.Generator().manual_seed(0))
     if not torch.allclose(autoencoder.normalization.normalize(probe), trained.normalize(probe), rtol=1e-4, atol=1e-5):
-        raise ValueError(
+        raise UserError(
             f"VAE {name} normalises latents by {dataclasses.asdict(autoencoder.normalization)}, the model was trained "
             f"with {dataclasses.asdict(trained)}"
         )
     autoencoder.normalization = trained
-    autoencoder.to(device, getattr(torch, precision.vae_dtype))
+    autoencoder.to(device, acceleration.DTYPES[precision.vae_dtype])
     if precision.vae_tiling:
         autoencoder.vae.enable_tiling()
     return Decoder(autoencoder, precision.vae_batch_size)

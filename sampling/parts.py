@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from config import UserError, differences
+
 _NAME = re.compile(r"part-(\d{9})-(\d{9})\.npz")
 
 
@@ -79,11 +81,11 @@ class Parts:
                     rows = stream[name]
             except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
                 path.unlink()
-                raise ValueError(f"{path} was damaged and has been removed; run the same command again") from error
+                raise UserError(f"{path} was damaged and has been removed; run the same command again") from error
             yield rows[: count - edge]
             edge = samples.stop
         if edge < count:
-            raise ValueError(f"{self.folder} has no sample {edge}; run the same command again")
+            raise UserError(f"{self.folder} has no sample {edge}; run the same command again")
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -93,14 +95,12 @@ class Parts:
 
 
 def refuse_mixing(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError unless the two identities are the same, naming the first difference."""
-    now = json.loads(json.dumps(now))  # tuples as JSON gives them back
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            raise ValueError(
-                f"{folder} holds samples made with {name} = {before.get(name)}, this command says {now.get(name)}; "
-                "give another --out, or delete that folder"
-            )
+    """Raise UserError unless the two identities are the same, naming the first difference."""
+    for name, was, value in differences(before, now):
+        raise UserError(
+            f"{folder} holds samples made with {name} = {was}, this command says {value}; give another --out, or delete "
+            "that folder"
+        )
 
 
 def write_samples(path: Path, parts: Parts, count: int, shape: tuple[int, ...]) -> None:
@@ -163,7 +163,7 @@ def check_space(folder: Path, needed: int) -> int:
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"{folder} needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; give an --out elsewhere"
         )
     return free
@@ -171,5 +171,5 @@ def check_space(folder: Path, needed: int) -> int:
 
 def _disk_error(path: Path, error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ValueError(f"the disk is full at {path}; finished samples are kept: free space, then run the same command")
-    return ValueError(f"{path} cannot be written: {error.strerror or error}")
+        return UserError(f"the disk is full at {path}; finished samples are kept: free space, then run the same command")
+    return UserError(f"{path} cannot be written: {error.strerror or error}")

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from common.presets import spread_labels
+from config import MissingFile, UserError
 from models import philox
-from models.sit import SiTConfig
-from models.state import State
+from models.noise import Stream
 
-# philox purposes of sampling; training owns those below 16. Candidate k of --best-of adds k * 256.
-_START, _STEP, _LABEL = 16, 17, 18
 _FEW = 20  # class names that fit into an error
-_STEPS_AT_ONCE = 8  # on a GPU: a step's noise is many small kernels, those of eight steps cost hardly more
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Labels:
         index = index.cpu()
         count = len(self.values)
         if self.kind == "random":
-            chosen = (philox.uniform(seed, _LABEL, 0, index, 1)[:, 0] * count).long()
+            chosen = (philox.uniform(seed, Stream.SAMPLE_LABEL, 0, index, 1)[:, 0] * count).long()
         else:
             chosen = index % count
         return torch.from_numpy(self.values)[chosen]
@@ -63,7 +60,7 @@ def read_labels(
     if tuple(source) == ("spread",):
         return Labels("spread", everything[spread_labels(len(everything), min(count, len(everything)))])
     if chosen:
-        raise ValueError("--classes goes with --labels random, balanced or spread, not with a list of labels")
+        raise UserError("--classes goes with --labels random, balanced or spread, not with a list of labels")
     if tuple(source) == ("null",):
         return Labels("null", np.array([num_classes], dtype=np.int64))
     if len(source) == 1 and not source[0].isdecimal() and source[0] not in names:
@@ -77,10 +74,10 @@ def _class_number(word: str, num_classes: int, names: Sequence[str], flag: str) 
     if word.isdecimal():
         if int(word) < num_classes:
             return int(word)
-        raise ValueError(f"{flag} {word}: the model has classes 0 to {num_classes - 1}")
+        raise UserError(f"{flag} {word}: the model has classes 0 to {num_classes - 1}")
     if word in names:
         return list(names).index(word)
-    raise ValueError(
+    raise UserError(
         f"{flag} {word}: neither a class number below {num_classes} nor one of the model's class names"
         + _known_names(word, names)
     )
@@ -104,7 +101,7 @@ def _known_names(word: str, names: Sequence[str]) -> str:
 
 def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.ndarray:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"--labels {path}: neither random, balanced, spread, null, a class number, an existing file, nor one of "
             f"the model's class names{_known_names(str(path), names)}"
         )
@@ -118,47 +115,13 @@ def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.n
             text = path.read_text()
             labels = np.array(json.loads(text) if path.suffix == ".json" else [int(word) for word in text.split()])
     except (ValueError, KeyError, EOFError, OSError) as error:
-        raise ValueError(f"--labels {path}: not a list of class numbers ({error})") from error
+        raise UserError(f"--labels {path}: not a list of class numbers ({error})") from error
     if labels.ndim != 1 or len(labels) == 0 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"--labels {path}: holds {labels.dtype} {labels.shape}, not a list of class numbers")
+        raise UserError(f"--labels {path}: holds {labels.dtype} {labels.shape}, not a list of class numbers")
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
-        raise ValueError(f"--labels {path}: label {bad[0]}, but the model has classes 0 to {num_classes - 1}")
+        raise UserError(f"--labels {path}: label {bad[0]}, but the model has classes 0 to {num_classes - 1}")
     return labels.astype(np.int64)
-
-
-class NoiseSource:
-    """Standard normal States of the samples `index`, functions of (seed, index, step) alone."""
-
-    def __init__(self, config: SiTConfig, seed: int, index: Tensor, num_steps: int, candidate: int = 0) -> None:
-        """index: (N,) int64 on the device that samples; num_steps: steps that will be asked for, in order, at most."""
-        self.config, self.seed, self.index, self.num_steps = config, seed, index, num_steps
-        self.offset = candidate << 8
-        self.at_once = _STEPS_AT_ONCE if index.is_cuda else 1
-        self._ready: dict[int, Tensor] = {}
-
-    def start(self) -> State:
-        """The State at t = 1, float32."""
-        return self._split(philox.normal(self.seed, _START + self.offset, 0, self.index, self._size))
-
-    def __call__(self, step: int) -> State:
-        """The noise of one step of an SDE, float32."""
-        if step not in self._ready:
-            steps = range(step, min(step + self.at_once, max(self.num_steps, step + 1)))
-            drawn = philox.normals(self.seed, _STEP + self.offset, steps, self.index, self._size)
-            self._ready = dict(zip(steps, drawn, strict=True))
-        return self._split(self._ready.pop(step))
-
-    @property
-    def _size(self) -> int:
-        return self.config.in_channels * self.config.input_size**2 + self.config.class_token_dim
-
-    def _split(self, z: Tensor) -> State:
-        c = self.config
-        latent, token = z.split([self._size - c.class_token_dim, c.class_token_dim], dim=1)
-        return State(
-            latent.reshape(-1, c.in_channels, c.input_size, c.input_size), token if c.class_token_dim else None
-        )
 
 
 def batches(done: Sequence[range], count: int, size: int, *, aligned: bool = False) -> list[range]:

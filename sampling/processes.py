@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from config import UserError
+
 
 class Process(NamedTuple):
     """This process: its number, how many there are, its device."""
@@ -23,7 +25,7 @@ class Process(NamedTuple):
 def start(device: str) -> Process:
     """Join the other processes, if torchrun started several. device: cpu, cuda, or auto. Raises ValueError without CUDA."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
     cuda = device != "cpu" and torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = torch.device("cpu")

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import MissingFile, UserError
+
 
 def read_tokens(sources: tuple[str, ...], dim: int, encoder: str, resolution: int, grid: int) -> Tensor:
     """The tokens that `--like` names: (K, D) float32.
@@ -23,17 +25,17 @@ def read_tokens(sources: tuple[str, ...], dim: int, encoder: str, resolution: in
 def _rows_of_file(source: str, dim: int) -> Tensor:
     name, _, row = source.rpartition(":") if source.rpartition(":")[2].isdecimal() else (source, "", "")
     if not Path(name).is_file():
-        raise FileNotFoundError(f"--like {source}: no such file")
+        raise MissingFile(f"--like {source}: no such file")
     try:
         tokens = np.load(name, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"--like {source}: not an .npy file of numbers ({error})") from error
+        raise UserError(f"--like {source}: not an .npy file of numbers ({error})") from error
     tokens = np.atleast_2d(tokens)
     if tokens.ndim != 2 or tokens.shape[1] != dim or not np.issubdtype(tokens.dtype, np.floating):
-        raise ValueError(f"--like {source}: holds {tokens.dtype} {tokens.shape}, the model's tokens have width {dim}")
+        raise UserError(f"--like {source}: holds {tokens.dtype} {tokens.shape}, the model's tokens have width {dim}")
     if row:
         if int(row) >= len(tokens):
-            raise ValueError(f"--like {source}: the file has rows 0 to {len(tokens) - 1}")
+            raise UserError(f"--like {source}: the file has rows 0 to {len(tokens) - 1}")
         tokens = tokens[int(row) : int(row) + 1]
     return torch.from_numpy(tokens.astype(np.float32))
 
@@ -48,10 +50,10 @@ def _encode(path: Path, dim: int, encoder: str, resolution: int, grid: int) -> T
         with Image.open(path) as image:
             pixels = center_crop(image.convert("RGB"), resolution)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"--like {path}: no such file") from error
+        raise MissingFile(f"--like {path}: no such file") from error
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"--like {path}: neither an image nor an .npy file of tokens ({error})") from error
+        raise UserError(f"--like {path}: neither an image nor an .npy file of tokens ({error})") from error
     token = load_encoder(encoder, grid)(torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]).class_token.float()
     if token.shape[1] != dim:
-        raise ValueError(f"--like {path}: encoder {encoder} gives tokens of width {token.shape[1]}, the model has {dim}")
+        raise UserError(f"--like {path}: encoder {encoder} gives tokens of width {token.shape[1]}, the model has {dim}")
     return token

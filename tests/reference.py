@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from loss import Draws, Objective
+from models.choices import PATHS
 from models.convert import from_published
-from models.interpolant import PATHS, Interpolant
-from models.samplers import Guidance, euler, euler_maruyama, heun, network_velocity, ode_times, sde_times
+from models.guidance import Guidance, network_velocity
+from models.interpolant import Interpolant
+from models.samplers import ode_times, sde_times
 from models.sit import SiT, SiTConfig
+from models.solvers import euler, euler_maruyama, heun
 from models.state import State
 
 LIMIT = 2e-5  # the published code moves by 5e-6 between fp32 and fp64

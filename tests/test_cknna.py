@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dataset import EncoderInfo, Manifest, encode_moments, write_manifest, write_shard
+from dataset import encode_moments
 from evaluations.cknna import cknna, main
 from models.checkpoint import ModelInfo, save_model
 from models.sit import SiT, SiTConfig
+from packed.format import EncoderInfo, Manifest, write_manifest
+from packed.writer import write_shard
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError, as_dict, parse, run, setting
+from common.reporting import run
+from config import UserError, as_dict, parse, setting
 from evaluations.evaluate import EvaluateConfig
 from generate import SampleConfig
 from preprocessing.pack import PackConfig

@@ -77,7 +77,9 @@ def test_every_form_of_a_set_reads_alike(tmp_path):
 
 def test_packed_dataset_as_reference(tmp_path):
     """The pixels of a packed dataset are read over its shards; one without pixels is refused with the reason."""
-    from dataset import Manifest, encode_moments, write_manifest, write_shard
+    from dataset import encode_moments
+    from packed.format import Manifest, write_manifest
+    from packed.writer import write_shard
 
     images = pixels(10)
     shards = []
@@ -664,7 +666,7 @@ def test_generated_tokens_against_the_encoder(settings, vit, tmp_path):
         measure.measure(settings(**asked))
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 7}, {"dtype": "float64"}])
+@pytest.mark.parametrize("change", [{"batch_size": 1}, {"batch_size": 7}, {"dtype": "fp64"}])
 def test_batch_size_and_dtype_leave_the_numbers(settings, change):
     usual, other = measure.measure(settings()), measure.measure(settings(cache=False, **change))
     for key, metric in usual.metrics.items():

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from config import UserError
-from dataset import PackedDataset, decode_moments, read_manifest
+from dataset import PackedDataset, decode_moments
+from packed.format import read_manifest
 from preprocessing import pack
 from tests.test_packing import IMAGES, content, flags, flip, killed, one_thread, records, torchrun  # noqa: F401
 from tests.test_preprocessing import encoded, noise, write_folder, write_table, write_tar
@@ -106,7 +107,7 @@ def test_extended_twice(toys, tmp_path):
     pack.main(["--out", str(out), "--verify"])
 
 
-@pytest.mark.parametrize("when", [0, 1, 2, 3, 4, 17, 31, 32, 33, 34, 35])
+@pytest.mark.parametrize("when", [0, 1, 2, 4, 5, 26, 44, 46, 48, 49, 50])
 def test_killed_extension(toys, tmp_path, when):
     """kill -9 at a write of the list, the plan, a shard, the means, the manifest: the old dataset can be read until the new
     one is whole, and the same command finishes it, to the byte."""
@@ -123,7 +124,7 @@ def test_killed_extension(toys, tmp_path, when):
 
 def test_the_last_of_these_writes_is_that_of_the_manifest(toys, tmp_path):
     out = shutil.copytree(toys / "packed", tmp_path / "out")
-    assert not killed(flags(toys, out, "--extend"), tmp_path / "log", 36)
+    assert not killed(flags(toys, out, "--extend"), tmp_path / "log", 54)
 
 
 @pytest.mark.parametrize("again", [(), ("--repair",)])

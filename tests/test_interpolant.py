@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.interpolant import PATHS, Interpolant
+from models.choices import PATHS
+from models.interpolant import Interpolant
 
 
 def pair(n=7):

@@ -1,13 +1,19 @@
 """The objective: exact minimum, per-sample formulas, and randomness that depends on nothing but (seed, step, index)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from loss import Objective, alignment, draw
-from models.interpolant import PATHS, Interpolant
-from models.sit import SiT, SiTOutput
+from models.choices import PATHS
+from models.interpolant import Interpolant
+from models.sit import SiT, SiTConfig, SiTOutput
 from models.state import State
 from tests.test_sit import TOY
+
+LATENT = SiTConfig(hidden_size=32, num_heads=2, input_size=4, class_token_dim=12)
+SMALL = replace(LATENT, input_size=2, class_token_dim=6)
 
 
 def batch(n=6):
@@ -15,7 +21,7 @@ def batch(n=6):
     clean = State(torch.randn(n, 4, 4, 4, generator=g), torch.randn(n, 12, generator=g))
     label = torch.randint(0, 5, (n,), generator=g)
     teachers = [torch.randn(n, 5, 12, generator=g), torch.randn(n, 5, 7, generator=g)]
-    draws = draw(0, 3, torch.arange(n), (4, 4, 4), 12, "uniform")
+    draws = draw(0, 3, torch.arange(n), LATENT, "uniform")
     return clean, label, teachers, draws
 
 
@@ -44,9 +50,9 @@ def test_velocity_terms_equal_a_per_sample_loop(path):
     objective = Objective(Interpolant(path), cfg_prob=0)
     terms = objective(lambda *a, project: SiTOutput(*prediction, ()), clean, label, [], draws, null_label=5)
     for k in range(6):
-        for part, loss in ((0, terms.velocity), (1, terms.class_velocity)):
-            target = objective.interpolant.velocity(clean[part][k], draws.noise[part][k], draws.time[k])
-            torch.testing.assert_close(loss[k], ((prediction[part][k] - target) ** 2).mean())
+        for part, noise, out, loss in zip(clean, draws.noise, prediction, (terms.velocity, terms.class_velocity)):
+            target = objective.interpolant.velocity(part[k], noise[k], draws.time[k])
+            torch.testing.assert_close(loss[k], ((out[k] - target) ** 2).mean())
 
 
 def test_alignment_equals_the_per_sample_loop():
@@ -103,7 +109,7 @@ def test_ablation_rows_switch_terms_off():
 @pytest.mark.parametrize("weighting", ["uniform", "lognormal"])
 def test_draws_depend_on_seed_step_and_index_alone(weighting):
     """A slice of the global batch draws what the whole draws there; other seeds and steps draw otherwise."""
-    args = ((4, 4, 4), 12, weighting)
+    args = (LATENT, weighting)
     whole = draw(7, 11, torch.arange(8), *args)
     part = draw(7, 11, torch.tensor([5, 2]), *args)
     for of_whole, of_part in zip((*whole.noise, *whole), (*part.noise, *part)):
@@ -115,12 +121,12 @@ def test_draws_depend_on_seed_step_and_index_alone(weighting):
 
 def test_draws_have_their_distributions():
     """Noises are standard normal and independent of each other; uniform t; log-normal t has median 1/2 on both paths."""
-    d = draw(0, 0, torch.arange(4000), (4, 2, 2), 6, "uniform")
+    d = draw(0, 0, torch.arange(4000), SMALL, "uniform")
     for part in (d.posterior, d.noise.latent, d.noise.class_token):
         assert abs(part.mean()) < 0.02 and abs(part.std() - 1) < 0.02
     assert abs((d.posterior * d.noise.latent).mean()) < 0.02
     assert abs(d.time.mean() - 0.5) < 0.02 and abs(d.time.std() - 12**-0.5) < 0.01
-    z = draw(0, 0, torch.arange(4000), (4, 2, 2), 6, "lognormal")
+    z = draw(0, 0, torch.arange(4000), SMALL, "lognormal")
     for path in PATHS:
         t = Objective(Interpolant(path), weighting="lognormal").times(z)
         assert t.min() > 0 and t.max() < 1 and abs(t.median() - 0.5) < 0.02
@@ -136,7 +142,7 @@ def test_label_dropout_is_cfg_prob(probability):
         return SiTOutput(torch.zeros_like(x), None, ())
 
     n = 5000
-    draws = draw(0, 0, torch.arange(n), (1, 1, 1), 0, "uniform")
+    draws = draw(0, 0, torch.arange(n), replace(SMALL, class_token_dim=0), "uniform")
     objective = Objective(cfg_prob=probability)
     objective(listen, State(torch.zeros(n, 1, 1, 1)), torch.arange(n) % 5, [], draws, null_label=5)
     dropped = seen[0] == 5
@@ -159,7 +165,7 @@ def test_a_network_trained_on_four_samples_learns_them():
     clean, label, teachers, _ = batch(4)
     losses = []
     for step in range(200):
-        draws = draw(0, step, torch.arange(4), (4, 4, 4), 12, "uniform")
+        draws = draw(0, step, torch.arange(4), LATENT, "uniform")
         terms = objective(network, clean, label, teachers, draws, null_label=5)
         objective.total(terms).backward()
         optimizer.step()

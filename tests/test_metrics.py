@@ -224,7 +224,7 @@ def test_float32_rule_equals_brute_force(block, monkeypatch):
     monkeypatch.setattr(neighbours, "BLOCK", block)
     real, fake = normal(90, 6), normal(70, 6, seed=1) * 0.8 + 0.3
     cross = ((real[:, None] - fake[None]) ** 2).sum(-1)
-    result = precision_recall(real, fake, rule="float32")
+    result = precision_recall(real, fake, rule="fp32")
     torch.testing.assert_close(result.radii_reference, brute_radii(real, 3), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(result.radii_samples, brute_radii(fake, 3), rtol=1e-4, atol=1e-5)
     inside = cross <= brute_radii(real, 3)[:, None]
@@ -279,13 +279,13 @@ def test_adm_rule_falls_back_to_float32_where_float16_overflows():
     """Features whose squared norms pass 65504 give float32's radii; a block that fits is still rounded."""
     x = normal(40, 30) * 60
     torch.testing.assert_close(
-        neighbour_radii(x, k=3, rule="adm"), neighbour_radii(x, k=3, rule="float32"), rtol=0, atol=0
+        neighbour_radii(x, k=3, rule="adm"), neighbour_radii(x, k=3, rule="fp32"), rtol=0, atol=0
     )
     small = x / 60
-    assert not torch.equal(neighbour_radii(small, k=3, rule="adm"), neighbour_radii(small, k=3, rule="float32"))
+    assert not torch.equal(neighbour_radii(small, k=3, rule="adm"), neighbour_radii(small, k=3, rule="fp32"))
 
 
-@pytest.mark.parametrize("rule", ["adm", "float32"])
+@pytest.mark.parametrize("rule", ["adm", "fp32"])
 def test_mode_collapse_is_precise_and_forgetful(rule):
     """Samples of one of ten modes: high precision, low recall and coverage. Identical sets: 1 and 1."""
     centres = normal(10, 8) * 10
@@ -301,7 +301,7 @@ def test_mode_collapse_is_precise_and_forgetful(rule):
 def test_neighbours_refuse_too_few_points():
     with pytest.raises(ValueError, match="3 nearest neighbours need more than 3 images in each set, got 3"):
         precision_recall(normal(3, 4), normal(9, 4))
-    with pytest.raises(ValueError, match="must be 'adm' or 'float32', got 'half'"):
+    with pytest.raises(ValueError, match="must be 'adm' or 'fp32', got 'half'"):
         precision_recall(normal(9, 4), normal(9, 4), rule="half")
     with pytest.raises(ValueError, match="dimensions differ"):
         precision_recall(normal(9, 4), normal(9, 5))

@@ -18,9 +18,10 @@ import torch
 
 import train
 from config import UserError
-from dataset import PackedDataset, decode_moments, read_manifest
+from dataset import PackedDataset, decode_moments
 from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
+from packed.format import read_manifest
 from preprocessing import pack
 from tests import killable
 from tests.test_preprocessing import encoded, noise, write_folder, write_published, write_zip
@@ -67,7 +68,7 @@ def records(folder):
     """Everything a dataset holds, in order: field => array, without what depends on the division into shards."""
     dataset = PackedDataset(folder)
     shards = range(len(dataset.manifest.shards))
-    return {name: np.concatenate([dataset.map(k, name) for k in shards]) for name in dataset.manifest.fields}
+    return {name: np.concatenate([dataset.records(k, name) for k in shards]) for name in dataset.manifest.fields}
 
 
 # ------------------------------------------------------------------------------------------------------------ records
@@ -168,7 +169,7 @@ def killed(arguments, log, when):
     return process.exitcode != 0
 
 
-@pytest.mark.parametrize("when", [0, 2, 3, 5, 18, 42, 43])
+@pytest.mark.parametrize("when", [0, 2, 4, 7, 27, 63, 65])
 def test_killed_packing_is_finished_by_the_same_command(toys, tmp_path, when):
     """kill -9 at a write of the index, the plan, a shard, an entry, the manifest: the result is that of an unbroken run."""
     assert killed(flags(toys, tmp_path / "out"), tmp_path / "log", when)
@@ -374,13 +375,13 @@ def test_full_disk(toys, tmp_path, monkeypatch):
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) > 12:
+        if len(calls) > 24:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(UserError, match="the disk is full; finished files are kept"):
+        with pytest.raises(UserError, match="the disk is full"):
             pack.main(flags(toys, out))
     assert (out / "shard-00000.json").is_file()
     pack.main(flags(toys, out))
@@ -565,7 +566,7 @@ def test_an_epoch_of_training_on_cifar(toys, tmp_path):
     train.main([
         "--data-dir", str(tmp_path / "cifar"), "--output-dir", str(tmp_path), "--exp-name", "run", "--model", "SiT-S/2",
         "--depth", "4", "--hidden-size", "128", "--num-heads", "4", "--encoder-depth", "2", "--projector-dim", "256",
-        "--batch-size", "100", "--max-train-steps", "100", "--num-workers", "1", "--mixed-precision", "no",
+        "--batch-size", "100", "--max-train-steps", "100", "--num-workers", "1", "--mixed-precision", "fp32",
         "--sampling-steps", "0", "--log-every", "50",
     ])  # fmt: skip
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])

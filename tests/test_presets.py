@@ -15,7 +15,7 @@ from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE, PRESETS
 from config import as_dict
 from generate import SampleConfig, read, requested
 from models import acceleration
-from models.samplers import Guidance
+from models.guidance import Guidance
 from sampling import job as jobs
 from sampling.job import Request, load
 from sampling.messages import what_it_makes
@@ -86,7 +86,7 @@ def test_what_preview_makes(place, tmp_path, capsys):
     """16 guided pictures in 50 steps, labels spread, grid and gallery; it says so before."""
     sidecar = sample(place, tmp_path / "s")
     expected = {"n": 16, "mode": "sde", "solver": "euler", "steps": 50, "cfg_scale": 2.3, "cls_cfg_scale": 2.3,
-                "guidance_low": 0.0, "guidance_high": 0.85, "labels": "spread", "dtype": "float32",
+                "guidance_low": 0.0, "guidance_high": 0.85, "labels": "spread", "dtype": "fp32",
                 "nfe": 50}  # fmt: skip
     assert {key: sidecar[key] for key in expected} == expected and 90 <= sidecar["forwards"] <= 95
     with np.load(tmp_path / "s" / "samples.npz") as stream:
@@ -95,7 +95,7 @@ def test_what_preview_makes(place, tmp_path, capsys):
     assert written == ["gallery.html", "grid.png", "samples.json", "samples.npz"]
     said = capsys.readouterr().out.splitlines()
     assert said[1] == (
-        "16 images of 8 x 8, SDE euler 50 steps, guidance 2.3 on t in [0, 0.85], labels spread over 5 classes, float32 "
+        "16 images of 8 x 8, SDE euler 50 steps, guidance 2.3 on t in [0, 0.85], labels spread over 5 classes, fp32 "
         f"on cpu, to {tmp_path / 's'}"
     )
     assert said[-1].endswith("16 samples of 8 x 8, 50 evaluations each; look at grid.png and gallery.html")
@@ -114,15 +114,15 @@ def test_flags_and_recipe_win(place, tmp_path):
 
 def test_dtype_auto_is_decided_before_it_is_recorded(place, monkeypatch):
     """bfloat16 where the GPU has it; a flag wins; the default stays float32."""
-    for device, decided in (("bf16", "bfloat16"), ("fp16", "float32"), ("no", "float32")):
+    for device, decided in (("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32")):
         monkeypatch.setattr(acceleration, "best_precision", lambda _, device=device: device)
         found = job(place)
         assert found.identity["dtype"] == found.request.precision.dtype == decided
-        assert found.sampler.dtype == getattr(torch, decided)
+        assert found.sampler.dtype == acceleration.DTYPES[decided]
     monkeypatch.setattr(acceleration, "best_precision", lambda _: "bf16")
-    assert job(place, "--dtype", "float32").identity["dtype"] == "float32"
-    assert job(place, preset="paper").identity["dtype"] == "float32"
-    assert read(["--checkpoint", "c", "--out", "o"]).dtype == "float32"
+    assert job(place, "--dtype", "float32").identity["dtype"] == "fp32"
+    assert job(place, preset="paper").identity["dtype"] == "fp32"
+    assert read(["--checkpoint", "c", "--out", "o"]).dtype == "fp32"
 
 
 def test_a_model_without_null_class_is_previewed_unguided(place, tmp_path, capsys):
@@ -159,17 +159,16 @@ def test_a_given_token_names_the_labels_of_a_preview(place, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--cfg-scale", "1"], "SDE euler 50 steps, unguided, labels spread over 5 classes, float32 on cpu"),
+        (["--cfg-scale", "1"], "SDE euler 50 steps, unguided, labels spread over 5 classes, fp32 on cpu"),
         (["--cls-cfg-scale", "0"], "guidance 2.3 on t in [0, 0.85] (class token 1 on [0, 0.85]), labels"),
-        (["--guidance-schedule", "linear"], "guidance linear, mean 2.3 on t in [0, 0.85], labels"),
         (["--guide-checkpoint", "GUIDE"], "autoguidance 2.3 on t in"),
         (["--mode", "ode", "--solver", "dopri5"], "ODE dopri5 (rtol 0.001, atol 0.001), guidance"),
-        (["--time-grid", "cosine", "--best-of", "3"], "(cosine grid), guidance 2.3 on t in [0, 0.85], best of 3,"),
+        (["--time-grid", "shifted", "--best-of", "3"], "(shifted grid), guidance 2.3 on t in [0, 0.85], best of 3,"),
         (["--classes", "1", "3"], "labels spread over 2 classes"),
         (["--labels", "balanced", "--classes", "2"], "labels balanced over 1 class,"),
         (["--labels", "1", "2", "3"], "3 given labels in turn"), (["--labels", "random"], "random labels of 5 classes"),
-        (["--labels", "null", "--cfg-scale", "1"], "unguided, no labels, float32"),
-        (["--num-fid-samples", "1", "--dtype", "bfloat16"], "bfloat16 on cpu"),
+        (["--labels", "null", "--cfg-scale", "1"], "unguided, no labels, fp32"),
+        (["--num-fid-samples", "1", "--dtype", "bf16"], "bf16 on cpu"),
     ],
 )  # fmt: skip
 def test_it_says_what_it_will_make(place, more, words):

@@ -67,7 +67,7 @@ def test_pack_and_train_one_step_at_256_pixels(networks, images, tmp_path, mode)
         tokens = np.load(next((tmp_path / "data").glob("class_token.0-*.npy")))
         assert tokens.shape == (8, 768) and 0.1 < tokens.astype(np.float32).std() < 10
     call("train.py", "--data-dir", tmp_path / "data", "--output-dir", tmp_path, "--exp-name", "run", "--model", "SiT-B/2",
-         "--enc-type", encoder, "--batch-size", 4, "--max-train-steps", 1, "--sampling-steps", 0, "--mixed-precision", "no",
+         "--enc-type", encoder, "--batch-size", 4, "--max-train-steps", 1, "--sampling-steps", 0, "--mixed-precision", "fp32",
          "--num-workers", 0, "--log-every", 1)  # fmt: skip
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     # The network starts at 0, so its losses start at the mean square of the targets, noise - data.

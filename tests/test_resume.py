@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import train
-from config import UserError
 from tests.tiny import FLAGS, write_dataset, write_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -149,27 +148,6 @@ def test_two_processes_continue_on_four(data, tmp_path):
     assert_close(tmp_path / "whole", tmp_path / "eight")
 
 
-@pytest.mark.slow
-def test_sharded_runs_are_the_same_runs(data, tmp_path):
-    """FSDP (accelerate launch --use_fsdp): losses of DDP within 1e-5, bit-exact resume, whole tensors on the disk, so that a
-    run goes from shards to one process and from whole weights to shards."""
-    cached = (*data["cached"], "--gradient-accumulation-steps", "2")
-    launch(tmp_path, 2, [flags(tmp_path, "whole", *cached)])
-    cut(tmp_path, "whole", "into-shards", 4)
-    runs = [flags(tmp_path, "sharded", *cached), flags(tmp_path, "into-shards", *cached)]
-    launch(tmp_path, 2, runs, ACCELERATE_USE_FSDP="true")
-    cut(tmp_path, "sharded", "again", 5)
-    cut(tmp_path, "sharded", "one", 4)
-    launch(tmp_path, 2, [flags(tmp_path, "again", *cached)], ACCELERATE_USE_FSDP="true")
-    assert_same(tmp_path / "sharded", tmp_path / "again")
-    train.main(flags(tmp_path, "one", *cached))
-    for name in ("sharded", "into-shards", "one"):
-        assert_close(tmp_path / "whole", tmp_path / name)
-    a, b = (torch.load(tmp_path / name / "checkpoints/0000008/optimizer.pt", weights_only=True)["optimizer"]["state"]
-            for name in ("whole", "sharded"))  # fmt: skip
-    assert {i: e["exp_avg"].shape for i, e in a.items()} == {i: e["exp_avg"].shape for i, e in b.items()}
-
-
 def assert_close(one: Path, other: Path) -> None:
     a, b = log_lines(one), log_lines(other)
     assert [line["step"] for line in a] == [line["step"] for line in b] and len(a) == 3
@@ -177,16 +155,3 @@ def assert_close(one: Path, other: Path) -> None:
         for key, value in left.items():
             if value is not None:
                 assert right[key] == pytest.approx(value, abs=1e-5, rel=1e-5), (left["step"], key)
-
-
-def test_settings_of_fsdp():
-    """accelerate's answers to when weights are freed; what is not followed is refused by name."""
-    from training.sharding import reshard_after_forward
-
-    assert reshard_after_forward({}) and reshard_after_forward({"FSDP_VERSION": "1"})
-    assert not reshard_after_forward({"FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_VERSION": "2"})
-    assert not reshard_after_forward({"FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"})
-    for name, value in (("FSDP_OFFLOAD_PARAMS", "true"), ("FSDP_ACTIVATION_CHECKPOINTING", "true"),
-                        ("FSDP_RESHARD_AFTER_FORWARD", "sometimes")):  # fmt: skip
-        with pytest.raises(UserError, match=name.lower()):
-            reshard_after_forward({name: value})

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from common import reporting
+from models.choices import SOLVERS
 from models.interpolant import Interpolant
-from models.samplers import Diffusion
-from models.solvers import SOLVERS, Solver
+from models.samplers import Solver
+from models.solvers import Diffusion
 from models.state import State
 from sampling import job as jobs
 from sampling import loop
@@ -113,7 +114,7 @@ def test_a_log_file_gets_whole_lines(place, tmp_path):
     bars = [line for line in done.stderr.splitlines() if "image" in line]
     assert len(bars) == 1 and "\r" not in done.stderr and bars[0].startswith("sampling: 100%") and "11/11" in bars[0]
     said = done.stdout.splitlines()
-    assert said[1].startswith("11 images of 8 x 8, SDE euler 4 steps, unguided, random labels of 5 classes, float32 on")
+    assert said[1].startswith("11 images of 8 x 8, SDE euler 4 steps, unguided, random labels of 5 classes, fp32 on")
     assert said[2].startswith("disk: ") and "for all 11 images, judged by the first batch" in said[3] and len(said) == 5
 
 

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import epoch, harness, overhead, published, roofline, train_step
 from benchmarks.train_variants import OurStep, encoded_ahead
 from config import UserError
-from dataset import MOMENTS_STD_SCALE, Batch
+from dataset import Batch
 from models import acceleration
 from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
 from models.ema import EMA
 from models.sit import SiTConfig, preset
+from packed.format import MOMENTS_STD_SCALE
 from tests.tiny import write_dataset
 from training.tracking import Window
 
@@ -50,7 +51,7 @@ def test_operations_of_a_step_do_not_grow_with_the_batch():
     assert counts[1] - counts[0] < 0.01 * counts[1]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_quiet_step_reads_nothing_back(precision):
     """No value travels from the device to the host in a step or into the log window: no item(), no nonzero, no
     comparison in Python."""
@@ -87,7 +88,7 @@ def test_attention_is_fused():
 def test_bf16_loss_follows_fp32():
     """On the same data and noise, 40 steps in bf16 and fp32 end at the same loss within 1 %."""
     final = []
-    for precision in ("no", "bf16"):
+    for precision in ("fp32", "bf16"):
         ours = OurStep(SIX_BLOCKS, 16, "cpu", precision=precision)
         ours.step.optimizer.param_groups[0]["lr"] = 3e-3
         totals = []
@@ -113,7 +114,7 @@ def test_bf16_loss_follows_fp32_on_digits():
     std = torch.full((len(images), 4, 8, 8), 0.1 * MOMENTS_STD_SCALE)
     moments = torch.cat([images[:, None].expand(-1, 4, -1, -1), std], dim=1).half()
     curves = []
-    for precision in ("no", "bf16"):
+    for precision in ("fp32", "bf16"):
         ours = OurStep(replace(SIX_BLOCKS, input_size=8), 32, "cpu", precision=precision)
         ours.step.optimizer.param_groups[0]["lr"] = 2e-3
         totals = []
@@ -179,10 +180,10 @@ def test_counted_memory_is_what_autograd_keeps(half):
 
 def test_best_precision_and_autocast():
     """The CPU keeps float32 unless asked; an unknown precision is named."""
-    assert acceleration.best_precision("cpu") == "no"
+    assert acceleration.best_precision("cpu") == "fp32"
     with acceleration.autocast("cpu", "bf16"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with acceleration.autocast("cpu", "no"):
+    with acceleration.autocast("cpu", "fp32"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     with pytest.raises(ValueError, match="fp8"):
         acceleration.autocast("cpu", "fp8")
@@ -258,7 +259,7 @@ def results(tmp_path, monkeypatch):
 TOY = ("--model", "SiT-S/2", "--depth", "2", "--input-size", "4", "--rounds", "2", "--warmup", "1", "--device", "cpu")
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_train_step_benchmark_runs(results, capsys, precision):
     """A row for ours, its parts printed; with a clone of the published code named by REG_PUBLISHED also theirs."""
     clone = os.environ.get("REG_PUBLISHED")

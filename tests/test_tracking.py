@@ -213,7 +213,7 @@ def test_utilization_is_the_share_of_the_peak(monkeypatch):
              "Tesla V100-SXM2-32GB": "V100", "Tesla T4": "T4", "NVIDIA GeForce RTX 3090": "RTX3090",
              "NVIDIA RTX A6000": "A6000", "rtx-5090": "RTX5090"}  # fmt: skip
     assert {name: named_gpu(name) for name in names} == names
-    processes.precision = "no"
+    processes.precision = "fp32"
     assert processes.utilization(1e15) == pytest.approx(2 * 1000 / (2 * GPUS["H200"].tflops))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Other GPU")
     assert processes.utilization(1e15) is None

@@ -20,14 +20,12 @@ from dataset import PackedDataset, StepSampler, decode_moments
 from loss import Objective, alignment, draw
 from models.autoencoder import LatentNormalization
 from models.checkpoint import load_model
-from models.cost import training_memory
 from models.ema import EMA
 from models.interpolant import Interpolant
-from models.sit import SiT, SiTConfig, preset
+from models.sit import SiT, SiTConfig
 from tests.tiny import FLAGS, write_dataset, write_encoder, write_vae
 from train import TrainConfig
 from training.folder import FREE
-from training.sharding import gathered
 from training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +80,7 @@ def test_twenty_steps_follow_a_plain_restatement_of_the_recipe(tools):
         batch = dataset[sampler.indices(number, 0)]
         result = step(number, [(batch, positions)])
 
-        draws = draw(3, number, positions, (4, 4, 4), 16, "uniform")
+        draws = draw(3, number, positions, network.config, "uniform")
         total = 0.0
         for i in range(4):
             t, drop = draws.time[i], draws.drop[i]
@@ -166,32 +164,6 @@ def test_gradient_checkpointing_changes_nothing(tools, tmp_path):
     train.main(flags(tools["data"], tmp_path, "--gradient-checkpointing", name="recomputed"))
     for a, b in zip(lines(tmp_path, "kept"), lines(tmp_path, "recomputed"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
-
-
-def test_average_on_the_cpu(tools, tmp_path, capsys):
-    """--ema-device cpu gives the same run, and the plan counts 4 bytes a parameter less."""
-    for name, extra in (("same", ()), ("cpu", ("--ema-device", "cpu"))):
-        train.main(flags(tools["data"], tmp_path, *extra, name=name))
-    assert [a["loss"] for a in lines(tmp_path, "same")] == [a["loss"] for a in lines(tmp_path, "cpu")]
-    same, cpu = (load_model(tmp_path / name).network.state_dict() for name in ("same", "cpu"))
-    assert all(torch.equal(same[key], cpu[key]) for key in same)
-    network = preset("SiT-XL/2")
-    all_of_it, less = (training_memory(network, average=average).state for average in (True, False))
-    assert all_of_it == pytest.approx(less * 20 / 16)
-    train.main(flags(tools["data"], tmp_path, "--ema-device", "cpu", "--dry-run", name="plan"))
-    assert "of weights, gradients, and AdamW, " in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
-def test_a_network_elsewhere_is_copied_for_sampling():
-    """What lives on another device than the step does comes as a copy on it; on the same one as itself."""
-    network = SiT(preset("SiT-S/2", depth=1, align_depth=1, input_size=4))
-    with gathered(network, torch.device("cpu"), keep=True) as same:
-        assert same is network
-    with gathered(network, torch.device("meta"), keep=True) as copy:
-        assert copy is not network and next(copy.parameters()).device.type == "meta" and not copy.training
-    with gathered(network, torch.device("meta"), keep=False) as copy:
-        assert copy is None
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset import EncoderInfo, Manifest, encode_moments, write_manifest, write_shard
+from dataset import encode_moments
 from models.autoencoder import LatentNormalization
 from models.convert import to_published
 from models.sit import SiT, SiTConfig
+from packed.format import EncoderInfo, Manifest, write_manifest
+from packed.writer import write_shard
 
 SIZE = 4  # latent; 8 pixels
 FLAGS = (
     "--model", "SiT-S/2", "--depth", "2", "--hidden-size", "32", "--num-heads", "2", "--encoder-depth", "1",
-    "--projector-dim", "32", "--batch-size", "8", "--mixed-precision", "no", "--num-workers", "0", "--sampling-steps", "0",
+    "--projector-dim", "32", "--batch-size", "8", "--mixed-precision", "fp32", "--num-workers", "0", "--sampling-steps", "0",
     "--log-every", "1",
 )  # fmt: skip
 

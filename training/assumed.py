@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from config import UserError
-from dataset import EncoderInfo, Manifest
 from models.encoder import PUBLISHED
 from models.sit import PRESETS, preset
+from packed.format import EncoderInfo, Manifest
 from training.plan import DEFAULT_ENCODER
 
 

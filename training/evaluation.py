@@ -8,13 +8,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.reporting import progress
+from config import UserError
 from evaluations import features
 from evaluations.images import open_images
 from evaluations.metrics import frechet_distance
 from evaluations.statistics import Moments, Statistics
 from models.autoencoder import Autoencoder
+from models.guidance import Guidance
 from models.interpolant import Interpolant
-from models.samplers import Guidance
 from models.sit import SiT
 from training import previews
 from training.launch import Processes
@@ -82,7 +83,7 @@ class FrechetProbe:
 
     def _whole(self, moments: Moments | None) -> Statistics:
         if moments is None:
-            raise ValueError(f"there are fewer images than the {self.processes.world} processes that are to share them")
+            raise UserError(f"there are fewer images than the {self.processes.world} processes that are to share them")
         if self.processes.world > 1:
             moments.all_reduce()
         return moments.statistics()

@@ -8,13 +8,13 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
-from config import UserError
+from config import UserError, differences
 
 CONFIG, LOCK = "config.json", "run.lock"
 # Settings that do not change what is learned; every other one is part of the run's identity.
 FREE = frozenset({
     "data_dir", "output_dir", "exp_name", "vae", "max_train_steps", "gradient_accumulation_steps", "num_workers", "compile",
-    "gradient_checkpointing", "ema_device", "allow_tf32", "report_to", "wandb_project", "log_every", "sampling_steps",
+    "gradient_checkpointing", "allow_tf32", "report_to", "wandb_project", "log_every", "sampling_steps",
     "preview_steps", "preview_scale", "checkpointing_steps", "keep_last", "keep_every", "on_save_error", "on_nonfinite",
     "max_hours", "requeue_command", "eval_every", "eval_samples", "eval_reference", "eval_features", "dry_run",
     "accept_changes", "assume", "gpu",
@@ -57,11 +57,10 @@ def record_settings(folder: Path, settings: dict[str, Any], facts: dict[str, Any
             former_settings, former_facts = former["settings"], former["facts"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); restore it or choose another --exp-name") from error
-        plain = json.loads(json.dumps(settings))
         changes = [
-            f"--{key.replace('_', '-')}: {former_settings[key]} before, {value} now"
-            for key, value in plain.items()
-            if key not in FREE and key in former_settings and former_settings[key] != value
+            f"--{key.replace('_', '-')}: {was} before, {value} now"
+            for key, was, value in differences(former_settings, settings)
+            if key not in FREE
         ]
         network = former_facts["network"] != json.loads(json.dumps(facts["network"]))
         changes += [f"{key}: {former_facts.get(key)} before, {value} now" for key, value in facts.items()

@@ -9,7 +9,6 @@ from config import UserError
 from dataset import PackedDataset, StepSampler
 from models.ema import EMA
 from training.launch import Processes
-from training.sharding import local
 from training.tracking import Fault
 
 
@@ -33,13 +32,11 @@ def describe(fault: Fault, dataset: PackedDataset, batch_size: int, seed: int, p
 def check_weights(processes: Processes, network: nn.Module, ema: EMA, step: int) -> None:
     """Before a save: weights and EMA finite, weights bit for bit the same in every process. Raises UserError if not."""
     for kind, module in (("weights", network), ("EMA weights", ema.average)):
-        flags = torch.stack([local(t).isfinite().all() for t in module.state_dict().values()])
+        flags = torch.stack([t.isfinite().all() for t in module.state_dict().values()])
         flags = processes.gather(flags.to(processes.device)).all(0)
         if not flags.all():
             name = list(network.state_dict())[int((~flags).int().argmax())]
             raise UserError(f"step {step}: the {kind} {name} are not finite; nothing is saved, the last checkpoint stands")
-    if processes.sharded:
-        return  # each process has a part of its own
     rows = processes.gather(_checksums(network))
     differing = (rows != rows[0]).any(0)
     if differing.any():

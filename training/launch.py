@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def asked_precision(precision: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The precision asked for by --mixed-precision or by accelerate's launcher: "auto", "no", "fp16" or "bf16".
+    """The precision asked for by --mixed-precision or by accelerate's launcher: "auto", "fp32", "fp16" or "bf16".
 
     Raises UserError where the two contradict each other, and for fp8.
     """
@@ -52,22 +52,17 @@ def check_launcher(accumulation: int, environment: Mapping[str, str] = os.enviro
             f"accelerate's gradient_accumulation_steps {steps} is not followed: give train.py "
             f"--gradient-accumulation-steps {steps}"
         )
-    others = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "parallelism"}
+    others = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "parallelism"}
     for name, words in others.items():
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(
-                f"accelerate's {words} settings are not supported: use accelerate launch --multi_gpu, or --use_fsdp "
-                "for networks that outgrow a GPU"
+                f"accelerate's {words} settings are not supported (the training state of XL/2 is 12.8 GiB): use accelerate "
+                "launch --multi_gpu"
             )
 
 
-def is_sharded(world: int) -> bool:
-    """Whether accelerate's launcher asked for FSDP, and there is more than one process."""
-    return world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
 class Processes:
-    """Rank, device, precision ("no", "fp16" or "bf16") and the few things processes do together. On CUDA where there is a
+    """Rank, device, precision ("fp32", "fp16" or "bf16") and the few things processes do together. On CUDA where there is a
     GPU, else (or after `accelerate launch --cpu`) on the CPU."""
 
     def __init__(self, precision: str) -> None:
@@ -87,14 +82,10 @@ class Processes:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.is_main = self.rank == 0
-        self.sharded = is_sharded(self.world)
         self._wrapped: nn.Module | None = None
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """The network inside DDP; itself for one process, or when it is sharded."""
-        if self.sharded:
-            self._wrapped = network
-            return network
+        """The network inside DDP; itself for one process."""
         with warnings.catch_warnings():  # newer torch renames broadcast_buffers
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
             self._wrapped = self.accelerator.prepare(network)
@@ -103,13 +94,8 @@ class Processes:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside it a backward pass adds up gradients without exchanging them."""
-        if not self.sharded:
-            with self.accelerator.no_sync(self._wrapped):
-                yield
-            return
-        self._wrapped.set_requires_gradient_sync(False)
-        yield
-        self._wrapped.set_requires_gradient_sync(True)
+        with self.accelerator.no_sync(self._wrapped):
+            yield
 
     def gather(self, row: Tensor) -> Tensor:
         """(K,) of each process => (world, K), in every process."""
@@ -151,7 +137,7 @@ class Processes:
         name = named_gpu(torch.cuda.get_device_name(self.device))
         if name is None:
             return None
-        peak = GPUS[name].tflops * (0.5 if self.precision == "no" else 1)  # TF32: half
+        peak = GPUS[name].tflops * (0.5 if self.precision == "fp32" else 1)  # TF32: half
         return flops_per_second / (peak * 1e12 * self.world)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from dataset import Manifest
 from loss import Objective
 from models.autoencoder import LatentNormalization
 from models.encoder import VisionEncoder, load_encoder
 from models.interpolant import Interpolant
 from models.sit import SiTConfig, preset
+from packed.format import Manifest
 
 DEFAULT_ENCODER = "dinov2-vit-b"  # of the paper
 

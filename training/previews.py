@@ -8,14 +8,14 @@ from torch import Tensor
 
 from common.pictures import Cell, class_caption, write_sheet
 from common.presets import spread_labels
-from models import philox
 from models.autoencoder import Autoencoder
+from models.guidance import Guidance, network_velocity
 from models.interpolant import Interpolant
-from models.samplers import Guidance, Progress, euler_maruyama, network_velocity, sde_times
+from models.noise import Stream, normal_state
+from models.samplers import sde_times
 from models.sit import SiT
+from models.solvers import Progress, euler_maruyama
 from models.state import State
-
-_PREVIEW = 3  # philox purpose: noise of previews
 
 
 def preview_labels(num_classes: int, count: int) -> Tensor:
@@ -29,13 +29,8 @@ def sample(
     progress: Progress | None = None,
 ) -> State:  # fmt: skip
     """Sample by the SDE, sample i a function of (seed, index[i], label). labels, index: (N,) int64 on the device."""
-    config = network.config
-    shape = (config.in_channels, config.input_size, config.input_size)
-
     def noise(step: int) -> State:
-        z = philox.normal(seed, _PREVIEW, step + 1, index, shape[0] * shape[1] * shape[2] + config.class_token_dim)
-        latent, token = z.split([z.shape[1] - config.class_token_dim, config.class_token_dim], dim=1)
-        return State(latent.reshape(-1, *shape), token if config.class_token_dim else None)
+        return normal_state(network.config, seed, Stream.PREVIEW, step + 1, index)
 
     velocity = network_velocity(network, labels, guidance)
     return euler_maruyama(velocity, noise(-1), sde_times(steps), interpolant, noise, progress=progress)

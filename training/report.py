@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from config import UserError
-from dataset import StepSampler, read_manifest
+from dataset import StepSampler
 from models.cost import GPUS, USABLE, cost, named_gpu, step_cost, training_memory, vit_macs
-from training import sharding
+from packed.format import read_manifest
 from training.assumed import assumed_manifest, record_bytes
-from training.launch import Processes, asked_precision, check_launcher, is_sharded
+from training.launch import Processes, asked_precision, check_launcher
 from training.plan import Plan, make_plan
 
 USUAL_GPUS = ("A100", "H100", "H200")  # whose time is predicted where no GPU is named
@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 class Machine(NamedTuple):
-    """What a run has. world: processes. precision: "no", "fp16", "bf16", or "auto" where the GPU is not known. gpus:
+    """What a run has. world: processes. precision: "fp32", "fp16", "bf16", or "auto" where the GPU is not known. gpus:
     keys of models.cost.GPUS to predict the time for. name, memory: of the GPU to compare with, in bytes; None: none."""
 
     world: int
@@ -51,8 +51,6 @@ def dry_run(settings: Any) -> str:
         settings = replace(settings, data_dir=Path(settings.assume))  # names it in messages
     plan = make_plan(settings, manifest)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if is_sharded(world):
-        sharding.check(precision, settings.ema_device)
     StepSampler(manifest.count, settings.batch_size, seed=settings.seed, world=world,
                 micro=settings.gradient_accumulation_steps)  # fmt: skip
     machine = Machine(
@@ -126,17 +124,13 @@ def _precision(settings: Any, machine: Machine) -> str:
     return machine.precision
 
 
-def needed_memory(
-    settings: Any, plan: Plan, machine: Machine, *, accumulation: int, recompute: bool, average: bool
-) -> float:
+def needed_memory(settings: Any, plan: Plan, machine: Machine, *, accumulation: int, recompute: bool) -> float:
     """Bytes that one process needs on its GPU, without allocator slack and the CUDA context.
 
-    accumulation: micro-batches per step. recompute: gradient checkpointing. average: the EMA is on the GPU.
+    accumulation: micro-batches per step. recompute: gradient checkpointing.
     """
-    memory = training_memory(plan.network, half=machine.precision != "no", recompute=recompute, average=average)
-    share = machine.world if is_sharded(machine.world) else 1
-    batch = settings.batch_size // (machine.world * accumulation)
-    return memory._replace(state=memory.state // share).total(batch) + _encoder_bytes(plan)
+    memory = training_memory(plan.network, half=machine.precision != "fp32", recompute=recompute)
+    return memory.total(settings.batch_size // (machine.world * accumulation)) + _encoder_bytes(plan)
 
 
 def _encoder_bytes(plan: Plan) -> int:
@@ -145,17 +139,15 @@ def _encoder_bytes(plan: Plan) -> int:
 
 
 def _memory_text(settings: Any, plan: Plan, machine: Machine, local: int) -> str:
-    recompute, average = settings.gradient_checkpointing, settings.ema_device == "same"
-    memory = training_memory(plan.network, half=machine.precision != "no", recompute=recompute, average=average)
+    recompute = settings.gradient_checkpointing
+    memory = training_memory(plan.network, half=machine.precision != "fp32", recompute=recompute)
     total = needed_memory(
-        settings, plan, machine, accumulation=settings.gradient_accumulation_steps, recompute=recompute, average=average
+        settings, plan, machine, accumulation=settings.gradient_accumulation_steps, recompute=recompute
     )
     images = local * memory.activations
     encoders = f", {_size(_encoder_bytes(plan))} of encoders" if plan.online else ""
-    shards = f" in {machine.world} shards" if is_sharded(machine.world) else ""
     fixed = total - images - _encoder_bytes(plan)
-    parts = "AdamW and EMA" if average else "and AdamW"
-    return (f"about {_size(total)} per process: {_size(fixed)} of weights, gradients, {parts}{shards}{encoders}, "
+    return (f"about {_size(total)} per process: {_size(fixed)} of weights, gradients, AdamW and EMA{encoders}, "
             f"{_size(memory.activations)} per image")  # fmt: skip
 
 
@@ -163,32 +155,27 @@ def _comparison(settings: Any, plan: Plan, machine: Machine) -> str:
     """Whether a step fits the GPU, and if not, the settings that make it fit."""
     usable = USABLE * machine.memory
 
-    def need(accumulation: int, recompute: bool, average: bool) -> float:
-        return needed_memory(settings, plan, machine, accumulation=accumulation, recompute=recompute, average=average)
+    def need(accumulation: int, recompute: bool) -> float:
+        return needed_memory(settings, plan, machine, accumulation=accumulation, recompute=recompute)
 
-    now, average = settings.gradient_accumulation_steps, settings.ema_device == "same"
-    recompute = settings.gradient_checkpointing
-    needed = need(now, recompute, average)
+    now, recompute = settings.gradient_accumulation_steps, settings.gradient_checkpointing
+    needed = need(now, recompute)
     text = f"{machine.name}, {_size(machine.memory)}, of which {_size(usable)} are for tensors: {_size(needed)} "
     if needed <= usable:
         return text + "fit"
     per_process = settings.batch_size // machine.world
     found = {}
-    for again, mean in ((recompute, average), (True, average), (True, False)):
-        if (again, mean) == (True, False) and (found or is_sharded(machine.world)):
-            continue  # the average on the CPU makes steps slower: only where nothing else helps
+    for again in dict.fromkeys((recompute, True)):
         for accumulation in range(now, per_process + 1):
-            if per_process % accumulation == 0 and need(accumulation, again, mean) <= usable:
+            if per_process % accumulation == 0 and need(accumulation, again) <= usable:
                 changed = [
                     *(["--gradient-checkpointing"] if again != recompute else []),
-                    *(["--ema-device cpu"] if mean != average else []),
                     *([f"--gradient-accumulation-steps {accumulation}"] if accumulation != now else []),
                 ]
-                found[" ".join(changed)] = need(accumulation, again, mean)
+                found[" ".join(changed)] = need(accumulation, again)
                 break
     if not found:
-        return text + ("do not fit at any batch size: take a smaller --model, a larger GPU, or several with "
-                       "accelerate launch --use_fsdp")  # fmt: skip
+        return text + "do not fit at any batch size: take a smaller --model or a larger GPU"
     return text + "do not fit: use " + ", or ".join(f"{flags} ({_size(bytes_)})" for flags, bytes_ in found.items())
 
 
@@ -204,7 +191,7 @@ def _time_text(settings: Any, plan: Plan, machine: Machine) -> str:
 def _hours(settings: Any, plan: Plan, machine: Machine, name: str) -> float | None:
     """Expected hours of the whole run on a kind of GPU; None for float32 without TF32: its rate is not in the table."""
     gpu = GPUS[name]
-    if machine.precision == "no":
+    if machine.precision == "fp32":
         if not (settings.allow_tf32 and gpu.bf16):
             return None
         gpu = gpu._replace(tflops=gpu.tflops / 2)  # TF32

@@ -16,16 +16,17 @@ from torch import Tensor
 from common.presets import GUIDANCE_HIGH
 from common.reporting import progress, say
 from config import UserError, as_dict
-from dataset import PackedDataset, StepSampler, read_ahead, read_manifest
+from dataset import PackedDataset, StepSampler, read_ahead
 from models.acceleration import allow_tf32, compile_encoder, compile_network
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.checkpoint import ModelInfo, blank_network
 from models.class_token import nearest_class
 from models.cost import cost
 from models.ema import EMA
-from models.samplers import Guidance
+from models.guidance import Guidance
 from models.sit import SiT
-from training import previews, sharding, state, trackers
+from packed.format import read_manifest
+from training import previews, state, trackers
 from training.evaluation import FrechetProbe
 from training.folder import RunLock, identity, record_settings
 from training.health import check_weights, describe
@@ -48,8 +49,6 @@ class Runner:
         check_launcher(settings.gradient_accumulation_steps)
         self.processes = Processes(settings.mixed_precision)
         self.processes.on_main(lambda: trackers.check(settings.report_to))
-        if self.processes.sharded:
-            sharding.check(self.processes.precision, settings.ema_device)
         self.device = self.processes.device
         self.plan = make_plan(settings, read_manifest(settings.data_dir))
         self.dataset = PackedDataset(settings.data_dir, self.plan.fields)
@@ -162,11 +161,9 @@ class Runner:
                 self.saved_step = self.step
 
     def _content(self, rows: Tensor) -> state.TrainingState:
-        """What is to be written; whole in the main process."""
-        keep = self.processes.is_main
+        """What is to be written."""
         return state.TrainingState(
-            self.step, sharding.whole_weights(self.network, keep=keep), sharding.whole_weights(self.ema.average, keep=keep),
-            sharding.whole_optimizer(self.optimizer, self.network, keep=keep),
+            self.step, self.network.state_dict(), self.ema.average.state_dict(), self.optimizer.state_dict(),
             {} if self.scaler is None else self.scaler.state_dict(), rows, as_dict(self.settings),
         )  # fmt: skip
 
@@ -184,15 +181,15 @@ class Runner:
 
     def preview(self) -> None:
         """Write previews/step_0000100.png from the EMA, in the main process."""
-        with self._pause(), sharding.gathered(self.ema.average, self.device, keep=self.processes.is_main) as network:
-            if network is not None:
-                self._draw(network, self.folder / "previews" / f"step_{self.step:07d}.png")
+        with self._pause():
+            if self.processes.is_main:
+                self._draw(self.ema.average, self.folder / "previews" / f"step_{self.step:07d}.png")
 
     def evaluate(self) -> dict[str, float]:
         """The Frechet distance of samples of the EMA."""
-        with self._pause(), sharding.gathered(self.ema.average, self.device, keep=True) as network:
+        with self._pause():
             distance = self.probe.measure(
-                network, self.plan.objective.interpolant, seed=self.settings.seed, steps=self.settings.preview_steps
+                self.ema.average, self.plan.objective.interpolant, seed=self.settings.seed, steps=self.settings.preview_steps
             )
         return {"fd": distance, "fd_samples": self.settings.eval_samples}
 
@@ -268,14 +265,11 @@ class Runner:
             self.network.load_state_dict(loaded.model)
             self.ema.average.load_state_dict(loaded.ema)
         for network in (self.network, self.ema.average):
-            if self.processes.sharded:
-                sharding.shard(network, self.device)
-            elif network is self.network or self.settings.ema_device == "same":
-                network.to(self.device)
-        self.optimizer = torch.optim.AdamW(sharding.leaves(self.network), **self._adam(), fused=True)
+            network.to(self.device)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), **self._adam(), fused=True)
         if loaded is None:
             return 0
-        sharding.load_optimizer(self.optimizer, self.network, loaded.optimizer)
+        self.optimizer.load_state_dict(loaded.optimizer)
         for group in self.optimizer.param_groups:
             group.update(self._adam())  # changed ones count from here on (--accept-changes)
         if self.scaler is not None and loaded.scaler:

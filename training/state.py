@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from config import UserError
 from models.checkpoint import MODEL_FILE, ModelInfo, save_model
 
 SCHEMA = 1
@@ -145,7 +146,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
         except DamagedCheckpoint as error:
             warn(f"checkpoint {checkpoint} is damaged and passed over: {error}")
     if candidates:
-        raise ValueError(
+        raise UserError(
             f"every checkpoint in {folder} is damaged ({len(candidates)} of them); move the folder away to start from step 0"
         )
     return None

@@ -16,7 +16,6 @@ from models.ema import EMA
 from models.encoder import VisionEncoder
 from models.sit import SiT
 from models.state import State
-from training.sharding import local
 
 
 class StepResult(NamedTuple):
@@ -38,8 +37,8 @@ class Targets(NamedTuple):
 class TrainStep:
     """Takes a network through one optimiser step of the joint objective.
 
-    network: the SiT itself. wrapped: it inside DDP or FSDP; its forward is what runs. encoders: run on the batch's pixels;
-    empty when the tokens are cached or not needed. precision: "no", "fp16" (give a GradScaler) or "bf16", by autocast over
+    network: the SiT itself. wrapped: it inside DDP; its forward is what runs. encoders: run on the batch's pixels;
+    empty when the tokens are cached or not needed. precision: "fp32", "fp16" (give a GradScaler) or "bf16", by autocast over
     float32 weights. A step whose gradient is not finite leaves weights and optimiser as they were, decided on the device.
     """
 
@@ -54,7 +53,7 @@ class TrainStep:
         seed: int = 0,
         wrapped: nn.Module | None = None,
         encoders: Sequence[VisionEncoder] = (),
-        precision: str = "no",
+        precision: str = "fp32",
         scaler: torch.amp.GradScaler | None = None,
         max_grad_norm: float = 1.0,
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
@@ -66,7 +65,6 @@ class TrainStep:
         self.max_grad_norm, self.no_sync = max_grad_norm, no_sync
         self.device = next(network.parameters()).device
         self.parameters = list(network.parameters())
-        self.sharded = any(local(p) is not p for p in self.parameters)  # then the optimiser has training.sharding.leaves
 
     def __call__(self, step: int, batches: Sequence[tuple[Batch, Tensor]]) -> StepResult:
         """Take step number `step` (from 0).
@@ -87,8 +85,7 @@ class TrainStep:
     def loss(self, step: int, batch: Batch, positions: Tensor) -> LossTerms:
         """The loss terms of one micro-batch on the device, with gradient."""
         config = self.network.config
-        shape = (config.in_channels, config.input_size, config.input_size)
-        draws = draw(self.seed, step, positions, shape, config.class_token_dim, self.objective.weighting)
+        draws = draw(self.seed, step, positions, config, self.objective.weighting)
         latent = sample_posterior(decode_moments(batch.moments), draws.posterior, self.normalization)
         targets = self.targets(batch)
         with autocast(self.device, self.precision):
@@ -122,14 +119,8 @@ class TrainStep:
         """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        gradients = [local(p.grad) for p in self.parameters]
+        gradients = [p.grad for p in self.parameters]
         norms = torch.stack(torch._foreach_norm(gradients))
-        if self.sharded:
-            norms = norms.square()
-            torch.distributed.all_reduce(norms)
-            norms = norms.sqrt()
-            for leaf, gradient in zip(self.optimizer.param_groups[0]["params"], gradients):
-                leaf.grad = gradient
         norm = torch.linalg.vector_norm(norms)
         torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         if self.scaler is None:
@@ -139,8 +130,6 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.sharded:
-            self.network.zero_grad(set_to_none=True)
         self.ema.update(self.network)
         return norms
 

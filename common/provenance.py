@@ -1,0 +1,32 @@
+"""Where results come from: versions of packages, digests of weights."""
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Version of Python and of those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def weights_sha256(network: "nn.Module") -> str:
+    """Hex SHA-256 of names and values of all parameters and buffers, in the order of the state dict."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

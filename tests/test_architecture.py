@@ -1,0 +1,163 @@
+"""The architecture: layers, who may import whom, and what no module does."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# From the bottom to the top: a module imports from its own package and from layers below it. Names of one line know nothing
+# of each other.
+LAYERS = (
+    ("config",),
+    ("common",),
+    ("packed",),
+    ("models",),
+    ("loss", "dataset"),
+    ("preprocessing", "evaluations"),
+    ("sampling", "training"),
+    ("train", "generate", "convert"),
+    ("quickstart", "benchmarks"),
+)
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if not {".venv", "tests", "docs", "runs", "data", "samples"} & set(path.relative_to(ROOT).parts)
+)
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {module_name(path) for path in MODULES}
+
+
+def imports(path: Path, text: str | None = None) -> set[str]:
+    """Dotted names of our modules that a file imports: at any depth, for annotations alone, or relatively."""
+    found = set()
+    package = module_name(path).split(".") if path.name == "__init__.py" else module_name(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text() if text is None else text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    deepest = {name for name in found if name in NAMES}
+    return {name for name in deepest if not any(other.startswith(f"{name}.") for other in deepest)}
+
+
+GRAPH = {module_name(path): imports(path) - {module_name(path)} for path in MODULES}
+
+
+def test_imports_are_seen(tmp_path):
+    """The graph is not empty for want of reading; relative imports and those under TYPE_CHECKING count."""
+    assert "models.interpolant" in GRAPH["loss"] and len(GRAPH) > 60
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import sit\n    from .state import State\n"
+    assert imports(ROOT / "models" / "x.py", text) == {"models.sit", "models.state"}
+
+
+def test_every_module_has_a_layer():
+    assert {name.split(".")[0] for name in NAMES} == set(HEIGHT)
+
+
+@pytest.mark.parametrize("module", sorted(GRAPH))
+def test_nothing_imports_upward(module):
+    """From its own package, or from a lower layer; not from a neighbour of the same one."""
+    own = module.split(".")[0]
+    for other in GRAPH[module]:
+        top = other.split(".")[0]
+        assert top == own or HEIGHT[top] < HEIGHT[own], f"{module} imports {other}"
+
+
+def test_no_import_cycles():
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for other in GRAPH.get(module, ()):
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in GRAPH:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_habits(path):
+    """No sys.path edits, exit(), unsafe unpickling, argparse namespaces below the programs, or file past 350 lines."""
+    text = path.read_text()
+    assert "sys.path" not in text
+    assert not re.search(r"(?<![\w.])exit\(", text)
+    assert "weights_only=False" not in text and "allow_pickle=True" not in text
+    assert not re.search(r"\bTODO\b|\bFIXME\b", text)
+    assert text.count("\n") <= 350, f"{path.name} has {text.count(chr(10))} lines"
+    if path.parent.name == "models" or path.stem in ("loss", "dataset"):
+        assert not re.search(r"\bargs\.", text)
+
+
+def test_one_owner_of_the_interpolant():
+    """alpha(t), sigma(t) and w(t) are computed in models/interpolant.py and by the diffusion coefficient alone.
+
+    Looked for in the syntax tree: 1 - t in whatever spelling, t a name or attribute called so, and sines and cosines of t.
+    """
+    times = {"t", "time", "times", "t_next", "timestep"}
+
+    def mentions_time(node: ast.AST) -> bool:
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        return bool(times & (names | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}))
+
+    def owns_a_coefficient(node: ast.AST) -> bool:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+            one = isinstance(node.left, ast.Constant) and node.left.value in (1, 1.0)
+            return one and isinstance(node.right, ast.Name | ast.Attribute) and mentions_time(node.right)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("cos", "sin"):
+            return mentions_time(node)
+        return False
+
+    found = {
+        module_name(path)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if owns_a_coefficient(node) and not path.is_relative_to(ROOT / "quickstart")
+    }
+    assert found == {"models.interpolant"}, found
+
+
+def test_one_owner_of_the_latent_scale():
+    """0.18215 is known to models/autoencoder.py alone."""
+    for path in MODULES:
+        if path.stem != "autoencoder":
+            assert "0.18215" not in path.read_text(), path
+
+
+def test_the_core_imports_without_the_optional_packages():
+    """Model, loss, samplers, data path and train step import on a machine with torch, timm, numpy and tqdm alone."""
+    import subprocess
+    import sys
+
+    absent = ["diffusers", "wandb", "safetensors", "yaml", "scipy", "sklearn", "matplotlib", "torch_fidelity", "PIL"]
+    modules = ["loss", "dataset", "train", "training.step", "models.sit", "models.samplers", "models.ema", "models.cost",
+               "models.checkpoint",
+               "models.encoder", "models.autoencoder"]  # fmt: skip
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {absent!r} and not asked_by_a_package():\n"
+        "            raise ImportError('blocked: ' + name)\n"
+        "def asked_by_a_package():\n"
+        "    frame = sys._getframe(2)\n"
+        "    while frame:\n"
+        "        if 'site-packages' in frame.f_code.co_filename: return True\n"
+        "        frame = frame.f_back\n"
+        "    return False\n"
+        "sys.meta_path.insert(0, Block())\n"
+        f"import importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
