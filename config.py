@@ -80,10 +80,12 @@ def parse(
     """
     hints = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         epilog="\n  ".join(["examples:", *examples]) if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="recipe: any of the settings below, by name")
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
@@ -159,9 +161,13 @@ REMOVED = {  # settings that are gone => the value that their absence means
 REMOVED_CHOICES = {"solver": ("ab2", "ab3"), "time_grid": ("quadratic", "cosine")}
 _DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 FORMER_WORDS = {  # names of precisions before all programs had the same ones
-    "mixed_precision": {"no": "fp32"}, "precision": {"no": "fp32"}, "dtypes": _DTYPES,
-    "dtype": _DTYPES, "vae_dtype": _DTYPES, "pr_dtype": _DTYPES,
-}  # fmt: skip
+    "mixed_precision": {"no": "fp32"},
+    "precision": {"no": "fp32"},
+    "dtypes": _DTYPES,
+    "dtype": _DTYPES,
+    "vae_dtype": _DTYPES,
+    "pr_dtype": _DTYPES,
+}
 NEUTRAL = frozenset({"compile"})  # was recorded, but changes no result
 
 

@@ -1,7 +1,7 @@
 """Convert published checkpoints (REG, REPA, SiT) to model files and back.
 
-    python convert.py --source last.pt --out reg-xl2.safetensors
-    python convert.py --to published --source runs/reg-b2 --out reg-b2.pt
+python convert.py --source last.pt --out reg-xl2.safetensors
+python convert.py --to published --source runs/reg-b2 --out reg-b2.pt
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,17 @@ from config import parse, setting
 @dataclass(frozen=True)
 class ConvertConfig:
     source: Path = setting(
-        help="a published .pt or hub OWNER/NAME[/FILE]; with --to published a model file, checkpoint or run", group="files"
+        help="a published .pt or hub OWNER/NAME[/FILE]; with --to published a model file, checkpoint or run",
+        group="files",
     )
     out: Path = setting(help="file to write", group="files")
     to: str = setting("ours", "direction", group="files", choices=("ours", "published"))
     weights: str = setting("ema", "which weights of a .pt", group="files", choices=("ema", "model"))
 
     num_heads: int | None = setting(None, "attention heads; default: by args or width", group="what the .pt lacks")
-    encoder_depth: int | None = setting(None, "aligned block; default: args', or the model's", group="what the .pt lacks")
+    encoder_depth: int | None = setting(
+        None, "aligned block; default: args', or the model's", group="what the .pt lacks"
+    )
     path_type: str | None = setting(
         None, "interpolant; default: args', or linear", group="what the .pt lacks", choices=("linear", "cosine")
     )

@@ -175,7 +175,9 @@ class PackedDataset(Dataset):
                     raise MissingFile(f"shard file {path} is missing; {_REPAIR}") from None
                 expected = npy_size(*self._specs[name], shard["count"])
                 if size != expected:
-                    raise UserError(f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {_REPAIR}")
+                    raise UserError(
+                        f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {_REPAIR}"
+                    )
 
 
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:
@@ -204,7 +206,9 @@ def read_ahead(
 
         try:
             while True:
-                while len(waiting) < depth:  # the order of an epoch takes a second at ImageNet's size: not in this thread
+                while (
+                    len(waiting) < depth
+                ):  # the order of an epoch takes a second at ImageNet's size: not in this thread
                     waiting.append(readers.submit(read, orderer.submit(next, orders, None)))
                 batch = waiting.popleft().result()
                 if batch is None:
@@ -225,7 +229,15 @@ class StepSampler(Sampler):
     """
 
     def __init__(
-        self, count: int, global_batch: int, *, seed: int, rank: int = 0, world: int = 1, micro: int = 1, start_step: int = 0
+        self,
+        count: int,
+        global_batch: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        micro: int = 1,
+        start_step: int = 0,
     ) -> None:
         """micro: micro-batches a step. Raises ValueError if the batch does not divide evenly."""
         if count < 1:

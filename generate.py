@@ -22,28 +22,37 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class SampleConfig:
     checkpoint: Path = setting(
-        help="model file, checkpoint or run folder (its newest), published .pt, or hub OWNER/NAME[/FILE]", group="what",
+        help="model file, checkpoint or run folder (its newest), published .pt, or hub OWNER/NAME[/FILE]",
+        group="what",
         also=("ckpt", "ckpt_path", "checkpoint_path", "model", "model_path", "resume", "run"),
-    )  # fmt: skip
+    )
     out: Path = setting(
-        help="folder to write; the same command again continues there", group="what",
+        help="folder to write; the same command again continues there",
+        group="what",
         also=("o", "output", "output_dir", "outdir", "out_dir", "sample_dir", "save_dir"),
-    )  # fmt: skip
+    )
     preset: str | None = setting(
-        None, "values for settings that neither a flag nor the recipe gives. preview: 16 guided pictures in 50 steps, "
+        None,
+        "values for settings that neither a flag nor the recipe gives. preview: 16 guided pictures in 50 steps, "
         "labels spread over the classes, bf16 where the GPU has it; paper: 50,000 samples, 250 SDE steps, guidance "
-        "2.3 on t in [0, 0.85]", group="what", choices=tuple(PRESETS),
-    )  # fmt: skip
+        "2.3 on t in [0, 0.85]",
+        group="what",
+        choices=tuple(PRESETS),
+    )
     num_fid_samples: int = setting(
-        50_000, "number of samples", group="what",
+        50_000,
+        "number of samples",
+        group="what",
         also=("n", "num", "count", "num_samples", "num_images", "n_samples", "samples"),
-    )  # fmt: skip
+    )
     seed: int = setting(0, "of noise and labels", group="what", also=("global_seed", "random_seed"))
     labels: tuple[str, ...] = setting(
-        (), "random, balanced (classes in turn), spread (few samples evenly over all classes, or those that the tokens "
+        (),
+        "random, balanced (classes in turn), spread (few samples evenly over all classes, or those that the tokens "
         "of --like name), null (unconditional), class numbers or names, or a file of numbers; default: random",
-        group="what", also=("label", "class_labels", "class_label", "y"),
-    )  # fmt: skip
+        group="what",
+        also=("label", "class_labels", "class_label", "y"),
+    )
     classes: tuple[str, ...] = setting(
         (), "draw from these classes only, numbers or names; default: all", group="what", also=("class", "class_ids")
     )
@@ -52,17 +61,19 @@ class SampleConfig:
         "sde", "reverse SDE or probability-flow ODE", group="solver", choices=("sde", "ode"), also=("sampling_mode",)
     )
     solver: str = setting(
-        "euler", "sde: euler (Euler-Maruyama), dpmpp; ode: euler, heun, dpmpp, dopri5", group="solver",
+        "euler",
+        "sde: euler (Euler-Maruyama), dpmpp; ode: euler, heun, dpmpp, dopri5",
+        group="solver",
         also=("sampler", "sampling_method", "scheduler"),
-    )  # fmt: skip
+    )
     heun: bool = setting(False, "the same as --solver heun", group="solver")
     num_steps: int = setting(
-        250, "steps of the solver", group="solver",
+        250,
+        "steps of the solver",
+        group="solver",
         also=("steps", "nfe", "num_sampling_steps", "sampling_steps", "num_inference_steps"),
-    )  # fmt: skip
-    time_grid: str = setting(
-        "uniform", "spacing of the steps", group="solver", choices=("uniform", "shifted")
     )
+    time_grid: str = setting("uniform", "spacing of the steps", group="solver", choices=("uniform", "shifted"))
     shift: float = setting(1.0, "of the shifted grid; above 1: more steps near noise", group="solver")
     t_last: float = setting(0.04, "sde: the last time before 0", group="solver")
     diffusion: str = setting(
@@ -107,15 +118,16 @@ class SampleConfig:
     )
     device: str = setting("auto", "where to run", group="machine", choices=("auto", "cpu", "cuda"))
     dtype: str = setting(
-        "fp32", "arithmetic of the network; auto: bf16 where the GPU has it, else fp32", group="machine",
-        choices=("auto", "fp32", "bf16", "fp16"), also=("precision", "mixed_precision", "bf16", "fp16"),
-    )  # fmt: skip
+        "fp32",
+        "arithmetic of the network; auto: bf16 where the GPU has it, else fp32",
+        group="machine",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        also=("precision", "mixed_precision", "bf16", "fp16"),
+    )
     tf32: bool = setting(True, "TF32 matrix products for float32 on GPUs, as published", group="machine")
     compile: bool = setting(False, "torch.compile the network", group="machine")
     vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="machine")
-    vae_dtype: str = setting(
-        "fp32", "arithmetic of the decoder", group="machine", choices=("fp32", "bf16", "fp16")
-    )
+    vae_dtype: str = setting("fp32", "arithmetic of the decoder", group="machine", choices=("fp32", "bf16", "fp16"))
     vae_batch_size: int = setting(0, "latents decoded at once; 0: the whole batch", group="machine")
     vae_tiling: bool = setting(False, "decode in tiles: less memory at large sizes", group="machine")
 
@@ -124,9 +136,14 @@ def check(settings: SampleConfig) -> None:
     """Raise UserError for what can be seen without the model."""
     s = settings
     for name, least in (
-        ("num_fid_samples", 1), ("per_proc_batch_size", 1), ("best_of", 1), ("gallery", 0), ("vae_batch_size", 0),
-        ("interpolate", 0), ("seed", 0),
-    ):  # fmt: skip
+        ("num_fid_samples", 1),
+        ("per_proc_batch_size", 1),
+        ("best_of", 1),
+        ("gallery", 0),
+        ("vae_batch_size", 0),
+        ("interpolate", 0),
+        ("seed", 0),
+    ):
         if getattr(s, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(s, name)}")
     if s.heun and s.solver not in ("euler", "heun"):
@@ -164,24 +181,53 @@ def requested(s: SampleConfig) -> dict[str, Any]:
     from sampling.networks import Precision
 
     solver = Solver(
-        s.mode, "heun" if s.heun else s.solver, s.num_steps, s.time_grid, s.shift, s.t_last,
-        Diffusion(s.diffusion, s.diffusion_scale), s.last_step, s.rtol, s.atol,
-    )  # fmt: skip
+        s.mode,
+        "heun" if s.heun else s.solver,
+        s.num_steps,
+        s.time_grid,
+        s.shift,
+        s.t_last,
+        Diffusion(s.diffusion, s.diffusion_scale),
+        s.last_step,
+        s.rtol,
+        s.atol,
+    )
     class_scale = 1.0 if s.cls_cfg_scale == 0 else s.cls_cfg_scale
     guidance = Guidance(
-        GUIDANCE_SCALE if s.cfg_scale is None else s.cfg_scale, class_scale, s.guidance_low, s.guidance_high,
-        s.cls_guidance_low, s.cls_guidance_high,
-    )  # fmt: skip
+        GUIDANCE_SCALE if s.cfg_scale is None else s.cfg_scale,
+        class_scale,
+        s.guidance_low,
+        s.guidance_high,
+        s.cls_guidance_low,
+        s.cls_guidance_high,
+    )
     same = (
-        "checkpoint", "out", "preset", "seed", "labels", "classes", "guide_checkpoint", "class_tokens", "best_of",
-        "like", "interpolate", "png", "gallery", "keep_parts", "device", "vae",
-    )  # fmt: skip
+        "checkpoint",
+        "out",
+        "preset",
+        "seed",
+        "labels",
+        "classes",
+        "guide_checkpoint",
+        "class_tokens",
+        "best_of",
+        "like",
+        "interpolate",
+        "png",
+        "gallery",
+        "keep_parts",
+        "device",
+        "vae",
+    )
     return {
-        "solver": solver, "guidance": guidance, "guidance_optional": s.cfg_scale is None,
-        "count": s.num_fid_samples, "batch_size": s.per_proc_batch_size,
+        "solver": solver,
+        "guidance": guidance,
+        "guidance_optional": s.cfg_scale is None,
+        "count": s.num_fid_samples,
+        "batch_size": s.per_proc_batch_size,
         "precision": Precision(s.dtype, s.tf32, s.compile, s.vae_dtype, s.vae_batch_size, s.vae_tiling),
         **{name: getattr(s, name) for name in same},
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

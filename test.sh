@@ -7,5 +7,6 @@ marks="not slow and not gpu"
 if [ "${1:-}" = "--all" ]; then marks="not gpu"; shift; fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 .venv/bin/ruff check .
+.venv/bin/ruff format --check --quiet . || { echo "error: not formatted: .venv/bin/ruff format ." >&2; exit 1; }
 .venv/bin/python -m tests.reference tests/data
 .venv/bin/python -m pytest -m "$marks" "$@"

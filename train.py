@@ -24,21 +24,31 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class TrainConfig:
     data_dir: Path | None = setting(
-        None, "packed dataset (preprocessing/pack.py); required without --assume", group="run",
+        None,
+        "packed dataset (preprocessing/pack.py); required without --assume",
+        group="run",
         also=("data", "data_path"),
-    )  # fmt: skip
+    )
     exp_name: str | None = setting(
-        None, "name of the run: its folder is OUTPUT_DIR/EXP_NAME; required without --assume", group="run",
+        None,
+        "name of the run: its folder is OUTPUT_DIR/EXP_NAME; required without --assume",
+        group="run",
         also=("name", "run"),
-    )  # fmt: skip
-    output_dir: Path = setting(Path("runs"), "where run folders are", group="run", also=("out", "output", "results_dir"))
+    )
+    output_dir: Path = setting(
+        Path("runs"), "where run folders are", group="run", also=("out", "output", "results_dir")
+    )
     seed: int = setting(0, "of weights, data order and all noise", group="run", also=("global_seed",))
     dry_run: bool = setting(False, "print the plan and stop: network, memory, time, disk", group="run")
     assume: str | None = setting(
-        None, "with --dry-run: plan for a dataset that is not packed yet", group="run",
+        None,
+        "with --dry-run: plan for a dataset that is not packed yet",
+        group="run",
         choices=("imagenet256", "imagenet512"),
-    )  # fmt: skip
-    gpu: str | None = setting(None, "with --dry-run: does the run fit this GPU, e.g. RTX4090, and its time", group="run")
+    )
+    gpu: str | None = setting(
+        None, "with --dry-run: does the run fit this GPU, e.g. RTX4090, and its time", group="run"
+    )
     accept_changes: bool = setting(False, "resume although settings differ from the run's", group="run")
 
     model: str = setting("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}", group="model")
@@ -51,7 +61,9 @@ class TrainConfig:
 
     resolution: int | None = setting(None, "check that the dataset has this resolution", group="data")
     num_classes: int | None = setting(None, "check that the dataset has this number of classes", group="data")
-    vae: str | None = setting(None, "decodes previews: ema, mse, hub id or folder; default: the dataset's", group="data")
+    vae: str | None = setting(
+        None, "decodes previews: ema, mse, hub id or folder; default: the dataset's", group="data"
+    )
     num_workers: int = setting(2, "threads that read batches ahead; 0: none", group="data")
 
     enc_type: tuple[str, ...] = setting((), "encoders; default: the dataset's, or dinov2-vit-b on pixels", group="loss")
@@ -64,12 +76,17 @@ class TrainConfig:
     cfg_prob: float = setting(0.1, "label dropout", group="loss")
 
     batch_size: int = setting(
-        256, "images per optimiser step, over all processes", group="optimisation", also=("bs", "b", "global_batch_size")
+        256,
+        "images per optimiser step, over all processes",
+        group="optimisation",
+        also=("bs", "b", "global_batch_size"),
     )
     max_train_steps: int = setting(
-        400_000, "optimiser steps in all; an epoch is as many as the images divided by the batch size",
-        group="optimisation", also=("epochs", "epoch", "num_epochs", "steps", "max_steps", "iterations"),
-    )  # fmt: skip
+        400_000,
+        "optimiser steps in all; an epoch is as many as the images divided by the batch size",
+        group="optimisation",
+        also=("epochs", "epoch", "num_epochs", "steps", "max_steps", "iterations"),
+    )
     gradient_accumulation_steps: int = setting(
         1, "micro-batches per step", group="optimisation", also=("grad_accum", "accumulation_steps", "accum")
     )
@@ -84,18 +101,22 @@ class TrainConfig:
     ema_decay: float = setting(0.9999, "of the averaged weights", group="optimisation", also=("ema", "decay"))
 
     mixed_precision: str = setting(
-        "auto", "over float32 weights; auto: what accelerate launch asks for, or bf16 where the GPU has it, else fp16, "
+        "auto",
+        "over float32 weights; auto: what accelerate launch asks for, or bf16 where the GPU has it, else fp16, "
         "fp32 on the CPU (published: fp16)",
-        group="speed", choices=("auto", "fp32", "fp16", "bf16"),
-    )  # fmt: skip
+        group="speed",
+        choices=("auto", "fp32", "fp16", "bf16"),
+    )
     allow_tf32: bool = setting(True, "TF32 matrix products", group="speed")
     compile: bool = setting(False, "torch.compile network and encoders, block by block", group="speed")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory", group="speed")
 
     report_to: str = setting(
-        "none", "tracker beside metrics.jsonl (WANDB_MODE=offline for wandb without network)", group="watching",
+        "none",
+        "tracker beside metrics.jsonl (WANDB_MODE=offline for wandb without network)",
+        group="watching",
         choices=("none", "wandb", "tensorboard"),
-    )  # fmt: skip
+    )
     wandb_project: str = setting("REG", "wandb project", group="watching")
     log_every: int = setting(100, "steps per log line", group="watching")
     sampling_steps: int = setting(10_000, "steps between preview grids; 0: none", group="watching")
@@ -113,9 +134,11 @@ class TrainConfig:
         "continue", "when the disk fails during a save", group="checkpoints", choices=("continue", "stop")
     )
     on_nonfinite: str = setting(
-        "stop", "when a loss or gradient is not finite; the weights never take part", group="checkpoints",
+        "stop",
+        "when a loss or gradient is not finite; the weights never take part",
+        group="checkpoints",
         choices=("stop", "skip"),
-    )  # fmt: skip
+    )
     max_hours: float | None = setting(None, "save and stop after this time, exit status 143", group="checkpoints")
     requeue_command: str | None = setting(
         None, "run after a stop by SIGUSR1, e.g. 'scontrol requeue $SLURM_JOB_ID'", group="checkpoints"
@@ -149,11 +172,30 @@ def _due(every: int, step: int, last: bool) -> bool:
 
 def check_values(settings: TrainConfig) -> None:
     """Refuse numbers that cannot be meant, and flags that exclude each other. Raises UserError naming the flag."""
-    above_0 = ("batch_size", "max_train_steps", "gradient_accumulation_steps", "learning_rate", "max_grad_norm",
-               "log_every", "checkpointing_steps", "preview_steps", "eval_samples", "projector_dim",
-               "max_hours")  # fmt: skip
-    at_least_0 = ("num_workers", "sampling_steps", "eval_every", "keep_last", "keep_every", "proj_coeff", "class_coeff",
-                  "adam_weight_decay", "adam_epsilon")  # fmt: skip
+    above_0 = (
+        "batch_size",
+        "max_train_steps",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "max_grad_norm",
+        "log_every",
+        "checkpointing_steps",
+        "preview_steps",
+        "eval_samples",
+        "projector_dim",
+        "max_hours",
+    )
+    at_least_0 = (
+        "num_workers",
+        "sampling_steps",
+        "eval_every",
+        "keep_last",
+        "keep_every",
+        "proj_coeff",
+        "class_coeff",
+        "adam_weight_decay",
+        "adam_epsilon",
+    )
     ranges = {
         **dict.fromkeys(above_0, ("must be positive", lambda x: x > 0)),
         **dict.fromkeys(at_least_0, ("must not be negative", lambda x: x >= 0)),
@@ -162,7 +204,7 @@ def check_values(settings: TrainConfig) -> None:
         "cfg_prob": ("must be in [0, 1]", lambda x: 0 <= x <= 1),
         "preview_scale": ("must be a finite number", math.isfinite),
         "seed": ("must fit 64 bits", lambda x: -(2**63) <= x < 2**64),
-    }  # fmt: skip
+    }
     for name, (words, allowed) in ranges.items():
         value = getattr(settings, name)
         if value is not None and not allowed(value):
@@ -178,8 +220,10 @@ def check_values(settings: TrainConfig) -> None:
     if settings.assume is not None and settings.data_dir is not None:
         raise UserError("--assume takes the place of --data-dir: leave one of them out")
     if settings.assume is None and settings.data_dir is None:
-        raise UserError("--data-dir is required: packed dataset (preprocessing/pack.py); "
-                        "--dry-run --assume imagenet256 plans without one")  # fmt: skip
+        raise UserError(
+            "--data-dir is required: packed dataset (preprocessing/pack.py); "
+            "--dry-run --assume imagenet256 plans without one"
+        )
     if settings.assume is None and settings.exp_name is None:
         raise UserError("--exp-name is required: name of the run, whose folder is OUTPUT_DIR/EXP_NAME")
     if settings.exp_name is not None and ("/" in settings.exp_name or settings.exp_name in ("", ".", "..")):

@@ -27,12 +27,18 @@ IMAGENET = 1_281_167
 class DataBenchmark:
     published: Path | None = setting(None, "clone of the published code at 021ea2e to run beside ours", group="what")
     images: Path | None = setting(None, "folder of class folders of images to use; default: made up", group="what")
-    records: int = setting(512, "records to read: 0.2 MiB each in the published format, 0.6 in both of ours", group="what")
+    records: int = setting(
+        512, "records to read: 0.2 MiB each in the published format, 0.6 in both of ours", group="what"
+    )
     batch_size: int = setting(32, "records a batch (published: 256 on 8 GPUs)", group="what")
     workers: tuple[int, ...] = setting((0, 2), "numbers of reading processes or threads", group="what")
     cold: bool = setting(True, "also read with the files dropped from the page cache before each batch", group="what")
-    full_size: bool = setting(True, "also start up on a dataset of ImageNet's size (files without content)", group="what")
-    rounds: int = setting(9, "turns of each variant: 16 batches and 0.2 s at least; 1 batch of a cold cache", group="how")
+    full_size: bool = setting(
+        True, "also start up on a dataset of ImageNet's size (files without content)", group="what"
+    )
+    rounds: int = setting(
+        9, "turns of each variant: 16 batches and 0.2 s at least; 1 batch of a cold cache", group="how"
+    )
     one_core: bool = setting(True, "keep all processes on one core", group="how")
     clock: str = setting("wall", "cpu: time of this process alone, on a busy CPU", group="how", choices=("wall", "cpu"))
     folder: Path | None = setting(None, "where to write the records; default: a temporary folder", group="how")
@@ -150,9 +156,13 @@ def _compare(folder: Path, settings: DataBenchmark, workers: int, *, cold: bool)
         files = {name: [p for p in (folder / name.split(", ")[-1]).rglob("*") if p.is_file()] for name in readers}
         readers = {name: _chilled(read, files[name]) for name, read in readers.items()}
     timed = harness.alternate(
-        readers, rounds=settings.rounds, warmup=6, repeats=1 if cold else 16, turn=0 if cold else 0.2,
+        readers,
+        rounds=settings.rounds,
+        warmup=6,
+        repeats=1 if cold else 16,
+        turn=0 if cold else 0.2,
         clock="wall" if workers or cold else settings.clock,
-    )  # fmt: skip
+    )
     each = {name: harness.spread([s / settings.batch_size for s in t.values]) for name, t in timed.items()}
     rows = []
     for name, seconds in each.items():
@@ -194,7 +204,9 @@ def _our_loader(folder: Path, size: int, workers: int) -> Callable[[], Any]:
     from dataset import PackedDataset, StepSampler
 
     dataset = PackedDataset(folder)
-    stream = iter(DataLoader(dataset, batch_size=None, sampler=StepSampler(len(dataset), size, seed=0), num_workers=workers))
+    stream = iter(
+        DataLoader(dataset, batch_size=None, sampler=StepSampler(len(dataset), size, seed=0), num_workers=workers)
+    )
     return lambda: next(stream)
 
 
@@ -239,9 +251,11 @@ def _full_size(folder: Path) -> dict[str, Any]:
     import numpy as np
 
     specs = {
-        "moments": ("float16", (8, LATENT, LATENT)), "label": ("int64", ()), "class_token.0": ("float16", (WIDTH,)),
+        "moments": ("float16", (8, LATENT, LATENT)),
+        "label": ("int64", ()),
+        "class_token.0": ("float16", (WIDTH,)),
         "patch_tokens.0": ("float16", (TOKENS, WIDTH)),
-    }  # fmt: skip
+    }
     shards = []
     for number, start in enumerate(range(0, IMAGENET, 2048)):
         count = min(2048, IMAGENET - start)
@@ -270,10 +284,13 @@ def _full_size(folder: Path) -> dict[str, Any]:
     after = _private_memory()
     torch.set_num_threads(1)
     return {
-        "reader": f"ours, start-up of {IMAGENET} records", "seconds to open": opened - start,
-        "to shuffle": ordered - opened, "first batch": read - ordered, "MiB opened and shuffled": memory - before,
+        "reader": f"ours, start-up of {IMAGENET} records",
+        "seconds to open": opened - start,
+        "to shuffle": ordered - opened,
+        "first batch": read - ordered,
+        "MiB opened and shuffled": memory - before,
         "MiB after 8 batches more": after - memory,
-    }  # fmt: skip
+    }
 
 
 def _private_memory() -> float:

@@ -1,6 +1,6 @@
 """An epoch of train.py on a packed dataset: how much of a step is spent waiting for data.
 
-    python -m benchmarks.epoch --data-dir data/cifar10
+python -m benchmarks.epoch --data-dir data/cifar10
 """
 
 import json
@@ -16,7 +16,9 @@ from config import parse, setting
 @dataclass(frozen=True)
 class EpochBenchmark:
     data_dir: Path = setting(help="packed dataset (preprocessing/pack.py)", group="what")
-    enc_type: tuple[str, ...] = setting((), "encoders to run in the step, if tokens are not in the dataset", group="what")
+    enc_type: tuple[str, ...] = setting(
+        (), "encoders to run in the step, if tokens are not in the dataset", group="what"
+    )
     model: str = setting("SiT-S/2", "network, as of train.py", group="what")
     depth: int = setting(4, "its blocks", group="what")
     hidden_size: int = setting(128, "its width", group="what")
@@ -38,21 +40,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = manifest.count // settings.batch_size
     every = max(1, steps // settings.intervals)
     with tempfile.TemporaryDirectory() as folder:
-        train.main([
-            "--data-dir", str(settings.data_dir), "--output-dir", folder, "--exp-name", "epoch", "--model", settings.model,
-            "--depth", str(settings.depth), "--hidden-size", str(settings.hidden_size), "--num-heads",
-            str(settings.num_heads), "--encoder-depth", str(settings.depth // 2), "--projector-dim",
-            str(2 * settings.hidden_size), "--batch-size", str(settings.batch_size), "--max-train-steps", str(steps),
-            "--mixed-precision", settings.mixed_precision, "--num-workers", str(settings.num_workers), "--sampling-steps",
-            "0", "--log-every", str(every), *(["--enc-type", *settings.enc_type] if settings.enc_type else []),
-        ])  # fmt: skip
+        train.main(
+            [
+                "--data-dir",
+                str(settings.data_dir),
+                "--output-dir",
+                folder,
+                "--exp-name",
+                "epoch",
+                "--model",
+                settings.model,
+                "--depth",
+                str(settings.depth),
+                "--hidden-size",
+                str(settings.hidden_size),
+                "--num-heads",
+                str(settings.num_heads),
+                "--encoder-depth",
+                str(settings.depth // 2),
+                "--projector-dim",
+                str(2 * settings.hidden_size),
+                "--batch-size",
+                str(settings.batch_size),
+                "--max-train-steps",
+                str(steps),
+                "--mixed-precision",
+                settings.mixed_precision,
+                "--num-workers",
+                str(settings.num_workers),
+                "--sampling-steps",
+                "0",
+                "--log-every",
+                str(every),
+                *(["--enc-type", *settings.enc_type] if settings.enc_type else []),
+            ]
+        )
         lines = [json.loads(line) for line in (Path(folder) / "epoch/metrics.jsonl").read_text().splitlines()]
     lines = lines[1:] or lines  # the first interval also starts up
     row = {
-        "tokens": "cached" if manifest.encoders else "computed in the step", "steps": steps,
+        "tokens": "cached" if manifest.encoders else "computed in the step",
+        "steps": steps,
         "ms a step": harness.spread([1000 * settings.batch_size / line["images_per_second"] for line in lines]),
         "waiting for data %": harness.spread([100 * line["data_wait"] for line in lines]),
-    }  # fmt: skip
+    }
     shown = {k: v for k, v in asdict(settings).items() if k not in ("data_dir", "enc_type", "label")}
     print(harness.write("epoch", settings.label, {"data": settings.data_dir.name, **shown}, [row]))
 

@@ -51,39 +51,62 @@ def main() -> None:
     ) -> None:
         calls = {"baseline": keep("baseline", baseline), "ours": keep("ours", ours)}
         seconds = harness.alternate(calls, rounds=rounds, warmup=0, device=settings.device)
-        deviation = float(np.max(np.abs(np.subtract(found["ours"], found["baseline"])) / np.abs(found["baseline"]).max()))
-        rows.append({
-            "what": name, "baseline": what, "s baseline": seconds["baseline"], "s ours": seconds["ours"],
-            "speedup": harness.ratio(seconds["baseline"], seconds["ours"]), "largest relative deviation": deviation,
-        })  # fmt: skip
+        deviation = float(
+            np.max(np.abs(np.subtract(found["ours"], found["baseline"])) / np.abs(found["baseline"]).max())
+        )
+        rows.append(
+            {
+                "what": name,
+                "baseline": what,
+                "s baseline": seconds["baseline"],
+                "s ours": seconds["ours"],
+                "speedup": harness.ratio(seconds["baseline"], seconds["ours"]),
+                "largest relative deviation": deviation,
+            }
+        )
         print(f"{name}: {rows[-1]['s baseline']} s -> {rows[-1]['s ours']} s, {rows[-1]['speedup']} times", flush=True)
 
     row(
-        f"mean and covariance, {len(samples)} x {settings.dim}", lambda: numpy_statistics(samples.numpy())[1],
-        lambda: compute_statistics(on_device[1]).covariance, "np.mean, np.cov",
-    )  # fmt: skip
+        f"mean and covariance, {len(samples)} x {settings.dim}",
+        lambda: numpy_statistics(samples.numpy())[1],
+        lambda: compute_statistics(on_device[1]).covariance,
+        "np.mean, np.cov",
+    )
     stats = [compute_statistics(part) for part in on_device]
     row(
-        f"Frechet distance, {settings.dim}", lambda: sqrtm_frechet(*stats), lambda: frechet_distance(*stats),
+        f"Frechet distance, {settings.dim}",
+        lambda: sqrtm_frechet(*stats),
+        lambda: frechet_distance(*stats),
         "scipy.linalg.sqrtm",
-    )  # fmt: skip
+    )
     row(
         f"statistics and distance, {len(samples)} x {settings.dim}",
         lambda: sqrtm_frechet(stats[0], numpy_statistics(samples.numpy())),
-        lambda: frechet_distance(stats[0], compute_statistics(on_device[1])), "np.cov, scipy.linalg.sqrtm",
-    )  # fmt: skip
+        lambda: frechet_distance(stats[0], compute_statistics(on_device[1])),
+        "np.cov, scipy.linalg.sqrtm",
+    )
     if len(samples) <= settings.baseline_limit:
         for rule, dtype in (("adm", np.float16), ("fp32", np.float32)):
             row(
                 f"precision and recall, {rule}, {len(reference)} x {len(samples)}",
                 lambda dtype=dtype: numpy_precision_recall(reference.numpy(), samples.numpy(), dtype),
-                lambda rule=rule: precision_recall(*on_device, rule=rule)[:2], f"NumPy, {dtype.__name__} distances", 1,
-            )  # fmt: skip
+                lambda rule=rule: precision_recall(*on_device, rule=rule)[:2],
+                f"NumPy, {dtype.__name__} distances",
+                1,
+            )
     path = harness.write(
-        "evaluate", settings.label,
-        {"samples": settings.samples, "reference": settings.reference, "dim": settings.dim, "rounds": settings.rounds,
-         "threads": torch.get_num_threads()}, rows, device=settings.device,
-    )  # fmt: skip
+        "evaluate",
+        settings.label,
+        {
+            "samples": settings.samples,
+            "reference": settings.reference,
+            "dim": settings.dim,
+            "rounds": settings.rounds,
+            "threads": torch.get_num_threads(),
+        },
+        rows,
+        device=settings.device,
+    )
     print(path.with_name("evaluate.md").read_text(), end="")
 
 

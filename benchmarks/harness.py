@@ -1,8 +1,8 @@
 """What every benchmark shares: the record of the machine, fair timing side by side, and files in benchmarks/results/.
 
-    timings = alternate({"published": f, "ours": g}, rounds=9, device="cpu")
-    speedup = ratio(timings["published"], timings["ours"])
-    write("train_step", "b2-cpu", settings, [{"batch": 32, "ours ms": ..., "speedup": speedup.median}])
+timings = alternate({"published": f, "ours": g}, rounds=9, device="cpu")
+speedup = ratio(timings["published"], timings["ours"])
+write("train_step", "b2-cpu", settings, [{"batch": 32, "ours ms": ..., "speedup": speedup.median}])
 """
 
 import ctypes
@@ -151,10 +151,14 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         record["gpu"] = {
-            "name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1),
-            "compute_capability": f"{properties.major}.{properties.minor}", "count": torch.cuda.device_count(),
-            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": _driver(),
-        }  # fmt: skip
+            "name": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "count": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver(),
+        }
     return record
 
 
@@ -198,10 +202,13 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}-{label}.json"
     record = {
-        "benchmark": benchmark, "label": label, "environment": environment(device), "settings": dict(settings),
+        "benchmark": benchmark,
+        "label": label,
+        "environment": environment(device),
+        "settings": dict(settings),
         "rows": [{k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()} for row in rows],
         "details": details,
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(record, indent=1, default=str) + "\n")
     _write_markdown(benchmark, folder)
     return path
@@ -238,8 +245,11 @@ def _cell(value: Any) -> str:
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.is_file() else []  # fmt: skip
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 

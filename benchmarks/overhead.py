@@ -49,16 +49,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def time_pair(make: Callable[[Any], Callable[[], Any]]) -> dict[str, harness.Spread]:
         calls = {name: make(c) for name, c in configs.items()}
-        return harness.alternate(calls, rounds=settings.rounds, warmup=settings.warmup, device=device, clock=settings.clock)
+        return harness.alternate(
+            calls, rounds=settings.rounds, warmup=settings.warmup, device=device, clock=settings.clock
+        )
 
     forward = time_pair(lambda c: forward_pass(c, settings, device, precision))
     rows = []
     for name, c in configs.items():
         counted = cost(c)
-        rows.append({
-            "class token": name, "parameters": counted.parameters, "GFLOP (multiply-adds)": counted.flops / 1e9,
-            "ms forward": harness.spread([1e3 * s for s in forward[name].values]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "class token": name,
+                "parameters": counted.parameters,
+                "GFLOP (multiply-adds)": counted.flops / 1e9,
+                "ms forward": harness.spread([1e3 * s for s in forward[name].values]),
+            }
+        )
     if settings.train:
         training = time_pair(
             lambda c: OurStep(c, settings.batch_size, device, precision=precision, compiled=settings.compile)
@@ -68,14 +74,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows.append(
         {"class token": "overhead %"}
         | {name: 100 * (rows[1][name] / rows[0][name] - 1) for name in ("parameters", "GFLOP (multiply-adds)")}
-        | {name: percent(rows[1][name], rows[0][name]) for name in ("ms forward", "ms training step") if name in rows[0]}
+        | {
+            name: percent(rows[1][name], rows[0][name])
+            for name in ("ms forward", "ms training step")
+            if name in rows[0]
+        }
     )
     path = harness.write(
-        "overhead", settings.label,
-        {"model": settings.model, "depth": config.depth, "latent": config.input_size, "batch": settings.batch_size,
-         "precision": precision, "compiled": settings.compile, "clock": settings.clock, "rounds": settings.rounds},
-        rows, device=device,
-    )  # fmt: skip
+        "overhead",
+        settings.label,
+        {
+            "model": settings.model,
+            "depth": config.depth,
+            "latent": config.input_size,
+            "batch": settings.batch_size,
+            "precision": precision,
+            "compiled": settings.compile,
+            "clock": settings.clock,
+            "rounds": settings.rounds,
+        },
+        rows,
+        device=device,
+    )
     print(path.with_name("overhead.md").read_text())
 
 

@@ -36,7 +36,9 @@ class PackingBenchmark:
     dtype: str = setting("bf16", "arithmetic of those", group="what", choices=("fp32", "bf16", "fp16"))
     batch_size: int = setting(64, "images at a time", group="what")
     compile: bool = setting(False, "torch.compile the networks", group="what")
-    num_workers: int | None = setting(None, "reading processes with networks; default: as preprocessing.pack", group="how")
+    num_workers: int | None = setting(
+        None, "reading processes with networks; default: as preprocessing.pack", group="how"
+    )
     rounds: int = setting(5, "of the CPU part", group="how")
     clock: str = setting("wall", "cpu: time of this process alone, on a busy CPU", group="how", choices=("wall", "cpu"))
     device: str = setting("auto", "cpu, cuda or auto", group="how")
@@ -164,14 +166,22 @@ def _with_networks(index: "Index", folder: Path, settings: PackingBenchmark, dev
     vit = timm.create_model("vit_base_patch14_dinov2", img_size=14 * grid, num_classes=0)
     named = encoder.VisionEncoder(vit, "vit_base_patch14_dinov2", grid)
     options = SimpleNamespace(
-        dtype=settings.dtype, pixels=False, tokens=False, vae=str(folder / "vae"), enc_type=(), patch_size=2,
-        resolution=settings.resolution, compile=settings.compile,
-    )  # fmt: skip
+        dtype=settings.dtype,
+        pixels=False,
+        tokens=False,
+        vae=str(folder / "vae"),
+        enc_type=(),
+        patch_size=2,
+        resolution=settings.resolution,
+        compile=settings.compile,
+    )
     networks = Networks(options, has_moments=False, device=device)
     networks.encoders = [named]
     networks.place()
     first = time.monotonic()
-    pixels = torch.zeros(settings.batch_size, 3, settings.resolution, settings.resolution, dtype=torch.uint8, device=device)
+    pixels = torch.zeros(
+        settings.batch_size, 3, settings.resolution, settings.resolution, dtype=torch.uint8, device=device
+    )
     with torch.no_grad(), torch.autocast(device.type, networks.dtype, enabled=settings.dtype != "fp32"):
         networks.vae.encode(pixels)
         named(pixels)
@@ -179,9 +189,12 @@ def _with_networks(index: "Index", folder: Path, settings: PackingBenchmark, dev
     with tempfile.TemporaryDirectory(dir=folder) as out:
         totals = pack(Path(out), index, networks, settings, num_workers=settings.num_workers)
     row = {
-        "what": f"whole, with networks in {settings.dtype}", "images/s": totals.images / totals.seconds,
-        "GPU waits for crops": totals.waiting / totals.seconds, "first batch s": first, "peak GiB": _peak(),
-    }  # fmt: skip
+        "what": f"whole, with networks in {settings.dtype}",
+        "images/s": totals.images / totals.seconds,
+        "GPU waits for crops": totals.waiting / totals.seconds,
+        "first batch s": first,
+        "peak GiB": _peak(),
+    }
     if device.type == "cuda":
         row["GPU peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
     return row

@@ -15,15 +15,30 @@ from typing import Any, NamedTuple
 from common.reporting import run
 from config import UserError, parse, setting
 
-GPU_NAMES = ("T4", "V100", "RTX3090", "RTX4090", "RTX5090", "A10", "L4", "A6000", "L40S", "A100", "H100", "H200",
-             "B200")  # fmt: skip
+GPU_NAMES = (
+    "T4",
+    "V100",
+    "RTX3090",
+    "RTX4090",
+    "RTX5090",
+    "A10",
+    "L4",
+    "A6000",
+    "L40S",
+    "A100",
+    "H100",
+    "H200",
+    "B200",
+)
 
 
 @dataclass(frozen=True)
 class Roofline:
     gpu: str = setting("H200", "which GPU", group="machine", choices=GPU_NAMES)
     gpus: int = setting(1, "how many of them", group="machine")
-    rent: float | None = setting(None, "dollars a GPU and hour; default: the assumed one of models/cost.py", group="machine")
+    rent: float | None = setting(
+        None, "dollars a GPU and hour; default: the assumed one of models/cost.py", group="machine"
+    )
     recipes: tuple[Path, ...] = setting((), "recipe files of train.py", group="what")
     encoder: str = setting("dinov2-vit-b", "runs in the step; cached: it does not", group="what")
     input_size: int = setting(32, "side of the latent", group="what")
@@ -58,19 +73,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         memory = training_memory(config, recompute=row.recompute)
         hours = row.steps * step.expected / 3600
         counted = cost(config)
-        rows.append({
-            "recipe": row.name, "M parameters": round(counted.parameters / 1e6, 1),
-            "GFLOP an image": (step.network_flops + step.encoder_flops) / local / 1e9, "GB moved a step": step.traffic / 1e9,
-            "floor ms": 1e3 * step.floor, "expected ms": 1e3 * step.expected,
-            "images/s": round(row.batch / step.expected), "GiB a GPU": memory.total(local) / 2**30,
-            "largest batch a GPU": max(0, math.floor((gpu.memory * 2**30 * USABLE - memory.state - memory.copies)
-                                                     / memory.activations)),
-            "steps": row.steps, "hours": hours, "dollars": round(hours * settings.gpus * rent),
-        })  # fmt: skip
+        rows.append(
+            {
+                "recipe": row.name,
+                "M parameters": round(counted.parameters / 1e6, 1),
+                "GFLOP an image": (step.network_flops + step.encoder_flops) / local / 1e9,
+                "GB moved a step": step.traffic / 1e9,
+                "floor ms": 1e3 * step.floor,
+                "expected ms": 1e3 * step.expected,
+                "images/s": round(row.batch / step.expected),
+                "GiB a GPU": memory.total(local) / 2**30,
+                "largest batch a GPU": max(
+                    0, math.floor((gpu.memory * 2**30 * USABLE - memory.state - memory.copies) / memory.activations)
+                ),
+                "steps": row.steps,
+                "hours": hours,
+                "dollars": round(hours * settings.gpus * rent),
+            }
+        )
     path = harness.write(
-        "roofline", settings.label or f"{settings.gpu}x{settings.gpus}".lower(),
-        {"gpu": settings.gpu, "gpus": settings.gpus, "dollars a GPU hour": rent, "encoder": settings.encoder}, rows,
-    )  # fmt: skip
+        "roofline",
+        settings.label or f"{settings.gpu}x{settings.gpus}".lower(),
+        {"gpu": settings.gpu, "gpus": settings.gpus, "dollars a GPU hour": rent, "encoder": settings.encoder},
+        rows,
+    )
     print(path.with_name("roofline.md").read_text())
 
 
@@ -102,7 +128,10 @@ def recipe_row(path: Path, input_size: int) -> Row:
     value = defaults | {str(key).replace("-", "_"): v for key, v in content.items()}
     names = ("depth", "hidden_size", "num_heads", "patch_size", "qk_norm")
     changes = {name: value[name] for name in names if value[name] is not None}
-    changes |= {"class_token_dim": 768 if value["class_token"] else 0, "align_dims": (768,) if value["proj_coeff"] else ()}
+    changes |= {
+        "class_token_dim": 768 if value["class_token"] else 0,
+        "align_dims": (768,) if value["proj_coeff"] else (),
+    }
     if value["encoder_depth"] is not None:
         changes["align_depth"] = value["encoder_depth"]
     network = preset(value["model"], input_size=input_size, **changes)

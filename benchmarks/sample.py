@@ -69,25 +69,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, seconds in timings.items():
         full = [settings.full_steps / settings.steps * s for s in seconds.values]
         peak = memory[name]
-        rows.append({
-            "model": settings.model, "variant": name, "batch": settings.batch_size,
-            "ms a step": harness.spread([1e3 * s / settings.steps for s in seconds.values]),
-            f"images/s at {settings.full_steps} steps": harness.spread([settings.batch_size / s for s in full]),
-            "times published": harness.ratio(timings["published"], seconds) if settings.published else None,
-            "max deviation": deviations.get(name, (None, None))[0],
-            "rms deviation": deviations.get(name, (None, None))[1],
-            "GiB above all weights": peak and peak.peak - peak.resident,
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": settings.model,
+                "variant": name,
+                "batch": settings.batch_size,
+                "ms a step": harness.spread([1e3 * s / settings.steps for s in seconds.values]),
+                f"images/s at {settings.full_steps} steps": harness.spread([settings.batch_size / s for s in full]),
+                "times published": harness.ratio(timings["published"], seconds) if settings.published else None,
+                "max deviation": deviations.get(name, (None, None))[0],
+                "rms deviation": deviations.get(name, (None, None))[1],
+                "GiB above all weights": peak and peak.peak - peak.resident,
+            }
+        )
     noise = harness.alternate({"noise": bench.draw_noise}, rounds=5, device=device, clock=settings.clock)["noise"]
     share = noise.median / timings[f"ours, {settings.dtypes[-1]}"].median
     path = harness.write(
-        "sample", settings.label,
-        {"latent": settings.input_size, "steps": settings.steps, "cfg scale": settings.cfg_scale,
-         "guidance high": settings.guidance_high, "rounds": settings.rounds, "clock": settings.clock,
-         "published commit": commit, "depth": settings.depth, "noise share of a step": f"{share:.2%}",
-         "max deviation of ours in plain float32": None if agreement is None else f"{agreement:.1e}"},
-        rows, device=device, details={"noise ms a step": 1e3 * noise.median / settings.steps},
-    )  # fmt: skip
+        "sample",
+        settings.label,
+        {
+            "latent": settings.input_size,
+            "steps": settings.steps,
+            "cfg scale": settings.cfg_scale,
+            "guidance high": settings.guidance_high,
+            "rounds": settings.rounds,
+            "clock": settings.clock,
+            "published commit": commit,
+            "depth": settings.depth,
+            "noise share of a step": f"{share:.2%}",
+            "max deviation of ours in plain float32": None if agreement is None else f"{agreement:.1e}",
+        },
+        rows,
+        device=device,
+        details={"noise ms a step": 1e3 * noise.median / settings.steps},
+    )
     print(path.with_name("sample.md").read_text())
 
 
@@ -105,8 +120,12 @@ class Bench:
         sizes = {} if settings.depth is None else {"depth": settings.depth}
         config = preset(settings.model, input_size=settings.input_size)
         if sizes:
-            config = preset(settings.model, input_size=settings.input_size, **sizes,
-                            align_depth=min(config.align_depth, settings.depth))  # fmt: skip
+            config = preset(
+                settings.model,
+                input_size=settings.input_size,
+                **sizes,
+                align_depth=min(config.align_depth, settings.depth),
+            )
         self.config = config
         torch.manual_seed(0)
         network = SiT(config)
@@ -118,9 +137,11 @@ class Bench:
         assert from_published(self.their_weights).keys() == self.weights.keys()
         self.index = torch.arange(settings.batch_size, device=device)
         self.label = self.index * 37 % config.num_classes
-        self.modules = {
-            name: published.module(settings.published, f"{name}.py") for name in ("models/sit", "samplers")
-        } if settings.published else {}  # fmt: skip
+        self.modules = (
+            {name: published.module(settings.published, f"{name}.py") for name in ("models/sit", "samplers")}
+            if settings.published
+            else {}
+        )
 
     def noise(self, rows: int | None = None) -> Any:
         from models.noise import NoiseSource
@@ -148,10 +169,13 @@ class Bench:
         network = SiT(self.config)
         network.load_state_dict(self.weights)
         sampler = Sampler(
-            prepare(network.to(self.device), Precision(dtype, compile=compiled)), Interpolant(),
+            prepare(network.to(self.device), Precision(dtype, compile=compiled)),
+            Interpolant(),
             Solver("sde", "euler", self.settings.steps),
-            Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high), dtype=acceleration.DTYPES[dtype],
-        )  # fmt: skip
+            Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high),
+            dtype=acceleration.DTYPES[dtype],
+        )
+
         def sample(rows: int | None = None) -> Any:
             return sampler(self.index[:rows], self.label[:rows]).state.latent
 
@@ -163,10 +187,19 @@ class Bench:
 
         c = self.config
         network = self.modules["models/sit"].SiT(
-            input_size=c.input_size, patch_size=c.patch_size, hidden_size=c.hidden_size,
-            decoder_hidden_size=c.hidden_size, depth=c.depth, num_heads=c.num_heads, encoder_depth=c.align_depth,
-            num_classes=c.num_classes, use_cfg=True, z_dims=list(c.align_dims), fused_attn=fused, qk_norm=False,
-        )  # fmt: skip
+            input_size=c.input_size,
+            patch_size=c.patch_size,
+            hidden_size=c.hidden_size,
+            decoder_hidden_size=c.hidden_size,
+            depth=c.depth,
+            num_heads=c.num_heads,
+            encoder_depth=c.align_depth,
+            num_classes=c.num_classes,
+            use_cfg=True,
+            z_dims=list(c.align_dims),
+            fused_attn=fused,
+            qk_norm=False,
+        )
         network.load_state_dict(self.their_weights)
         network.to(self.device).eval()
 
@@ -182,10 +215,17 @@ class Bench:
         """Its latents, float64; it does not return the class token."""
         s = self.settings
         return self.modules["samplers"].euler_maruyama_sampler(
-            network, latents, self.label[: len(latents)], num_steps=s.steps, cfg_scale=s.cfg_scale, guidance_low=0.0,
-            guidance_high=s.guidance_high, path_type="linear", cls_latents=tokens,
+            network,
+            latents,
+            self.label[: len(latents)],
+            num_steps=s.steps,
+            cfg_scale=s.cfg_scale,
+            guidance_low=0.0,
+            guidance_high=s.guidance_high,
+            path_type="linear",
+            cls_latents=tokens,
             args=SimpleNamespace(cls_cfg_scale=s.cfg_scale),
-        )  # fmt: skip
+        )
 
     def deviations(self, variants: dict[str, Callable[..., Any]]) -> tuple[float, dict[str, tuple[float, float]]]:
         """The largest deviation of ours in plain float32, and variant => largest and root mean square deviation as it runs,

@@ -26,13 +26,16 @@ class SolverBenchmark:
     checkpoint: Path = setting(
         help="model file, checkpoint or run folder (its newest), published .pt, or hub OWNER/NAME[/FILE]", group="what"
     )
-    reference: tuple[Path, ...] = setting(help="real images: .npz files, image folders or packed datasets", group="what")
+    reference: tuple[Path, ...] = setting(
+        help="real images: .npz files, image folders or packed datasets", group="what"
+    )
     features: str = setting("inception", "feature space, as evaluate.py takes it", group="what")
     vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="what")
     solvers: tuple[str, ...] = setting(
         ("sde-euler", "sde-dpmpp", "ode-euler", "ode-heun", "ode-dpmpp", "ode-dopri5"),
-        "MODE-SOLVER or MODE-SOLVER-GRID", group="what",
-    )  # fmt: skip
+        "MODE-SOLVER or MODE-SOLVER-GRID",
+        group="what",
+    )
     budgets: tuple[int, ...] = setting((6, 10, 16, 25, 50, 100), "evaluations of a sample", group="what")
     baseline_steps: int = setting(250, "steps of the SDE that sets the mark", group="what")
     cfg_scale: float = setting(GUIDANCE_SCALE, "guidance scale, of latent and class token", group="what")
@@ -88,20 +91,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured.append(Measured(name, nfe, forwards, tuple(f[0] for f in found)))
     best = cheapest(measured)
     rows = [
-        {"solver": m.name, "NFE": m.nfe, "network passes": m.forwards, "FD": harness.spread(m.distances),
-         "over SDE-250": m.mean / measured[0].mean, "cheapest within 2 %": "yes" if m == best else ""}
+        {
+            "solver": m.name,
+            "NFE": m.nfe,
+            "network passes": m.forwards,
+            "FD": harness.spread(m.distances),
+            "over SDE-250": m.mean / measured[0].mean,
+            "cheapest within 2 %": "yes" if m == best else "",
+        }
         for m in measured
-    ]  # fmt: skip
+    ]
     path = harness.write(
-        "solvers", settings.label,
-        {"features": Path(settings.features).name, "samples": settings.num_samples, "seeds": settings.seeds,
-         "cfg scale": settings.cfg_scale, "guidance high": settings.guidance_high, "dtype": settings.dtype},
-        rows, device=device,
-    )  # fmt: skip
+        "solvers",
+        settings.label,
+        {
+            "features": Path(settings.features).name,
+            "samples": settings.num_samples,
+            "seeds": settings.seeds,
+            "cfg scale": settings.cfg_scale,
+            "guidance high": settings.guidance_high,
+            "dtype": settings.dtype,
+        },
+        rows,
+        device=device,
+    )
     plot(measured, path.with_suffix(".png"))
     print(path.with_name("solvers.md").read_text())
-    print(f"cheapest within {TOLERANCE - 1:.0%} of the published SDE: {best.name}, {best.nfe:g} evaluations, "
-          f"FD {best.mean:.4g} against {measured[0].mean:.4g}")  # fmt: skip
+    print(
+        f"cheapest within {TOLERANCE - 1:.0%} of the published SDE: {best.name}, {best.nfe:g} evaluations, "
+        f"FD {best.mean:.4g} against {measured[0].mean:.4g}"
+    )
 
 
 def cheapest(measured: Sequence[Measured]) -> Measured:
@@ -159,16 +178,24 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     def pooled(pixels: Any) -> Any:
         return extractor(pixels).pooled.cpu()
 
-    reference = compute_statistics(torch.cat([
-        pooled(torch.from_numpy(real.read(i, min(i + size, len(real))).copy()).permute(0, 3, 1, 2))
-        for i in range(0, len(real), size)
-    ]))  # fmt: skip
+    reference = compute_statistics(
+        torch.cat(
+            [
+                pooled(torch.from_numpy(real.read(i, min(i + size, len(real))).copy()).permute(0, 3, 1, 2))
+                for i in range(0, len(real), size)
+            ]
+        )
+    )
 
     def distance(solver: Any, seed: int) -> tuple[float, float, float]:
         sampler = Sampler(
-            network, Interpolant(model.info.path), solver, Guidance(settings.cfg_scale, None, 0.0, settings.guidance_high),
-            dtype=acceleration.DTYPES[settings.dtype], seed=seed,
-        )  # fmt: skip
+            network,
+            Interpolant(model.info.path),
+            solver,
+            Guidance(settings.cfg_scale, None, 0.0, settings.guidance_high),
+            dtype=acceleration.DTYPES[settings.dtype],
+            seed=seed,
+        )
         found, evaluations, forwards = [], 0.0, 0.0
         for start in range(0, settings.num_samples, size):
             index = torch.arange(start, min(start + size, settings.num_samples), device=device)
@@ -195,8 +222,14 @@ def plot(measured: Sequence[Measured], path: Path) -> None:
     axes.axhspan(mark.mean / TOLERANCE, mark.mean * TOLERANCE, color="0.4", alpha=0.15, lw=0)
     for name in dict.fromkeys(m.name.split(" ")[0] for m in measured[1:]):
         line = [m for m in measured[1:] if m.name.split(" ")[0] == name]
-        axes.plot([m.nfe for m in line], [m.mean for m in line], "--o" if name.startswith("sde") else "-o", ms=3.5, lw=1.2,
-                  label=name)  # fmt: skip
+        axes.plot(
+            [m.nfe for m in line],
+            [m.mean for m in line],
+            "--o" if name.startswith("sde") else "-o",
+            ms=3.5,
+            lw=1.2,
+            label=name,
+        )
     axes.set(xscale="log", yscale="log", xlabel="evaluations of the velocity a sample", ylabel="Frechet distance")
     axes.set_xticks(sorted({round(m.nfe) for m in measured if m.name.startswith("sde")}))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))

@@ -98,23 +98,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, parts = [], {}
     for batch in settings.batch_size:
         for name, measured in compare(builders, batch, settings, device).items():
-            rows.append({
-                "model": model, "variant": name, "batch": measured.batch, "ms a step": measured.milliseconds,
-                "images/s": measured.images, "times published": measured.speed,
-                "share of ceiling": measured.images.median * flops / (ceiling * 1e12) if ceiling else None,
-                "ATen operations": measured.operations, "first step s": measured.first, "peak GiB": measured.peak,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": model,
+                    "variant": name,
+                    "batch": measured.batch,
+                    "ms a step": measured.milliseconds,
+                    "images/s": measured.images,
+                    "times published": measured.speed,
+                    "share of ceiling": measured.images.median * flops / (ceiling * 1e12) if ceiling else None,
+                    "ATen operations": measured.operations,
+                    "first step s": measured.first,
+                    "peak GiB": measured.peak,
+                }
+            )
         if settings.parts:
             parts[batch] = parts_of_step(settings, config, batch, device, precision)
             free()
     path = harness.write(
-        "train_step", settings.label,
-        {"encoder": settings.encoder, "latent": config.input_size, "precision": precision,
-         "clock": settings.clock, "rounds": settings.rounds,
-         "published commit": commit, "gradient checkpointing": settings.gradient_checkpointing,
-         "ceiling TFLOP/s": ceiling and round(ceiling, 1), "training GFLOP an image": round(flops / 1e9, 2)},
-        rows, device=device, details={"ms by part of our step": parts},
-    )  # fmt: skip
+        "train_step",
+        settings.label,
+        {
+            "encoder": settings.encoder,
+            "latent": config.input_size,
+            "precision": precision,
+            "clock": settings.clock,
+            "rounds": settings.rounds,
+            "published commit": commit,
+            "gradient checkpointing": settings.gradient_checkpointing,
+            "ceiling TFLOP/s": ceiling and round(ceiling, 1),
+            "training GFLOP an image": round(flops / 1e9, 2),
+        },
+        rows,
+        device=device,
+        details={"ms by part of our step": parts},
+    )
     print(path.with_name("train_step.md").read_text())
     for batch, table in parts.items():
         print(f"our step at batch {batch}, ms: " + ", ".join(f"{k} {v:.3g}" for k, v in table.items()))
@@ -131,12 +149,20 @@ def builders_of(settings: TrainStepBenchmark, config: Any, device: str, precisio
     from benchmarks.train_variants import OurStep, encoded_ahead, published_step
 
     def ours(n: int, compiled: bool) -> OurStep:
-        return OurStep(config, n, device, encoder=settings.encoder, precision=precision, compiled=compiled,
-                       gradient_checkpointing=settings.gradient_checkpointing)  # fmt: skip
+        return OurStep(
+            config,
+            n,
+            device,
+            encoder=settings.encoder,
+            precision=precision,
+            compiled=compiled,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
 
     def theirs(n: int, precision: str, read_back: bool) -> Callable[[], None]:
-        return published_step(settings.published, config, n, device, encoder=settings.encoder, precision=precision,
-                              read_back=read_back)  # fmt: skip
+        return published_step(
+            settings.published, config, n, device, encoder=settings.encoder, precision=precision, read_back=read_back
+        )
 
     cuda = device.startswith("cuda")
     builders: Builders = {}
@@ -163,19 +189,25 @@ def compare(builders: Builders, batch: int, settings: TrainStepBenchmark, device
         variants = {name: start(builders[name], single[name].batch if cuda else batch, device) for name in names}
         timings = harness.alternate(
             {name: v.step for name, v in variants.items()},
-            rounds=settings.rounds, warmup=settings.warmup, device=device, clock=settings.clock,
-        )  # fmt: skip
+            rounds=settings.rounds,
+            warmup=settings.warmup,
+            device=device,
+            clock=settings.clock,
+        )
         for name, variant in variants.items():
             speed = None
             if settings.published:
                 scale = variant.batch / variants["published"].batch
                 speed = harness.spread([scale * r for r in harness.ratio(timings["published"], timings[name]).values])
             measured = Measured(
-                variant.batch, harness.spread([1e3 * s for s in timings[name].values]),
-                harness.spread([variant.batch / s for s in timings[name].values]), speed,
-                harness.count_operations(variant.step), single[name].first if cuda else variant.first,
+                variant.batch,
+                harness.spread([1e3 * s for s in timings[name].values]),
+                harness.spread([variant.batch / s for s in timings[name].values]),
+                speed,
+                harness.count_operations(variant.step),
+                single[name].first if cuda else variant.first,
                 single[name].peak if cuda else None,
-            )  # fmt: skip
+            )
             found.setdefault(name, measured)
         del variants, variant
         free()
@@ -232,8 +264,15 @@ def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str
     from benchmarks.train_variants import OurStep
     from loss import draw
 
-    ours = OurStep(config, n, device, encoder=settings.encoder, precision=precision, compiled=settings.compile,
-                   gradient_checkpointing=settings.gradient_checkpointing)  # fmt: skip
+    ours = OurStep(
+        config,
+        n,
+        device,
+        encoder=settings.encoder,
+        precision=precision,
+        compiled=settings.compile,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
     step, batch, positions = ours.step, ours.batch, ours.positions
 
     def backward() -> None:
@@ -251,10 +290,14 @@ def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str
     seconds = alternate(pieces, rounds=settings.rounds, warmup=2, device=device, clock=settings.clock)
     ms = {name: 1e3 * value.median for name, value in seconds.items()}
     return {
-        "draws": ms["draws"], "encoder or tokens": ms["targets"],
-        "forward and loss": ms["forward"] - ms["draws"] - ms["targets"], "backward": ms["backward"] - ms["forward"],
-        "clip and AdamW": ms["all"] - ms["backward"] - ms["EMA"], "EMA": ms["EMA"], "whole step": ms["all"],
-    }  # fmt: skip
+        "draws": ms["draws"],
+        "encoder or tokens": ms["targets"],
+        "forward and loss": ms["forward"] - ms["draws"] - ms["targets"],
+        "backward": ms["backward"] - ms["forward"],
+        "clip and AdamW": ms["all"] - ms["backward"] - ms["EMA"],
+        "EMA": ms["EMA"],
+        "whole step": ms["all"],
+    }
 
 
 def free() -> None:

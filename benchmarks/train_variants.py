@@ -60,9 +60,16 @@ class OurStep:
     """A step of training.step.TrainStep on fixed data, as train.py builds it; call it to take the next one."""
 
     def __init__(
-        self, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "fp32",
-        compiled: bool = False, gradient_checkpointing: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        config: SiTConfig,
+        n: int,
+        device: str,
+        *,
+        encoder: str = CACHED,
+        precision: str = "fp32",
+        compiled: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         torch.manual_seed(0)
         with torch.device(device):
             network, average = SiT(config).train(), SiT(config)
@@ -73,10 +80,15 @@ class OurStep:
             for module in encoders:
                 acceleration.compile_encoder(module)
         self.step = TrainStep(
-            network, Objective(), torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=True),
-            EMA(network, average), LatentNormalization(), encoders=encoders, precision=precision,
+            network,
+            Objective(),
+            torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=True),
+            EMA(network, average),
+            LatentNormalization(),
+            encoders=encoders,
+            precision=precision,
             scaler=torch.amp.GradScaler(torch.device(device).type) if precision == "fp16" else None,
-        )  # fmt: skip
+        )
         d = random_data(config, n, device, encoder)
         stored = d.moments.clone()
         stored[:, config.in_channels :] *= MOMENTS_STD_SCALE
@@ -115,27 +127,47 @@ def encoded_ahead(ours: OurStep) -> Callable[[], StepResult]:
 
 
 def published_step(
-    clone: Path, config: SiTConfig, n: int, device: str, *, encoder: str = CACHED, precision: str = "fp32", read_back: bool
+    clone: Path,
+    config: SiTConfig,
+    n: int,
+    device: str,
+    *,
+    encoder: str = CACHED,
+    precision: str = "fp32",
+    read_back: bool,
 ) -> Callable[[], None]:
     """The body of the published training loop with its own functions, on one process and without its launcher.
 
     The encoder is ours (timm's attention is fused, the one it downloads is not): its time is not what is compared.
     """
-    given = {"torch": torch, "OrderedDict": OrderedDict, "Normalize": Normalize,
-             "IMAGENET_DEFAULT_MEAN": IMAGENET_DEFAULT_MEAN, "IMAGENET_DEFAULT_STD": IMAGENET_DEFAULT_STD}  # fmt: skip
+    given = {
+        "torch": torch,
+        "OrderedDict": OrderedDict,
+        "Normalize": Normalize,
+        "IMAGENET_DEFAULT_MEAN": IMAGENET_DEFAULT_MEAN,
+        "IMAGENET_DEFAULT_STD": IMAGENET_DEFAULT_STD,
+    }
     names = ("update_ema", "sample_posterior", "preprocess_raw_image")
     theirs = published.functions(clone, "train.py", names, given)
     network_class = published.module(clone, "models/sit.py").SiT
     torch.manual_seed(0)
     network, ema = (
         network_class(
-            input_size=config.input_size, patch_size=config.patch_size, hidden_size=config.hidden_size,
-            decoder_hidden_size=config.hidden_size, depth=config.depth, num_heads=config.num_heads,
-            encoder_depth=config.align_depth, num_classes=config.num_classes, use_cfg=True, z_dims=list(config.align_dims),
-            fused_attn=True, qk_norm=False,
+            input_size=config.input_size,
+            patch_size=config.patch_size,
+            hidden_size=config.hidden_size,
+            decoder_hidden_size=config.hidden_size,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            encoder_depth=config.align_depth,
+            num_classes=config.num_classes,
+            use_cfg=True,
+            z_dims=list(config.align_dims),
+            fused_attn=True,
+            qk_norm=False,
         ).to(device)
         for _ in range(2)
-    )  # fmt: skip
+    )
     network.train()
     ema.eval().requires_grad_(False)
     objective = published.module(clone, "loss.py").SILoss()

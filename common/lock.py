@@ -33,7 +33,9 @@ class FolderLock:
             self._stream.close()
             raise UserError(f"{folder} is in use by {holder}; {advice}") from error
         self._stream.truncate(0)
-        self._stream.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self._stream.write(
+            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        )
         self._stream.flush()
 
     def close(self) -> None:

@@ -13,15 +13,29 @@ GUIDANCE_HIGH = 0.85
 PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
         "preview": {
-            "num_fid_samples": 16, "labels": ("spread",), "mode": "sde", "solver": "euler", "num_steps": 50,
-            "cfg_scale": None, "guidance_low": 0.0, "guidance_high": GUIDANCE_HIGH, "dtype": "auto",
+            "num_fid_samples": 16,
+            "labels": ("spread",),
+            "mode": "sde",
+            "solver": "euler",
+            "num_steps": 50,
+            "cfg_scale": None,
+            "guidance_low": 0.0,
+            "guidance_high": GUIDANCE_HIGH,
+            "dtype": "auto",
         },
         "paper": {
-            "num_fid_samples": 50_000, "mode": "sde", "solver": "euler", "num_steps": 250, "cfg_scale": GUIDANCE_SCALE,
-            "guidance_low": 0.0, "guidance_high": GUIDANCE_HIGH, "dtype": "fp32", "tf32": True,
+            "num_fid_samples": 50_000,
+            "mode": "sde",
+            "solver": "euler",
+            "num_steps": 250,
+            "cfg_scale": GUIDANCE_SCALE,
+            "guidance_low": 0.0,
+            "guidance_high": GUIDANCE_HIGH,
+            "dtype": "fp32",
+            "tf32": True,
         },
     }
-)  # fmt: skip
+)
 
 
 def spread_labels(num_classes: int, count: int) -> list[int]:

@@ -32,7 +32,9 @@ class Processes:
             UserError: cuda was asked for and torch sees no device.
         """
         if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+            raise UserError(
+                "--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
+            )
         self.device = torch.device("cpu")
         if device != "cpu" and torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -140,9 +142,12 @@ def already_reported(error: str | None = None, timeout: float = 5.0) -> bool:
     run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
             timeout=datetime.timedelta(seconds=timeout),
-        )  # fmt: skip
+        )
         if error is None:
             return store.check([f"errors/{run}"])
         store.set(f"errors/{run}", "1")

@@ -76,7 +76,14 @@ def progress(total: int, *, unit: str, description: str | None = None, initial: 
     Returns:
         The bar, to be used as a context manager and moved with `update(units)`.
     """
-    bar = {"total": total, "unit": unit, "desc": description, "initial": initial, "disable": not shown, "smoothing": 0.05}
+    bar = {
+        "total": total,
+        "unit": unit,
+        "desc": description,
+        "initial": initial,
+        "disable": not shown,
+        "smoothing": 0.05,
+    }
     if sys.stderr.isatty():
         return tqdm(**bar)
     return _Lines(**bar, mininterval=SECONDS_BETWEEN_LINES, miniters=0, leave=False)

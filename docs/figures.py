@@ -32,15 +32,34 @@ def method(file: Path) -> None:
     def box(
         x: float, y: float, w: float, h: float, text: str, colour: str, size: float = 11, fill: str | None = None
     ) -> None:
-        axes.add_patch(FancyBboxPatch((x, y - h / 2), w, h, boxstyle="round,pad=0,rounding_size=0.9", lw=1.4, ec=colour,
-                                      fc=fill or FILL[colour], zorder=2))  # fmt: skip
+        axes.add_patch(
+            FancyBboxPatch(
+                (x, y - h / 2),
+                w,
+                h,
+                boxstyle="round,pad=0,rounding_size=0.9",
+                lw=1.4,
+                ec=colour,
+                fc=fill or FILL[colour],
+                zorder=2,
+            )
+        )
         axes.text(x + w / 2, y, text, ha="center", va="center", size=size, color=INK, zorder=3, linespacing=1.35)
 
     def arrow(start: tuple[float, float], end: tuple[float, float], colour: str = GREY) -> None:
-        axes.annotate("", end, start, zorder=1, arrowprops={
-            "arrowstyle": "-|>,head_width=0.3,head_length=0.6", "lw": 1.6, "color": colour,
-            "shrinkA": 0, "shrinkB": 0,
-        })  # fmt: skip
+        axes.annotate(
+            "",
+            end,
+            start,
+            zorder=1,
+            arrowprops={
+                "arrowstyle": "-|>,head_width=0.3,head_length=0.6",
+                "lw": 1.6,
+                "color": colour,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
+        )
 
     def note(x: float, y: float, text: str, colour: str = GREY, size: float = 9.5, **style: object) -> None:
         axes.text(x, y, text, size=size, color=colour, ha="center", va="center", linespacing=1.3, **style)

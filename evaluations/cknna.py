@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from models.checkpoint import Model
 
 
-
 @dataclass(frozen=True)
 class CknnaConfig:
     checkpoint: Path = setting(
@@ -39,7 +38,9 @@ class CknnaConfig:
         None, "encoder for a dataset of pixels; default: the first one the model was trained with", group="input"
     )
     num_images: int = setting(10_000, "images, spread evenly over the dataset", group="measurement")
-    times: tuple[float, ...] = setting((0.1, 0.3, 0.5, 0.7, 0.9), "t of the noisy input, in (0, 1)", group="measurement")
+    times: tuple[float, ...] = setting(
+        (0.1, 0.3, 0.5, 0.7, 0.9), "t of the noisy input, in (0, 1)", group="measurement"
+    )
     layers: tuple[int, ...] = setting((), "blocks to look behind, from 1; default: all", group="measurement")
     neighbours: int = setting(10, "k", group="measurement")
     seed: int = setting(0, "of the noise", group="measurement")
@@ -280,7 +281,9 @@ def plot(path: Path, alignment: Alignment) -> None:
         axes = figure.add_subplot(1, count, place)
         for number, (t, row) in enumerate(zip(alignment.times, scores, strict=True)):
             shade = 0.15 + 0.7 * number / max(len(alignment.times) - 1, 1)
-            axes.plot(alignment.layers, row, marker="o", ms=3, lw=1.3, color=(shade, 0.3, 1 - shade), label=f"t = {t:g}")
+            axes.plot(
+                alignment.layers, row, marker="o", ms=3, lw=1.3, color=(shade, 0.3, 1 - shade), label=f"t = {t:g}"
+            )
         axes.set_title(f"{name}, CKNNA by block", fontsize=10)
         axes.set_xlabel("after block")
         axes.set_ylim(bottom=0)
@@ -332,9 +335,15 @@ def main() -> None:
     targets = read_targets(data, rows, encoder, settings.batch_size, device)
     alignment = measure(model, data, rows, targets, settings)
     content = {
-        "schema": 1, "checkpoint": str(checkpoint), "step": model.info.step, "n": count,
-        "dataset": str(settings.dataset), "k": settings.neighbours, "seed": settings.seed, **alignment._asdict(),
-    }  # fmt: skip
+        "schema": 1,
+        "checkpoint": str(checkpoint),
+        "step": model.info.step,
+        "n": count,
+        "dataset": str(settings.dataset),
+        "k": settings.neighbours,
+        "seed": settings.seed,
+        **alignment._asdict(),
+    }
     settings.out.write_text(json.dumps(content, indent=1) + "\n")
     plot(settings.out.with_suffix(".png"), alignment)
     for t, row in zip(alignment.times, alignment.patch_tokens, strict=True):

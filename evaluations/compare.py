@@ -30,14 +30,40 @@ from evaluations.results import (
 
 # What decides a number besides the model and the sampler.
 MEASUREMENT = (
-    "n_samples", "image_size", "reference_sha256", "networks", "pr_dtype", "pr_reference", "split", "dtype",
-)  # fmt: skip
+    "n_samples",
+    "image_size",
+    "reference_sha256",
+    "networks",
+    "pr_dtype",
+    "pr_reference",
+    "split",
+    "dtype",
+)
 # Of the samples' own description all counts but this: which model and seed, on which machine, how fast.
-NOT_PROTOCOL = frozenset({
-    "schema", "n", "seed", "checkpoint", "checkpoint_sha256", "guide_sha256", "step", "versions", "seconds",
-    "samples_per_second", "processes", "device", "per_proc_batch_size", "batches", "compile", "tf32", "vae_tiling",
-    "class_token_names_label", "label_values_sha256", "vae_sha256",
-})  # fmt: skip
+NOT_PROTOCOL = frozenset(
+    {
+        "schema",
+        "n",
+        "seed",
+        "checkpoint",
+        "checkpoint_sha256",
+        "guide_sha256",
+        "step",
+        "versions",
+        "seconds",
+        "samples_per_second",
+        "processes",
+        "device",
+        "per_proc_batch_size",
+        "batches",
+        "compile",
+        "tf32",
+        "vae_tiling",
+        "class_token_names_label",
+        "label_values_sha256",
+        "vae_sha256",
+    }
+)
 
 
 @dataclass(frozen=True)

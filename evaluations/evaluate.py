@@ -27,9 +27,12 @@ class EvaluateConfig:
         (), "the same for the reference; ADM's files with mu, sigma too", group="images", also=("ref", "ref_batch")
     )
     resolution: int | None = setting(
-        None, "crop all images to this height and width, as for training; default: folders of several sizes are cropped to "
-        "the other side's size", group="images", also=("image_size", "size"),
-    )  # fmt: skip
+        None,
+        "crop all images to this height and width, as for training; default: folders of several sizes are cropped to "
+        "the other side's size",
+        group="images",
+        also=("image_size", "size"),
+    )
     num_samples: int | None = setting(None, "use the first so many samples", group="images", also=("n",))
     out: Path | None = setting(None, "results file; default: results.json beside the samples", group="images")
 
@@ -42,12 +45,16 @@ class EvaluateConfig:
     density_coverage: bool = setting(False, "density and coverage (k = 5)", group="metrics")
     kernel_distance: bool = setting(False, "kernel distance: KID, KDD", group="metrics")
     pr_dtype: str = setting(
-        "adm", "distances of precision and recall: ADM's float16 arithmetic, or fp32", group="metrics",
+        "adm",
+        "distances of precision and recall: ADM's float16 arithmetic, or fp32",
+        group="metrics",
         choices=("adm", "fp32"),
-    )  # fmt: skip
+    )
     pr_reference: int = setting(10_000, "reference images used by neighbour and kernel metrics", group="metrics")
     split: int = setting(5000, "images in a chunk of the Inception Score", group="metrics")
-    error_groups: int = setting(5, "jackknife groups for the errors of Frechet distances; 0: no errors", group="metrics")
+    error_groups: int = setting(
+        5, "jackknife groups for the errors of Frechet distances; 0: no errors", group="metrics"
+    )
     classifier: str | None = setting(
         None, "timm network or folder with a head: accuracy of the samples' labels", group="metrics"
     )

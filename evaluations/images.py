@@ -166,9 +166,9 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
     if all(part.labels is not None for part in parts):
         labels = np.concatenate([part.labels for part in parts])
     if any(part.sizes is not None for part in parts):
-        sizes = np.concatenate([
-            np.tile(part.shape[1:3], (len(part), 1)) if part.sizes is None else part.sizes for part in parts
-        ])
+        sizes = np.concatenate(
+            [np.tile(part.shape[1:3], (len(part), 1)) if part.sizes is None else part.sizes for part in parts]
+        )
     return ImageSet(
         " + ".join(part.name for part in parts),
         (int(ends[-1]), *parts[0].shape[1:]),
@@ -234,7 +234,9 @@ class Folder(NamedTuple):
         side = resolution or (fallback if self.shape is None else None)
         if side is None and self.shape is None:
             other = int((self.sizes != self.sizes[0]).any(1).argmax())
-            names = (f"{self.files[i].relative_to(self.path)} is {' x '.join(map(str, self.sizes[i]))}" for i in (0, other))
+            names = (
+                f"{self.files[i].relative_to(self.path)} is {' x '.join(map(str, self.sizes[i]))}" for i in (0, other)
+            )
             raise SeveralSizes(
                 f"{self.path} holds images of several sizes ({', '.join(names)}): give --resolution N, and they are cropped "
                 "to N x N as for training"
@@ -252,14 +254,22 @@ class Folder(NamedTuple):
             content = [f"{file.relative_to(path)} {_file_sha(file)}" for file in files]
             return _sha(*content, *([] if whole else [f"cropped to {side}"]))
 
-        classes = {name: label for label, name in enumerate(sorted({file.relative_to(path).parts[0] for file in files}))}
+        classes = {
+            name: label for label, name in enumerate(sorted({file.relative_to(path).parts[0] for file in files}))
+        }
         labels = None
         if all(len(file.relative_to(path).parts) == 2 for file in files):
             labels = np.array([classes[file.relative_to(path).parts[0]] for file in files], dtype=np.int64)
         return ImageSet(
-            path.name, (len(files), height, width, 3), read, cache(digest), labels, sidecar=_sidecar(path), grouped=True,
+            path.name,
+            (len(files), height, width, 3),
+            read,
+            cache(digest),
+            labels,
+            sidecar=_sidecar(path),
+            grouped=True,
             sizes=None if whole else self.sizes,
-        )  # fmt: skip
+        )
 
 
 def find_images(path: Path) -> Folder:
@@ -269,9 +279,10 @@ def find_images(path: Path) -> Folder:
         raise UserError(f"{path} holds no images ({', '.join(image_files.SUFFIXES)}) and is not a packed dataset")
     sizes: list[tuple[int, int]] = []
     shown = len(files) > _AT_ONCE and os.environ.get("RANK", "0") == "0"
-    with ThreadPoolExecutor(8) as pool, progress(
-        len(files), unit="image", description=f"sizes, {path.name}", shown=shown
-    ) as bar:
+    with (
+        ThreadPoolExecutor(8) as pool,
+        progress(len(files), unit="image", description=f"sizes, {path.name}", shown=shown) as bar,
+    ):
         for start in range(0, len(files), _AT_ONCE):
             sizes += pool.map(image_files.size, files[start : start + _AT_ONCE])
             bar.update(len(sizes) - start)

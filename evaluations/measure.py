@@ -24,6 +24,7 @@ from models.hub import go_offline_if_unreachable
 if TYPE_CHECKING:
     from evaluations.evaluate import EvaluateConfig
 
+
 def measure(settings: "EvaluateConfig") -> Results | None:
     """Everything the settings ask for, written to `settings.out`; None on ranks other than 0."""
     device = start(settings.device)
@@ -87,7 +88,9 @@ def measure(settings: "EvaluateConfig") -> Results | None:
         len(samples), classes if of_inception else None, audit, len(reference) if counted else None, settings.split
     )
     if digests.get("inception", networks.INCEPTION_SHA256) != networks.INCEPTION_SHA256:
-        results.warnings.append("the Inception weights are not the published ones: FID, sFID and IS are no such numbers")
+        results.warnings.append(
+            "the Inception weights are not the published ones: FID, sFID and IS are no such numbers"
+        )
     if reference is not None and reference.shape[1:] != samples.shape[1:]:
         sizes = " and ".join(f"{s.shape[1]} x {s.shape[2]}" for s in (samples, reference))
         results.warnings.append(f"samples and reference differ in size: {sizes}")
@@ -169,7 +172,7 @@ def space_metrics(
         put("inception_score", *found.score.estimate())
     if known is None:
         return values
-    for name, kind in ((("fid", "pooled"), ("sfid", "spatial")) if plain else (("fd", "pooled"),)):
+    for name, kind in (("fid", "pooled"), ("sfid", "spatial")) if plain else (("fd", "pooled"),):
         if kind in known.statistics:
             dim, groups = len(known.statistics[kind].mean), settings.error_groups
             say(f"{space}: {name}, Frechet distance in {dim} dimensions; {groups} more for its standard error")
@@ -223,13 +226,13 @@ def class_accuracy(
     if samples.labels is None:
         raise UserError(f"--classifier needs the labels of the samples (arr_1), which {samples.name} lacks")
     judge = _in_turn(
-        lambda: networks.load_timm(
-            settings.classifier, device=device, dtype=DTYPES[settings.dtype], classifier=True
-        )
+        lambda: networks.load_timm(settings.classifier, device=device, dtype=DTYPES[settings.dtype], classifier=True)
     )
     highest = int(samples.labels.max())
     if highest >= judge.classes:
-        raise UserError(f"{samples.name} has label {highest}, the classifier {settings.classifier} {judge.classes} classes")
+        raise UserError(
+            f"{samples.name} has label {highest}, the classifier {settings.classifier} {judge.classes} classes"
+        )
     digests[f"classifier {judge.space}"] = judge.digest
     found = collect(samples, judge, batch_size=settings.batch_size, keep=0, progress="samples, classifier")
     if rank() > 0:

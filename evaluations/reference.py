@@ -42,9 +42,12 @@ def read_reference(reference: ImageSet, extractor: Extractor, settings: "Evaluat
     empty = Reference(len(reference), {}, torch.zeros(0, 0), np.zeros(0, dtype=np.int64))
     given = reference.statistics or {} if extractor.space == "inception" else {}
     neighbours_wanted = (
-        settings.precision_recall or settings.density_coverage or settings.kernel_distance
-        or settings.memorization or extractor.space == "clip"
-    )  # fmt: skip
+        settings.precision_recall
+        or settings.density_coverage
+        or settings.kernel_distance
+        or settings.memorization
+        or extractor.space == "clip"
+    )
     if given and not neighbours_wanted:
         return empty._replace(statistics=given)
     file, cached = None, None
@@ -89,7 +92,9 @@ def _write_cache(file: Path, known: Reference, given: dict) -> None:
             np.savez(stream, **arrays)
         temporary.replace(file)
     except OSError as error:  # the numbers do not depend on it
-        say(f"the reference's statistics are not kept: {file.parent} cannot be written ({error.strerror}); see --cache-dir")
+        say(
+            f"the reference's statistics are not kept: {file.parent} cannot be written ({error.strerror}); see --cache-dir"
+        )
 
 
 def _read_cache(file: Path, empty: Reference, given: dict) -> Reference | None:

@@ -130,9 +130,16 @@ def write_png(report: Report, file: Path) -> None:
     figure = _figure(12, height)
     figure.suptitle(report.title, fontsize=15, y=1 - 0.3 / height)
     grid = figure.add_gridspec(
-        len(bands), 3, height_ratios=[size for _, size in bands], top=1 - 0.6 / height, bottom=0.2 / height,
-        left=0.06, right=0.97, hspace=0, wspace=0.2,
-    )  # fmt: skip
+        len(bands),
+        3,
+        height_ratios=[size for _, size in bands],
+        top=1 - 0.6 / height,
+        bottom=0.2 / height,
+        left=0.06,
+        right=0.97,
+        hspace=0,
+        wspace=0.2,
+    )
     for row, (band, _) in enumerate(bands):
         kind, _, number = band.partition(" ")
         if kind == "gap":
@@ -150,7 +157,9 @@ def write_png(report: Report, file: Path) -> None:
             axes = figure.add_subplot(grid[row, :])
             axes.axis("off")
             if kind in wrapped:
-                axes.text(0, 1, "\n".join(wrapped[kind]), fontsize=9, va="top", family="monospace", transform=axes.transAxes)
+                axes.text(
+                    0, 1, "\n".join(wrapped[kind]), fontsize=9, va="top", family="monospace", transform=axes.transAxes
+                )
             elif kind == "table":
                 _draw_table(axes, report.tables[int(number)])
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -34,10 +34,20 @@ TITLES = {
     "token_retrieval": ("Token retrieval", 3),
     "token_class_agreement": ("Token class agreement", 3),
 }
-LARGER = frozenset({
-    "inception_score", "precision", "recall", "density", "coverage", "class_accuracy", "authenticity",
-    "token_cosine", "token_retrieval", "token_class_agreement",
-})  # fmt: skip
+LARGER = frozenset(
+    {
+        "inception_score",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "class_accuracy",
+        "authenticity",
+        "token_cosine",
+        "token_retrieval",
+        "token_class_agreement",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,9 @@ def markdown(results: list[Results]) -> str:
 def sampler_cells(protocol: Mapping[str, Any]) -> tuple[str, str]:
     """("sde euler 250", "2.3 / 2.3 in [0, 0.85]") from the sidecar's settings; "-" where it does not say."""
     sampling = protocol.get("sampling", {})
-    sampler = " ".join(str(sampling[key]) for key in ("mode", "solver", "steps") if sampling.get(key) is not None) or "-"
+    sampler = (
+        " ".join(str(sampling[key]) for key in ("mode", "solver", "steps") if sampling.get(key) is not None) or "-"
+    )
     scale = sampling.get("cfg_scale")
     if scale is None:
         return sampler, "-"

@@ -126,7 +126,5 @@ def load_autoencoder(name: str) -> Autoencoder:
         if local.exists():
             raise MissingFile(f"VAE folder {local} cannot be read: {hub.first_line(error)}") from error
         elsewhere = f"`hf download {source} --local-dir vae` and pass --vae vae"
-        raise MissingFile(
-            f"VAE {name!r} is not a local folder, and {hub.cause(error, source, elsewhere)}"
-        ) from error
+        raise MissingFile(f"VAE {name!r} is not a local folder, and {hub.cause(error, source, elsewhere)}") from error
     return Autoencoder(vae, name)

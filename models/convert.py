@@ -164,7 +164,9 @@ def derive_config(state_dict: dict[str, Tensor], settings: dict[str, Any], given
     try:
         patch_weight = state_dict["x_embedder.proj.weight"]
         if patch_weight.ndim != 4:
-            raise UserError(f"these are not the weights of a SiT: x_embedder.proj.weight is {tuple(patch_weight.shape)}")
+            raise UserError(
+                f"these are not the weights of a SiT: x_embedder.proj.weight is {tuple(patch_weight.shape)}"
+            )
         hidden_size, channels, patch_size, _ = patch_weight.shape
         class_token_dim = state_dict["cls_projectors2.weight"].shape[1] if "cls_projectors2.weight" in state_dict else 0
         patches = state_dict["pos_embed"].shape[1] - (class_token_dim > 0)
@@ -277,7 +279,9 @@ def convert_published(
         vae=given.vae,
         normalization=asdict(LatentNormalization()),
         encoders=encoders if network.class_token_dim or network.align_dims else (),
-        cfg_prob=0.1 if given.cfg_prob is None else given.cfg_prob,  # what was trained with: --cfg-prob is not read there
+        cfg_prob=0.1
+        if given.cfg_prob is None
+        else given.cfg_prob,  # what was trained with: --cfg-prob is not read there
         step=published.step,
         classes=imagenet_classes() if network.num_classes == 1000 else (),
         notes={"imported": source.name, "weights": weights},
@@ -313,9 +317,14 @@ def export_published(source: Path, out: Path) -> ModelInfo:
     network, info = model.info.network, model.info
     state_dict = to_published(model.network.state_dict())
     args = argparse.Namespace(
-        path_type=info.path, resolution=info.resolution, num_classes=network.num_classes, encoder_depth=network.align_depth,
-        qk_norm=network.qk_norm, enc_type=",".join(info.encoders) or None, cfg_prob=info.cfg_prob,
-    )  # fmt: skip
+        path_type=info.path,
+        resolution=info.resolution,
+        num_classes=network.num_classes,
+        encoder_depth=network.align_depth,
+        qk_norm=network.qk_norm,
+        enc_type=",".join(info.encoders) or None,
+        cfg_prob=info.cfg_prob,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": state_dict, "ema": state_dict, "args": args, "steps": info.step}, out)
     return info

@@ -126,9 +126,12 @@ def step_cost(config: SiTConfig, batch: int, gpu: Gpu, *, encoder_macs: int = 0,
     weights = (c.parameters + c.projector_parameters) * (28 + 12 + 12 + 4 + 6)
     traffic = elementwise + weights
     return StepCost(
-        network, encoder, traffic, (network + encoder) / (REACHED * gpu.tflops * 1e12),
+        network,
+        encoder,
+        traffic,
+        (network + encoder) / (REACHED * gpu.tflops * 1e12),
         traffic / (REACHED * gpu.bandwidth * 1e12),
-    )  # fmt: skip
+    )
 
 
 class TrainingMemory(NamedTuple):

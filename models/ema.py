@@ -35,7 +35,9 @@ class EMA:
     def distance(self, network: nn.Module) -> torch.Tensor:
         """Relative L2 distance |weights - average| / |weights| over all parameters: a scalar tensor."""
         squares = torch.zeros(2, dtype=torch.float64, device=next(network.parameters()).device)
-        for p, a in zip(network.parameters(), self.average.parameters()):  # one by one: copies of all would be 12 GB at XL/2
+        for p, a in zip(
+            network.parameters(), self.average.parameters()
+        ):  # one by one: copies of all would be 12 GB at XL/2
             squares[0] += (p.double() - a.double()).square().sum()
             squares[1] += p.double().square().sum()
         return (squares[0] / squares[1]).sqrt()

@@ -126,8 +126,10 @@ def _converted(source: Source) -> Path:
         save_model(temporary / "model.safetensors", state_dict, info)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source.name}: the converted weights fit neither in the cache nor in {temporary}") from error
-    say(f"the cache of converted weights cannot be written ({hub.first_line(reason)}): this copy is deleted at the end; "
-        "REG_CACHE names another folder")  # fmt: skip
+    say(
+        f"the cache of converted weights cannot be written ({hub.first_line(reason)}): this copy is deleted at the end; "
+        "REG_CACHE names another folder"
+    )
     return temporary / "model.safetensors"
 
 
@@ -154,9 +156,7 @@ def _digest(path: Path, folder: Path) -> str:
     digest = file_sha256(path)
     expected = hub.cached_sha256(path)
     if expected and digest != expected:
-        raise UserError(
-            f"{path} is damaged (its SHA-256 differs): delete {path.resolve()} to have it downloaded again"
-        )
+        raise UserError(f"{path} is damaged (its SHA-256 differs): delete {path.resolve()} to have it downloaded again")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         temporary = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")

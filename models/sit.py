@@ -49,9 +49,7 @@ class SiTConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"SiTConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise UserError(
-                f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads} and by 4"
-            )
+            raise UserError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads} and by 4")
         if self.input_size % self.patch_size:
             raise UserError(f"input_size {self.input_size} must be divisible by patch_size {self.patch_size}")
         if self.align_dims and not 1 <= self.align_depth <= self.depth:
@@ -106,7 +104,9 @@ class PatchEmbedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         p = self.proj.kernel_size[0]
-        patches = x.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)  # (N, P, C p^2)
+        patches = (
+            x.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
+        )  # (N, P, C p^2)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (N, P, D)
 
 
@@ -198,7 +198,9 @@ class SiTBlock(nn.Module):
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)  # (N, 1, D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        )  # (N, 1, D) each
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -312,10 +314,12 @@ class SiT(nn.Module):
 def projector(hidden_size: int, projector_dim: int, out_dim: int) -> nn.Sequential:
     """REPA's projection head: three linear layers with SiLU between."""
     return nn.Sequential(
-        nn.Linear(hidden_size, projector_dim), nn.SiLU(),
-        nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+        nn.Linear(hidden_size, projector_dim),
+        nn.SiLU(),
+        nn.Linear(projector_dim, projector_dim),
+        nn.SiLU(),
         nn.Linear(projector_dim, out_dim),
-    )  # fmt: skip
+    )
 
 
 def sincos_position_embedding(dim: int, side: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Say what a packed dataset holds, and draw a sheet of its images, decoded from the latents that training will see.
 
-    python -m preprocessing.describe --data-dir data/imagenet256
+python -m preprocessing.describe --data-dir data/imagenet256
 """
 
 import os
@@ -29,7 +29,9 @@ _SAMPLE = 512  # records whose tokens and latents are measured
 @dataclass(frozen=True)
 class DescribeConfig:
     data_dir: Path = setting(help="packed dataset", group="input", also=("dataset", "data", "out"))
-    vae: str | None = setting(None, "decodes the sheet: ema, mse, hub id or folder; default: the dataset's", group="input")
+    vae: str | None = setting(
+        None, "decodes the sheet: ema, mse, hub id or folder; default: the dataset's", group="input"
+    )
     sheet: Path | None = setting(None, "PNG to write; default: contact_sheet.png in the dataset", group="output")
     images: int = setting(40, "images on the sheet; 0: no sheet, and no VAE is loaded", group="output")
     classes: int = setting(10, "classes to list: the largest and the smallest ones", group="output")
@@ -97,7 +99,9 @@ def _counts(dataset: "PackedDataset", labels: "np.ndarray", shown: int) -> list[
     counts = np.bincount(labels, minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     lines = [f"images a class: {counts.min()} to {counts.max()}, mean {counts.mean():.1f}"]
-    listed = order if len(order) <= shown else np.concatenate([order[: -(-shown // 2)], order[len(order) - shown // 2 :]])
+    listed = (
+        order if len(order) <= shown else np.concatenate([order[: -(-shown // 2)], order[len(order) - shown // 2 :]])
+    )
     return lines + [f"  {label:5d} {names[label]}: {counts[label]}" for label in listed.tolist()]
 
 

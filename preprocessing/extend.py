@@ -62,9 +62,15 @@ def remaining(fresh: Index, known: Iterable[Index], classes: list[str]) -> Index
     places = fresh.places[kept]
     used, places[:, 0] = np.unique(places[:, 0], return_inverse=True)  # the same list, whatever files are beside these
     return Index(
-        fresh.kind, fresh.root, [fresh.files[file] for file in used], [fresh.names[i] for i in kept],
-        np.array([labels[i] for i in kept], np.int64), places, classes, fresh.ignored,
-    )  # fmt: skip
+        fresh.kind,
+        fresh.root,
+        [fresh.files[file] for file in used],
+        [fresh.names[i] for i in kept],
+        np.array([labels[i] for i in kept], np.int64),
+        places,
+        classes,
+        fresh.ignored,
+    )
 
 
 def joined(parts: list[Index]) -> Index:
@@ -77,9 +83,15 @@ def joined(parts: list[Index]) -> Index:
         files += part.files
     newest = parts[-1]
     return Index(
-        newest.kind, newest.root, files, [name for part in parts for name in part.names],
-        np.concatenate([part.labels for part in parts]), np.concatenate(places), newest.classes, newest.ignored,
-    )  # fmt: skip
+        newest.kind,
+        newest.root,
+        files,
+        [name for part in parts for name in part.names],
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate(places),
+        newest.classes,
+        newest.ignored,
+    )
 
 
 def merged_classes(known: list[str], found: list[str]) -> list[str]:

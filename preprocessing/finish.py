@@ -75,7 +75,9 @@ def write_class_means(out: Path, plan: Plan, index: Index) -> None:
     for number in range(plan.shards):
         files = read_json(entry_file(out, number))["files"]
         if files:
-            labels, tokens = (np.load(out / files[name]["file"], allow_pickle=False) for name in ("label", "class_token.0"))
+            labels, tokens = (
+                np.load(out / files[name]["file"], allow_pickle=False) for name in ("label", "class_token.0")
+            )
             np.add.at(sums, labels, tokens.astype(np.float64))
             counts += np.bincount(labels, minlength=len(counts))
     means = out / means_file(plan)

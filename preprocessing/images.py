@@ -9,11 +9,43 @@ from PIL import Image
 
 from common.crop import center_crop
 
-SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
-    ".jp2", ".avif", ".tga", ".ico", ".pcx",
-))  # fmt: skip
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "PCX")  # JPEG opens MPO too
+SUFFIXES = frozenset(
+    (
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".jp2",
+        ".avif",
+        ".tga",
+        ".ico",
+        ".pcx",
+    )
+)
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "GIF",
+    "WEBP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "TGA",
+    "ICO",
+    "PCX",
+)  # JPEG opens MPO too
 MAX_BYTES = 2**28  # of an image file; the largest of ImageNet has 16 MB
 
 
@@ -57,7 +89,9 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         except Exception as error:  # whatever a malformed file drives a decoder into
             raise BadImage(f"not a readable image ({_reason(error)})") from error
         if image.width * image.height > max_pixels:
-            raise BadImage(f"its header says {image.width} x {image.height} pixels, more than --max-pixels {max_pixels}")
+            raise BadImage(
+                f"its header says {image.width} x {image.height} pixels, more than --max-pixels {max_pixels}"
+            )
         try:
             image.load()
             return _rgb(image)

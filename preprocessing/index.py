@@ -96,7 +96,12 @@ def is_image(name: str) -> bool:
 
 
 def build(
-    kind: str, root: Path, files: Sequence[str], entries: list[Entry], names: Sequence[str] | None, choice: "Choice",
+    kind: str,
+    root: Path,
+    files: Sequence[str],
+    entries: list[Entry],
+    names: Sequence[str] | None,
+    choice: "Choice",
     ignored: Sequence[str] = (),
 ) -> Index:
     """Give every entry its class and put the list in order: by class, then by name (tables: as they are).
@@ -109,7 +114,9 @@ def build(
         width = max(entry.label for entry in entries) + 1
         found = list(names) if names else [str(number) for number in range(width)]
         if width > len(found) or min(entry.label for entry in entries) < 0:
-            raise UserError(f"--source {root}: label {width - 1} has no name among the {len(found)} classes of the source")
+            raise UserError(
+                f"--source {root}: label {width - 1} has no name among the {len(found)} classes of the source"
+            )
         folders = [found[entry.label] for entry in entries]
     else:
         folders = _class_folders(root, [entry.name for entry in entries], choice.allow_one_class)
@@ -135,10 +142,15 @@ def build(
         if twice:
             raise UserError(f"--source {root}: {entries[kept[twice[0]]].name} is there twice")
     return Index(
-        kind, str(root.resolve()), list(files), [entries[kept[i]].name for i in order],
-        np.array([labels[i] for i in order], np.int64), np.array([entries[kept[i]].place for i in order], np.int64),
-        display, list(ignored)[:20],
-    )  # fmt: skip
+        kind,
+        str(root.resolve()),
+        list(files),
+        [entries[kept[i]].name for i in order],
+        np.array([labels[i] for i in order], np.int64),
+        np.array([entries[kept[i]].place for i in order], np.int64),
+        display,
+        list(ignored)[:20],
+    )
 
 
 @dataclass(frozen=True)

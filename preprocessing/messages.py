@@ -96,7 +96,9 @@ def summary(out: Path, source: dict[str, Any], everyone: list[Totals]) -> str:
         lines.append(f"{source['enlarged']} images were smaller than the crop and were enlarged")
     if source["skipped"]:
         name, reason = source["skipped"][0]
-        lines.append(f"{len(source['skipped'])} images were left out, listed in {MANIFEST}; the first: {name}: {reason}")
+        lines.append(
+            f"{len(source['skipped'])} images were left out, listed in {MANIFEST}; the first: {name}: {reason}"
+        )
     if source["ignored"]:
         lines.append(f"some files are not images and were ignored: {', '.join(source['ignored'][:3])}")
     errors = ", ".join(f"{name} {value:.2g}" for name, value in source["rounding"].items())

@@ -53,12 +53,15 @@ class Networks:
         self.names = settings.enc_type if settings.tokens else ()
         self.encoders = [load_encoder(name, self.grid) for name in self.names]
         self.vae_info = {
-            "name": settings.vae, "factor": self.factor, "weights": _digest(self.vae),
+            "name": settings.vae,
+            "factor": self.factor,
+            "weights": _digest(self.vae),
             "normalization": {
-                "scale": list(self.normalization.scale), "bias": list(self.normalization.bias),
+                "scale": list(self.normalization.scale),
+                "bias": list(self.normalization.bias),
                 "order": self.normalization.order,
             },
-        }  # fmt: skip
+        }
         self.encoder_infos = [
             EncoderInfo(name, encoder.dim, encoder.grid, _digest(encoder))
             for name, encoder in zip(self.names, self.encoders)
@@ -113,7 +116,9 @@ class Networks:
             pending.done.synchronize()
         crops = pending.crops
         results = {name: value.numpy() for name, value in pending.results.items()}
-        error = {name.removeprefix("error "): float(value) for name, value in results.items() if name.startswith("error ")}
+        error = {
+            name.removeprefix("error "): float(value) for name, value in results.items() if name.startswith("error ")
+        }
         arrays = {name: value for name, value in results.items() if not name.startswith("error ")}
         if not len(crops.pixels):
             return Encoded(crops, {}, {})

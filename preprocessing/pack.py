@@ -25,26 +25,30 @@ class PackConfig:
     out: Path = setting(help="folder to write", group="output", also=("output", "dest", "out_dir"))
     shard_size: int = setting(2048, "records per file", group="output")
     extend: bool = setting(
-        False, "add the images that --source has gained to the finished dataset in --out; its records stay", group="output"
+        False,
+        "add the images that --source has gained to the finished dataset in --out; its records stay",
+        group="output",
     )
     verify: bool = setting(False, "re-read every checksum of --out, name what is broken, and stop", group="output")
     repair: bool = setting(False, "verify, then redo what is broken; give the flags it was packed with", group="output")
 
     source: Path | None = setting(
-        None, "folder of class folders, zip, tar (also of tars), parquet or arrow, or the published layout", group="input",
+        None,
+        "folder of class folders, zip, tar (also of tars), parquet or arrow, or the published layout",
+        group="input",
         also=("input", "data", "images", "data_dir"),
-    )  # fmt: skip
+    )
     classes: Path | None = setting(
         None, "text file: the classes to take, in the order of their labels, one a line", group="input"
     )
     allow_one_class: bool = setting(False, "pack images that are all of one class", group="input")
-    resolution: int = setting(
-        256, "pixels, height and width of the crop", group="input", also=("image_size", "size")
-    )
+    resolution: int = setting(256, "pixels, height and width of the crop", group="input", also=("image_size", "size"))
     on_corrupt: str = setting(
-        "error", "an image that cannot be read ends the packing, or is left out and listed", group="input",
+        "error",
+        "an image that cannot be read ends the packing, or is left out and listed",
+        group="input",
         choices=("error", "skip"),
-    )  # fmt: skip
+    )
     max_pixels: int = setting(100_000_000, "refuse images of more pixels than this", group="input")
 
     vae: str = setting("ema", "VAE: ema, mse, a hub id or a local folder", group="networks")
@@ -58,9 +62,11 @@ class PackConfig:
     dtype: str = setting("fp32", "arithmetic of VAE and encoders", group="speed", choices=("fp32", "bf16", "fp16"))
     batch_size: int = setting(64, "images at a time", group="speed", also=("bs",))
     num_workers: int | None = setting(
-        None, "reading processes for each GPU; default: the cores there are", group="speed",
+        None,
+        "reading processes for each GPU; default: the cores there are",
+        group="speed",
         also=("workers", "num_processes"),
-    )  # fmt: skip
+    )
     compile: bool = setting(False, "torch.compile the networks", group="speed")
 
 

@@ -89,11 +89,15 @@ def pack(settings: Any) -> None:
     if ranks.rank == 0:
         say(f"listing the images of {settings.source}")
         parts = index_source(out, settings, begun, extend=complete)
-    kind, new = ranks.share((parts[-1].kind, not complete or len(parts) > len(begun.parts)) if ranks.rank == 0 else None)
+    kind, new = ranks.share(
+        (parts[-1].kind, not complete or len(parts) > len(begun.parts)) if ranks.rank == 0 else None
+    )
     if not new:
         say(f"{out}: all images of {settings.source} are packed already ({begun.count}); nothing to add")
         return
-    device = torch.device(f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    )
     networks = Networks(settings, has_moments=kind == "published", device=device)
     plan = ranks.share(make_plan(out, settings, parts, networks, begun) if ranks.rank == 0 else None)
     index = joined(read_parts(out, plan))
@@ -128,10 +132,13 @@ def pack_shards(
     """Write the given shards. settings: on_corrupt, max_pixels, num_workers, batch_size."""
     reader = Reader(index.kind, index.root, index.files)
     loader = DataLoader(
-        CropDataset(reader, plan.settings["resolution"], settings.max_pixels), sampler=Requests(index, plan, shards),
-        batch_size=None, collate_fn=as_is, num_workers=_workers(settings.num_workers, ranks),
+        CropDataset(reader, plan.settings["resolution"], settings.max_pixels),
+        sampler=Requests(index, plan, shards),
+        batch_size=None,
+        collate_fn=as_is,
+        num_workers=_workers(settings.num_workers, ranks),
         pin_memory=networks.device.type == "cuda",
-    )  # fmt: skip
+    )
     batches = iter(loader)  # worker processes start here, before CUDA does and with as little memory as may be
     networks.place()
     count = sum(stop - start for start, stop in map(plan.range, shards))

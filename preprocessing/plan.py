@@ -24,9 +24,19 @@ from preprocessing.sources import list_source
 PLAN = "packing.json"
 INDEX = "index.npz"
 COMPARED = (  # settings that decide what is written: the same for the whole of a dataset
-    "source", "classes", "resolution", "vae", "enc_type", "tokens", "pixels", "patch_size", "dtype", "batch_size",
-    "shard_size", "compile",
-)  # fmt: skip
+    "source",
+    "classes",
+    "resolution",
+    "vae",
+    "enc_type",
+    "tokens",
+    "pixels",
+    "patch_size",
+    "dtype",
+    "batch_size",
+    "shard_size",
+    "compile",
+)
 
 
 class Part(NamedTuple):
@@ -246,13 +256,23 @@ def make_plan(out: Path, settings: Any, parts: list[Index], networks: Networks, 
         before = plan
         extends = []
         if before is not None:
-            earlier = {"id": before.id, "index": before.index, "count": before.parts[-1].count,
-                       "classes": len(parts[number - 1].classes)}  # fmt: skip
+            earlier = {
+                "id": before.id,
+                "index": before.index,
+                "count": before.parts[-1].count,
+                "classes": len(parts[number - 1].classes),
+            }
             extends = [*before.extends, earlier]
         plan = Plan(
-            compared_settings(settings), sha256(index_file(out, number)), sum(map(len, parts[: number + 1])),
-            networks.fields(settings.resolution, settings.pixels), vae, encoders, _versions(networks.device), extends,
-        )  # fmt: skip
+            compared_settings(settings),
+            sha256(index_file(out, number)),
+            sum(map(len, parts[: number + 1])),
+            networks.fields(settings.resolution, settings.pixels),
+            vae,
+            encoders,
+            _versions(networks.device),
+            extends,
+        )
     if plan is not begun:
         write_json(out / PLAN, plan.content())
     return plan

@@ -93,7 +93,7 @@ def _read_labels(content: bytes, where: str) -> dict[str, int] | None:
         labels = json.loads(content).get("labels")
         return None if labels is None else {name.replace("\\", "/"): int(number) for name, number in labels}
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: expected {{\"labels\": [[name, number], ...]}} ({error})") from error
+        raise UserError(f'{where}: expected {{"labels": [[name, number], ...]}} ({error})') from error
 
 
 # ---------------------------------------------------------------------------------------------------------- archives

@@ -82,9 +82,10 @@ def find_faults(out: Path) -> list[Fault]:
         index = joined(read_parts(out, plan))
     if _is_being_extended(out, plan):
         return [
-            Fault(MANIFEST, "its extension is not finished: give the packing command again", None), *faults,
+            Fault(MANIFEST, "its extension is not finished: give the packing command again", None),
+            *faults,
             *_faults_of_shards(out, plan, index),
-        ]  # fmt: skip
+        ]
     faults += _faults_of_shards(out, plan, index)
     if index is not None and not any(fault.shard is not None for fault in faults):
         faults += _manifest_faults(out, plan, index)
@@ -146,7 +147,9 @@ def _say(out: Path, plan: Plan, index: Index | None, number: int, entry: dict[st
     wanted = checksums[:, fields.index(name)]
     if len(records) != len(wanted):
         return "does not match its checksum; its header is broken"
-    broken = [row for row in range(len(records)) if zlib.crc32(np.ascontiguousarray(records[row]).tobytes()) != wanted[row]]
+    broken = [
+        row for row in range(len(records)) if zlib.crc32(np.ascontiguousarray(records[row]).tobytes()) != wanted[row]
+    ]
     if not broken:
         return "does not match its checksum; its header is broken"
     start = _first_record(out, number)

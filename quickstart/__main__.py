@@ -17,9 +17,17 @@ SAMPLERS = {  # name => generate.py's flags
 }
 GUIDANCE = {
     "unguided": ("--cfg-scale", "1.0"),
-    "guided": ("--cfg-scale", str(GUIDANCE_SCALE), "--cls-cfg-scale", str(GUIDANCE_SCALE),
-               "--guidance-low", "0.0", "--guidance-high", str(GUIDANCE_HIGH)),
-}  # fmt: skip
+    "guided": (
+        "--cfg-scale",
+        str(GUIDANCE_SCALE),
+        "--cls-cfg-scale",
+        str(GUIDANCE_SCALE),
+        "--guidance-low",
+        "0.0",
+        "--guidance-high",
+        str(GUIDANCE_HIGH),
+    ),
+}
 RUNS = {  # rows of the paper's ablation => train.py's flags
     "reg": (),
     "repa": ("--no-class-token",),
@@ -35,27 +43,74 @@ def prepare(out: Path) -> list[Stage]:
         command = ("python", "-m", "quickstart.networks", name, str(images / "train"), str(networks / name))
         stages.append(Stage(name, command, (networks / name / "figures.json",), ("images",)))
     command = (
-        "python", "preprocessing/pack.py", "--source", str(images / "train"), "--out", str(out / "packed"),
-        "--resolution", "16", "--vae", str(networks / "vae"), "--enc-type", str(networks / "encoder"),
-    )  # fmt: skip
+        "python",
+        "preprocessing/pack.py",
+        "--source",
+        str(images / "train"),
+        "--out",
+        str(out / "packed"),
+        "--resolution",
+        "16",
+        "--vae",
+        str(networks / "vae"),
+        "--enc-type",
+        str(networks / "encoder"),
+    )
     return [*stages, Stage("pack", command, (out / "packed" / "dataset.json",), ("images", "vae", "encoder"))]
 
 
 def train_and_sample(out: Path, run: str, gpu: bool, samples: int) -> list[Stage]:
     """Train one row and sample it with each solver, with and without guidance."""
-    launcher = ("accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-                "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count() or 1),
-                *(() if gpu else ("--cpu",)))  # fmt: skip
-    train = (*launcher, "train.py", "--config", "recipes/digits.yaml", "--data-dir", str(out / "packed"),
-             "--output-dir", str(out), "--exp-name", run, *RUNS[run])  # fmt: skip
+    launcher = (
+        "accelerate",
+        "launch",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        str(os.cpu_count() or 1),
+        *(() if gpu else ("--cpu",)),
+    )
+    train = (
+        *launcher,
+        "train.py",
+        "--config",
+        "recipes/digits.yaml",
+        "--data-dir",
+        str(out / "packed"),
+        "--output-dir",
+        str(out),
+        "--exp-name",
+        run,
+        *RUNS[run],
+    )
     stages = [Stage(f"train-{run}", train, (out / run / "checkpoints",), ("pack",))]
     for sampler, solver in SAMPLERS.items():
         for guidance, scales in GUIDANCE.items():
             name = f"{run}-{sampler}-{guidance}"
             folder = out / "samples" / name
-            command = ("torchrun", "--nproc_per_node=1", "generate.py", "--checkpoint", str(out / run), "--out", str(folder),
-                       "--num-fid-samples", str(samples), "--per-proc-batch-size", "125", "--labels", "balanced",
-                       *solver, *scales)  # fmt: skip
+            command = (
+                "torchrun",
+                "--nproc_per_node=1",
+                "generate.py",
+                "--checkpoint",
+                str(out / run),
+                "--out",
+                str(folder),
+                "--num-fid-samples",
+                str(samples),
+                "--per-proc-batch-size",
+                "125",
+                "--labels",
+                "balanced",
+                *solver,
+                *scales,
+            )
             stages.append(Stage(f"sample-{name}", command, (folder / "samples.npz",), (f"train-{run}",)))
             stages.append(evaluate(out, name, folder / "samples.npz", (f"sample-{name}",)))
     return stages
@@ -66,9 +121,19 @@ def evaluate(out: Path, name: str, samples: Path, after: tuple[str, ...]) -> Sta
     results = out / "evaluations" / f"{name}.json"
     judge = str(out / "networks" / "judge")
     command = (
-        "python", "evaluations/evaluate.py", "--reference", str(out / "images" / "test.npz"), "--samples", str(samples),
-        "--features", f"timm:{judge}", "--classifier", judge, "--out", str(results),
-    )  # fmt: skip
+        "python",
+        "evaluations/evaluate.py",
+        "--reference",
+        str(out / "images" / "test.npz"),
+        "--samples",
+        str(samples),
+        "--features",
+        f"timm:{judge}",
+        "--classifier",
+        judge,
+        "--out",
+        str(results),
+    )
     return Stage(f"evaluate-{name}", command, (results,), (*after, "judge"))
 
 
@@ -102,8 +167,6 @@ def main() -> None:
     from quickstart.summary import summarize
 
     print("\n" + summarize(out, runs, list(runner.records.values()), gpu))
-
-
 
 
 if __name__ == "__main__":

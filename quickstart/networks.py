@@ -53,10 +53,15 @@ def train_vae(images: Tensor, labels: Tensor, out: Path) -> dict[str, float]:
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=SIZE,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
         mid_block_add_attention=False,
-    )  # fmt: skip
+    )
 
     def loss(x: Tensor, _: Tensor) -> Tensor:
         posterior = vae.encode(x).latent_dist
@@ -72,7 +77,9 @@ def train_vae(images: Tensor, labels: Tensor, out: Path) -> dict[str, float]:
     return {"reconstruction_psnr": 10 * torch.log10(4 / error).item(), "latent_std": latents.std().item()}
 
 
-def train_classifier(architecture: str, model_args: dict, images: Tensor, labels: Tensor, out: Path, *, steps: int) -> dict:
+def train_classifier(
+    architecture: str, model_args: dict, images: Tensor, labels: Tensor, out: Path, *, steps: int
+) -> dict:
     """A timm network on digits moved by up to a pixel, saved in timm's own folder format."""
     import timm
     from timm.models import save_for_hf
@@ -108,7 +115,9 @@ def main() -> None:
     else:
         figures = train_classifier("resnet18", RESNET, images, labels, settings.out, steps=600)
     (settings.out / "figures.json").write_text(json.dumps(figures, indent=1))
-    print(f"{settings.network}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items()))
+    print(
+        f"{settings.network}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
+    )
 
 
 if __name__ == "__main__":

@@ -23,20 +23,29 @@ def collect(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool) 
         sidecar = json.loads(file.read_text())
         seconds = by_name[f"sample-{name}"].seconds
         settings.append(
-            {"name": name, "run": run, "sampler": sampler, "guidance": guidance, "nfe": sidecar["nfe"],
-             "forwards": sidecar["forwards"], "seconds": seconds}
+            {
+                "name": name,
+                "run": run,
+                "sampler": sampler,
+                "guidance": guidance,
+                "nfe": sidecar["nfe"],
+                "forwards": sidecar["forwards"],
+                "seconds": seconds,
+            }
             | _metrics(out / "evaluations" / f"{name}.json")
         )
     settings.sort(key=lambda s: (runs.index(s["run"]), s["sampler"], s["guidance"] == "guided"))
     return {
         "settings": settings,
-        "real": {"held-out": _metrics(out / "evaluations" / "held-out.json"),
-                 "train": _metrics(out / "evaluations" / "train.json")},
+        "real": {
+            "held-out": _metrics(out / "evaluations" / "held-out.json"),
+            "train": _metrics(out / "evaluations" / "train.json"),
+        },
         "seconds": {record.name: round(record.seconds, 1) for record in records},
         "total_seconds": round(sum(record.seconds for record in records), 1),
         "peak_memory_gib": round(max(record.peak_gib for record in records), 2),
         "device": "cuda" if gpu else "cpu",
-    }  # fmt: skip
+    }
 
 
 def rows(results: dict) -> list[list[str]]:
@@ -48,9 +57,18 @@ def rows(results: dict) -> list[list[str]]:
         table.append([title, "", "", f"{real['accuracy']:.1%}", distance, str(real["n"]), "", "", ""])
     for s in results["settings"]:
         table.append(
-            [TITLES[s["run"]], s["sampler"].upper(), s["guidance"], f"{s['accuracy']:.1%}", f"{s['fd']:.3f}", str(s["n"]),
-             str(s["nfe"]), str(s["forwards"]), f"{s['seconds']:.0f}"]
-        )  # fmt: skip
+            [
+                TITLES[s["run"]],
+                s["sampler"].upper(),
+                s["guidance"],
+                f"{s['accuracy']:.1%}",
+                f"{s['fd']:.3f}",
+                str(s["n"]),
+                str(s["nfe"]),
+                str(s["forwards"]),
+                f"{s['seconds']:.0f}",
+            ]
+        )
     return table
 
 
@@ -77,13 +95,16 @@ def summarize(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool
         ],
         tables=[
             Table("Samples and real digits", table[0], table[1:]),
-            Table("Stages", ["stage", "seconds", "peak GiB"],
-                  [[r.name, f"{r.seconds:.1f}", f"{r.peak_gib:.2f}"] for r in records]),
+            Table(
+                "Stages",
+                ["stage", "seconds", "peak GiB"],
+                [[r.name, f"{r.seconds:.1f}", f"{r.peak_gib:.2f}"] for r in records],
+            ),
         ],
         runs={TITLES[run]: out / run for run in runs},
         images=pictures,
         commands=[record.command for record in records],
-    )  # fmt: skip
+    )
     write_html(report, out / "report.html")
     write_png(report, out / "report.png")
     lines = [_line(row, [max(len(r[i]) for r in table) for i in range(len(table[0]))]) for row in table]
@@ -91,7 +112,9 @@ def summarize(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool
 
 
 def _line(row: list[str], widths: list[int]) -> str:
-    return "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+    return "  ".join(
+        cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+    )
 
 
 def _metrics(file: Path) -> dict:

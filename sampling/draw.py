@@ -47,14 +47,12 @@ class Sampler:
     ) -> Drawn:
         """index, label: (N,) int64 on the device; index numbers the noise. token: (N, D) given class tokens, or None to
         generate them. progress: takes the finished fraction of the batch, all candidates together, after each step."""
-        best, meter = self._candidate(0, index, label, token, progress), Meter()
+        best = self._candidate(0, index, label, token, progress)
         for candidate in range(1, self.best_of):
             other = self._candidate(candidate, index, label, token, progress)
             scores = [agreement(drawn.state.class_token, label, self.class_means) for drawn in (best, other)]
-            better = scores[1] > scores[0]
-            state = best.state.map(lambda a, b: torch.where(better.view(-1, *[1] * (a.ndim - 1)), b, a), other.state)
-            meter = Meter(best.evaluations + other.evaluations, best.forwards + other.forwards)
-            best = Drawn(state, meter.evaluations, meter.forwards)
+            state = _choose(scores[1] > scores[0], other.state, best.state)
+            best = Drawn(state, best.evaluations + other.evaluations, best.forwards + other.forwards)
         return best
 
     def _candidate(
@@ -66,15 +64,18 @@ class Sampler:
 
         noise = NoiseSource(self.network.config, self.seed, index, self.solver.num_steps, number)
         start, meter = noise.start(), Meter()
-        velocity = network_velocity(
-            self.network, label, self.guidance, guide=self.guide, dtype=self.dtype, meter=meter
-        )
+        velocity = network_velocity(self.network, label, self.guidance, guide=self.guide, dtype=self.dtype, meter=meter)
         if token is not None:
             velocity = fixed_token(velocity, self.interpolant, token.double(), start.class_token.double())
         end = self.solver(velocity, start, self.interpolant, noise, after_step)
         if token is not None:
             end = State(end.latent, token.double())
         return Drawn(end, meter.evaluations, meter.forwards)
+
+
+def _choose(first: Tensor, a: State, b: State) -> State:
+    """Of N samples those of `a` where `first` (N,) bool says so, elsewhere those of `b`."""
+    return a.map(lambda x, y: torch.where(first.view(-1, *[1] * (x.ndim - 1)), x, y), b)
 
 
 def fixed_token(velocity: Velocity, interpolant: Interpolant, token: Tensor, noise: Tensor) -> Velocity:
@@ -86,5 +87,3 @@ def fixed_token(velocity: Velocity, interpolant: Interpolant, token: Tensor, noi
         return State(velocity(seen, t).latent, interpolant.velocity(token, noise, t))
 
     return fixed
-
-

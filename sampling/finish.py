@@ -76,9 +76,11 @@ def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: d
     ]
     write_sheet(
         folder / "grid.png",
-        [[Cell(s.pixels, class_caption(s.label, s.nearest, output.names)) for s in row]
-         for row in arrange(shown[:SEEN], output.strip)],
-    )  # fmt: skip
+        [
+            [Cell(s.pixels, class_caption(s.label, s.nearest, output.names)) for s in row]
+            for row in arrange(shown[:SEEN], output.strip)
+        ],
+    )
     named = float((nearest == labels).mean()) if nearest is not None else None
     cost = {name: _mean(parts, count, name) for name in ("evaluations", "forwards")}
     sidecar = {

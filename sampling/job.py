@@ -133,8 +133,11 @@ def load(request: Request, process: Process) -> Job:
         )
     if guide and request.guidance.off:
         raise UserError("--guide-checkpoint does nothing at --cfg-scale 1")
-    for flag, wanted in (("--class-tokens", request.class_tokens), ("--best-of", request.best_of > 1),
-                         ("--like", bool(request.like))):  # fmt: skip
+    for flag, wanted in (
+        ("--class-tokens", request.class_tokens),
+        ("--best-of", request.best_of > 1),
+        ("--like", bool(request.like)),
+    ):
         if wanted and not network.class_token_dim:
             raise UserError(f"{flag} needs a model with a class token; {find_model(request.checkpoint)} has none")
     if (request.best_of > 1 or labels.kind == "token") and model.class_means is None:
@@ -156,10 +159,16 @@ def load(request: Request, process: Process) -> Job:
     decoder = load_decoder(model, request.vae, request.precision, process.device)
     identity = describe(request, model, guide, decoder, labels, tokens)
     sampler = Sampler(
-        prepare(model.network, request.precision), Interpolant(info.path), request.solver, request.guidance,
-        prepare(guide.network, request.precision) if guide else None, acceleration.DTYPES[request.precision.dtype],
-        request.seed, request.best_of, model.class_means,
-    )  # fmt: skip
+        prepare(model.network, request.precision),
+        Interpolant(info.path),
+        request.solver,
+        request.guidance,
+        prepare(guide.network, request.precision) if guide else None,
+        acceleration.DTYPES[request.precision.dtype],
+        request.seed,
+        request.best_of,
+        model.class_means,
+    )
     return Job(request, process, model, sampler, decoder, labels, tokens, identity)
 
 
@@ -238,8 +247,17 @@ def generate(request: Request, say: Callable[[str], object] = lambda text: None)
             "samples_per_second": round(made / seconds, 4) if made else None,
         }
         info = job.model.info
-        output = Output(request.out, request.count, info.resolution, info.classes, request.interpolate, request.gallery,
-                        request.class_tokens, request.png, request.keep_parts)  # fmt: skip
+        output = Output(
+            request.out,
+            request.count,
+            info.resolution,
+            info.classes,
+            request.interpolate,
+            request.gallery,
+            request.class_tokens,
+            request.png,
+            request.keep_parts,
+        )
         say(assemble(output, parts, job.identity, measured))
 
 

@@ -38,14 +38,14 @@ class Images:
         self.solved = 0  # by this process, still to be decoded or written
         self._others, self._looked = 0, float("-inf")
 
-    def show(self, under_way: float = 0.0) -> None:
-        """Move the bar. under_way: images that the finished solver steps of the present batch are worth."""
+    def show(self, batch: int = 0, fraction: float = 0.0) -> None:
+        """Move the bar. batch: images of the present batch. fraction: of its solver steps that are done."""
         if self.bar.disable:
             return
         if time.monotonic() - self._looked >= _SECONDS_BETWEEN_LOOKS:
             self._others = sum(len(samples) for samples in self.parts.done() if samples not in self.mine)
             self._looked = time.monotonic()
-        done = min(self._others + self.written + _SOLVED * (self.solved + under_way), self.bar.total)
+        done = min(self._others + self.written + _SOLVED * (self.solved + fraction * batch), self.bar.total)
         self.bar.n = max(self.bar.n, int(done) if done == int(done) else round(done, 1))
         self.bar.update(0)
 
@@ -71,7 +71,7 @@ def sample_parts(job: "Job", parts: Parts, work: list[range], say: Callable[[str
     ):
         images = Images(bar, parts, mine)
         for samples in mine:
-            label, drawn = job.sample(samples, lambda fraction: images.show(fraction * len(samples)))
+            label, drawn = job.sample(samples, partial(images.show, len(samples)))
             ready = torch.cuda.Event() if stream else None
             if ready:
                 ready.record()

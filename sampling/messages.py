@@ -17,9 +17,14 @@ def what_it_makes(job: "Job") -> str:
     """One line: number and size, solver, guidance, labels, arithmetic and device, folder."""
     request, side = job.request, job.model.info.resolution
     parts = [
-        f"{_counted(request.count, 'image')} of {side} x {side}", _solver(request.solver), _guidance(job), _token(job),
-        _labels(job), _machine(job), f"to {request.out}",
-    ]  # fmt: skip
+        f"{_counted(request.count, 'image')} of {side} x {side}",
+        _solver(request.solver),
+        _guidance(job),
+        _token(job),
+        _labels(job),
+        _machine(job),
+        f"to {request.out}",
+    ]
     return ", ".join(part for part in parts if part)
 
 

@@ -171,5 +171,7 @@ def check_space(folder: Path, needed: int) -> int:
 
 def _disk_error(path: Path, error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk is full at {path}; finished samples are kept: free space, then run the same command")
+        return UserError(
+            f"the disk is full at {path}; finished samples are kept: free space, then run the same command"
+        )
     return UserError(f"{path} cannot be written: {error.strerror or error}")

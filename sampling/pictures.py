@@ -94,4 +94,6 @@ def _figure(picture: Shown, name: Any) -> str:
         mark = "" if name(picture.label) == _NO_CLASS else ' class="other"'
         caption += f" <span{mark}>token: {html.escape(name(picture.nearest))}</span>"
     style = ' class="small"' if small else ""
-    return f'<figure><img{style} src="{source}" alt="sample {picture.index}"><figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure><img{style} src="{source}" alt="sample {picture.index}"><figcaption>{caption}</figcaption></figure>'
+    )

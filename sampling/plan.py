@@ -149,5 +149,3 @@ def _cut(gap: range, size: int, aligned: bool) -> Iterator[range]:
 def share(ranges: Sequence[range], rank: int, world: int) -> list[range]:
     """The ranges that process `rank` of `world` makes: every world-th."""
     return list(ranges[rank::world])
-
-

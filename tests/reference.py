@@ -87,11 +87,19 @@ def load_network(recording: Recording) -> SiT:
     """Build the recorded network; strict, so that a missing or extra weight fails."""
     c = recording.json("config")
     config = SiTConfig(
-        depth=c["depth"], hidden_size=c["hidden_size"], num_heads=c["num_heads"], input_size=c["input_size"],
-        patch_size=c["patch_size"], in_channels=c["in_channels"], num_classes=c["num_classes"], qk_norm=c["qk_norm"],
-        class_token_dim=c["z_dims"][0], align_dims=c["z_dims"], align_depth=c["encoder_depth"],
+        depth=c["depth"],
+        hidden_size=c["hidden_size"],
+        num_heads=c["num_heads"],
+        input_size=c["input_size"],
+        patch_size=c["patch_size"],
+        in_channels=c["in_channels"],
+        num_classes=c["num_classes"],
+        qk_norm=c["qk_norm"],
+        class_token_dim=c["z_dims"][0],
+        align_dims=c["z_dims"],
+        align_depth=c["encoder_depth"],
         projector_dim=c["projector_dim"],
-    )  # fmt: skip
+    )
     weights = {name.removeprefix("weight/"): recording[name] for name in recording.arrays if name.startswith("weight/")}
     network = SiT(config).eval()
     network.load_state_dict(from_published(weights), strict=True)
@@ -150,21 +158,29 @@ def check_sampler(recording: Recording, network: SiT, path: str | None) -> Itera
             if path is not None:
                 latent, token = recording[f"{run}/noise"], recording[f"{run}/cls_noise"]
                 noise = [State(*parts) for parts in zip(latent, token, strict=True)]
-                end = euler_maruyama(velocity, start, sde_times(steps), Interpolant(path), lambda i, noise=noise: noise[i])
+                end = euler_maruyama(
+                    velocity, start, sde_times(steps), Interpolant(path), lambda i, noise=noise: noise[i]
+                )
             else:
                 end = (heun if s["heun"] else euler)(velocity, start, ode_times(steps))
         yield compare(f"{recording.path.stem} {run}", end.latent, recording.array(f"{run}/out"))
         if f"{run}/cls_out" in recording.arrays:
-            yield compare(f"{recording.path.stem} {run} class token", end.class_token, recording.array(f"{run}/cls_out"))
+            yield compare(
+                f"{recording.path.stem} {run} class token", end.class_token, recording.array(f"{run}/cls_out")
+            )
 
 
 def check_folder(folder: Path) -> Iterator[Deviation]:
     """All recordings of a folder. Raises ValueError when there is none or one is incomplete."""
     files = sorted(folder.glob("*.npz"))
-    known = [file for file in files if file.name.split("_")[0].split(".")[0] in ("model", "loss", "sde", "ode", "metrics")]
+    known = [
+        file for file in files if file.name.split("_")[0].split(".")[0] in ("model", "loss", "sde", "ode", "metrics")
+    ]
     if not known:
         raise ValueError(f"{folder} holds no model_*, loss_*, sde_*, ode_* or metrics*.npz")
-    networks = {file.stem.removeprefix("model_"): load_network(Recording(file)) for file in known if _kind(file) == "model"}
+    networks = {
+        file.stem.removeprefix("model_"): load_network(Recording(file)) for file in known if _kind(file) == "model"
+    }
     for file in known:
         kind, rest = _kind(file), file.stem.partition("_")[2]
         if kind == "metrics":

@@ -141,9 +141,19 @@ def test_the_core_imports_without_the_optional_packages():
     import sys
 
     absent = ["diffusers", "wandb", "safetensors", "yaml", "scipy", "sklearn", "matplotlib", "torch_fidelity", "PIL"]
-    modules = ["loss", "dataset", "train", "training.step", "models.sit", "models.samplers", "models.ema", "models.cost",
-               "models.checkpoint",
-               "models.encoder", "models.autoencoder"]  # fmt: skip
+    modules = [
+        "loss",
+        "dataset",
+        "train",
+        "training.step",
+        "models.sit",
+        "models.samplers",
+        "models.ema",
+        "models.cost",
+        "models.checkpoint",
+        "models.encoder",
+        "models.autoencoder",
+    ]
     code = (
         "import sys\n"
         "class Block:\n"

@@ -87,7 +87,9 @@ def small(tmp_path):
     """A dataset of 30 records with cached tokens of width 12 and a random two-block network for it."""
     rng = np.random.default_rng(0)
     arrays = {
-        "moments": encode_moments(np.concatenate([rng.standard_normal((30, 4, 4, 4)), np.full((30, 4, 4, 4), 0.1)], axis=1)),
+        "moments": encode_moments(
+            np.concatenate([rng.standard_normal((30, 4, 4, 4)), np.full((30, 4, 4, 4), 0.1)], axis=1)
+        ),
         "label": np.arange(30) % 3,
         "class_token.0": rng.standard_normal((30, 12)).astype(np.float16),
         "patch_tokens.0": rng.standard_normal((30, 4, 12)).astype(np.float16),
@@ -101,15 +103,29 @@ def small(tmp_path):
 
     def model(name: str, **changes) -> Path:
         config = SiTConfig(
-            **({"depth": 2, "hidden_size": 16, "num_heads": 2, "input_size": 4, "num_classes": 3, "class_token_dim": 12,
-                "align_dims": (12,), "align_depth": 1, "projector_dim": 16} | changes)
-        )  # fmt: skip
+            **(
+                {
+                    "depth": 2,
+                    "hidden_size": 16,
+                    "num_heads": 2,
+                    "input_size": 4,
+                    "num_classes": 3,
+                    "class_token_dim": 12,
+                    "align_dims": (12,),
+                    "align_depth": 1,
+                    "projector_dim": 16,
+                }
+                | changes
+            )
+        )
         torch.manual_seed(0)
         network = SiT(config)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         path = tmp_path / f"{name}.safetensors"
-        save_model(path, network.state_dict(), ModelInfo(config, "linear", 32, "none", {"scale": [1.0]}, ("tiny",), step=7))
+        save_model(
+            path, network.state_dict(), ModelInfo(config, "linear", 32, "none", {"scale": [1.0]}, ("tiny",), step=7)
+        )
         return path
 
     return data, model

@@ -110,9 +110,15 @@ def test_unknown_flag_suggests_the_nearest():
 
 @pytest.mark.parametrize(
     ("flag", "ours"),
-    [("--lr", "--learning-rate"), ("--epochs=80", "--max-train-steps"), ("--bs", "--batch-size"),
-     ("--wd", "--adam-weight-decay"), ("--data-path", "--data-dir"), ("--ema", "--ema-decay")],
-)  # fmt: skip
+    [
+        ("--lr", "--learning-rate"),
+        ("--epochs=80", "--max-train-steps"),
+        ("--bs", "--batch-size"),
+        ("--wd", "--adam-weight-decay"),
+        ("--data-path", "--data-dir"),
+        ("--ema", "--ema-decay"),
+    ],
+)
 def test_flags_of_other_projects_are_answered_by_ours(flag, ours):
     """What people type from habit is an error that names the right flag and says what it is."""
     with pytest.raises(UserError, match=f"unknown argument '{flag}': here it is '{ours}', [a-z]"):
@@ -150,6 +156,7 @@ def test_help_is_grouped_and_does_not_import_torch(program):
 
 def test_a_missing_package_is_named(capsys):
     """`python train.py` outside of the environment says what to activate; a module of ours that is missing is a bug."""
+
     def needs(name):
         def main():
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)

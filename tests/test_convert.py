@@ -21,8 +21,18 @@ SHARED = Path(os.environ.get("REG_SHARED", Path(__file__).parents[2] / "shared")
 
 def toy(**changes):
     torch.manual_seed(0)
-    config = {"depth": 3, "hidden_size": 32, "num_heads": 2, "input_size": 4, "num_classes": 5, "class_token_dim": 6,
-              "align_dims": (6,), "align_depth": 1, "projector_dim": 16, **changes}  # fmt: skip
+    config = {
+        "depth": 3,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "input_size": 4,
+        "num_classes": 5,
+        "class_token_dim": 6,
+        "align_dims": (6,),
+        "align_depth": 1,
+        "projector_dim": 16,
+        **changes,
+    }
     network = SiT(SiTConfig(**config)).eval()
     with torch.no_grad():
         for p in network.parameters():
@@ -41,17 +51,27 @@ def write_published(path, network, **args):
     """As the published train.py saves: model, ema, opt, args (a Namespace), steps."""
     state = to_published(network.state_dict())
     shifted = {name: tensor + 1 for name, tensor in state.items()}
-    content = {"model": shifted, "ema": state, "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []},
-               "args": argparse.Namespace(resolution=32, **args), "steps": 1234}  # fmt: skip
+    content = {
+        "model": shifted,
+        "ema": state,
+        "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []},
+        "args": argparse.Namespace(resolution=32, **args),
+        "steps": 1234,
+    }
     torch.save(content, path)
     return state
 
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("REG", {}), ("REG", {"qk_norm": True}), ("REPA", {"class_token_dim": 0}), ("two encoders", {"align_dims": (6, 8)}),
-     ("SiT", {"class_token_dim": 0, "align_dims": ()})],
-)  # fmt: skip
+    [
+        ("REG", {}),
+        ("REG", {"qk_norm": True}),
+        ("REPA", {"class_token_dim": 0}),
+        ("two encoders", {"align_dims": (6, 8)}),
+        ("SiT", {"class_token_dim": 0, "align_dims": ()}),
+    ],
+)
 def test_a_published_checkpoint_makes_the_same_network(tmp_path, kind, changes):
     """Config from the shapes, outputs equal before and after, and back to a file with equal tensors."""
     network = toy(**changes)
@@ -59,13 +79,17 @@ def test_a_published_checkpoint_makes_the_same_network(tmp_path, kind, changes):
     flags = ["--num-heads", "2"]
     convert.main(["--source", str(tmp_path / "last.pt"), "--out", str(tmp_path / "ours.safetensors"), *flags])
     model = load_model(tmp_path / "ours.safetensors")
-    expected = network.config if network.config.align_dims else SiTConfig(**vars(network.config) | {"projector_dim": 2048})
+    expected = (
+        network.config if network.config.align_dims else SiTConfig(**vars(network.config) | {"projector_dim": 2048})
+    )
     assert model.info.network == expected
     assert (model.info.path, model.info.step, model.info.resolution) == ("cosine", 1234, 32)
     with torch.no_grad():
         before, after = (net(*inputs(network.config), project=True) for net in (network, model.network))
     assert torch.equal(before.velocity, after.velocity)
-    convert.main(["--to", "published", "--source", str(tmp_path / "ours.safetensors"), "--out", str(tmp_path / "back.pt")])
+    convert.main(
+        ["--to", "published", "--source", str(tmp_path / "ours.safetensors"), "--out", str(tmp_path / "back.pt")]
+    )
     back = read_published(tmp_path / "back.pt")
     assert list(back.state_dict) == list(state) and back.step == 1234
     assert all(torch.equal(back.state_dict[name], state[name]) for name in state)
@@ -77,7 +101,10 @@ def test_weights_of_the_other_kind_and_wrapped_names(tmp_path):
     state = write_published(tmp_path / "last.pt", toy())
     assert torch.equal(read_published(tmp_path / "last.pt", "model").state_dict["pos_embed"], state["pos_embed"] + 1)
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
-        for content in ({"ema": {prefix + name: t for name, t in state.items()}}, {prefix + n: t for n, t in state.items()}):
+        for content in (
+            {"ema": {prefix + name: t for name, t in state.items()}},
+            {prefix + n: t for n, t in state.items()},
+        ):
             torch.save(content, tmp_path / "wrapped.pt")
             assert list(read_published(tmp_path / "wrapped.pt").state_dict) == list(state)
 
@@ -148,7 +175,9 @@ def test_recorded_weights_of_the_published_code(tmp_path):
     with np.load(DATA / "model_tiny.npz") as file:
         arrays = {key: file[key] for key in file.files}
     heads = json.loads(str(arrays["config"]))
-    weights = {key.removeprefix("weight/"): torch.from_numpy(a) for key, a in arrays.items() if key.startswith("weight/")}
+    weights = {
+        key.removeprefix("weight/"): torch.from_numpy(a) for key, a in arrays.items() if key.startswith("weight/")
+    }
     torch.save({"ema": weights, "args": argparse.Namespace(), "steps": 7}, tmp_path / "last.pt")
     number = next(value for key, value in heads.items() if "heads" in key)
     out = tmp_path / "m.safetensors"

@@ -44,9 +44,10 @@ def test_round_trip(tmp_path):
     """Any records, in any order and twice, come back as they were written, across shards."""
     rng = np.random.default_rng(0)
     arrays = {
-        "moments": rng.normal(size=(20, 8, 4, 4)).astype(np.float16), "label": rng.integers(0, 3, 20),
+        "moments": rng.normal(size=(20, 8, 4, 4)).astype(np.float16),
+        "label": rng.integers(0, 3, 20),
         "pixels": rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8),
-    }  # fmt: skip
+    }
     shards = [write_shard(tmp_path, k, {n: a[s] for n, a in arrays.items()}) for k, s in enumerate(_slices(7, 9, 20))]
     write_manifest(tmp_path, _manifest(arrays, shards, 20))
     dataset = PackedDataset(tmp_path)
@@ -254,7 +255,10 @@ def test_memory_is_used_again_but_never_while_it_is_held(tmp_path):
     """A batch that somebody holds, even a part of it, keeps its values; memory that nobody holds is lent again."""
     folder = tmp_path / "data"
     folder.mkdir()
-    arrays = {"label": np.arange(64), "pixels": np.arange(64, dtype=np.uint8)[:, None, None, None].repeat(64 * 64 * 3, 1)}
+    arrays = {
+        "label": np.arange(64),
+        "pixels": np.arange(64, dtype=np.uint8)[:, None, None, None].repeat(64 * 64 * 3, 1),
+    }
     arrays["pixels"] = arrays["pixels"].reshape(64, 64, 64, 3)
     write_manifest(folder, _manifest(arrays, [write_shard(folder, 0, arrays)], 64))
     dataset = PackedDataset(folder)

@@ -17,9 +17,28 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-OTHERS = {"source", "ls", "cd", "export", "uv", "docker", "wandb", "hf", "git"}  # commands of other projects, not parsed
-PROGRAMS = ("train", "generate", "convert", "preprocessing.pack", "preprocessing.describe", "evaluations.evaluate",
-            "evaluations.compare", "evaluations.cknna", "evaluations.report")  # fmt: skip
+OTHERS = {
+    "source",
+    "ls",
+    "cd",
+    "export",
+    "uv",
+    "docker",
+    "wandb",
+    "hf",
+    "git",
+}  # commands of other projects, not parsed
+PROGRAMS = (
+    "train",
+    "generate",
+    "convert",
+    "preprocessing.pack",
+    "preprocessing.describe",
+    "evaluations.evaluate",
+    "evaluations.compare",
+    "evaluations.cknna",
+    "evaluations.report",
+)
 SCRIPTS = {"quickstart.sh": "quickstart.__main__", "setup.sh": None, "test.sh": None, "benchmarks/gpu.sh": None}
 
 
@@ -171,9 +190,14 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize(
     "line",
-    ["pyhton train.py", "python trian.py --data-dir d --exp-name x", "torchrun --no-such train.py", "bash no.sh",
-     "pip install -r requirement.txt"],
-)  # fmt: skip
+    [
+        "pyhton train.py",
+        "python trian.py --data-dir d --exp-name x",
+        "torchrun --no-such train.py",
+        "bash no.sh",
+        "pip install -r requirement.txt",
+    ],
+)
 def test_a_wrong_command_is_found(line):
     with pytest.raises((AssertionError, SystemExit)):
         program(shlex.split(line))
@@ -241,12 +265,23 @@ def tutorial(tmp_path, monkeypatch):
     return tmp_path, {
         "preprocessing.pack": ["--resolution", "8", "--vae", vae, "--enc-type", encoder, "--num-workers", "0"],
         "preprocessing.describe": [],
-        "train": [*tiny.FLAGS, "--batch-size", "8", "--gradient-accumulation-steps", "2", "--max-train-steps", "3",
-                  "--sampling-steps", "3", "--preview-steps", "2"],
+        "train": [
+            *tiny.FLAGS,
+            "--batch-size",
+            "8",
+            "--gradient-accumulation-steps",
+            "2",
+            "--max-train-steps",
+            "3",
+            "--sampling-steps",
+            "3",
+            "--preview-steps",
+            "2",
+        ],
         "evaluations.report": [],
         "generate": ["--num-steps", "3", "--num-fid-samples", "16"],
         "evaluations.evaluate": ["--features", f"timm:{encoder}", "--resolution", "8", "--cache-dir", "cache"],
-    }  # fmt: skip
+    }
 
 
 def test_the_tutorial_runs(tutorial, monkeypatch, capsys):
@@ -262,7 +297,14 @@ def test_the_tutorial_runs(tutorial, monkeypatch, capsys):
         importlib.import_module(command.module).main()
         ran.append(command.module)
     assert set(ran) == set(smaller)
-    for name in ("data/photos/contact_sheet.png", "runs/photos/previews", "runs/photos/checkpoints", "report.html",
-                 "samples/preview/gallery.html", "samples/photos/samples.npz", "samples/photos/results.json",
-                 "samples/photos/memorization.png"):  # fmt: skip
+    for name in (
+        "data/photos/contact_sheet.png",
+        "runs/photos/previews",
+        "runs/photos/checkpoints",
+        "report.html",
+        "samples/preview/gallery.html",
+        "samples/photos/samples.npz",
+        "samples/photos/results.json",
+        "samples/photos/memorization.png",
+    ):
         assert (folder / name).exists(), name

@@ -202,7 +202,9 @@ def test_folders_with_unusable_images(tmp_path):
         open_images([tmp_path])
     Image.fromarray(pixels(1)[0]).save(tmp_path / "a.png")
     Image.fromarray(pixels(1, size=8)[0]).save(tmp_path / "b.png")
-    with pytest.raises(SeveralSizes, match=r"several sizes \(a\.png is 16 x 16, b\.png is 8 x 8\): give --resolution N"):
+    with pytest.raises(
+        SeveralSizes, match=r"several sizes \(a\.png is 16 x 16, b\.png is 8 x 8\): give --resolution N"
+    ):
         read_all(tmp_path)
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"b\.png cannot be read"):
@@ -269,8 +271,11 @@ def test_resolution_crops_npz_files_too(tmp_path):
     assert found.digest() != whole.digest() and open_images([tmp_path / "r.npz"], resolution=16).statistics
     write_mixed(tmp_path / "mixed")
     both = open_images([tmp_path / "r.npz", tmp_path / "mixed"])  # the size of the file is that of the folder
-    assert both.shape == (9, 16, 16, 3) and both.cropped == 2 and np.array_equal(both.read(5, 9), read_all(
-        tmp_path / "mixed", resolution=16))  # fmt: skip
+    assert (
+        both.shape == (9, 16, 16, 3)
+        and both.cropped == 2
+        and np.array_equal(both.read(5, 9), read_all(tmp_path / "mixed", resolution=16))
+    )
 
 
 def test_each_side_gives_the_other_its_size(settings, tmp_path):
@@ -347,7 +352,9 @@ def test_a_file_of_10_gigabytes_needs_little_memory(tmp_path):
     """50,000 x 256 x 256 zeros (a sparse file) pass through reader, audit and statistics in under 1.5 GB."""
     path, count = tmp_path / "zeros.npz", 50_000 * 256 * 256 * 3
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (50_000, 256, 256, 3)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (50_000, 256, 256, 3)}
+    )
     write_sparse_member(path, header.getvalue(), count)
     code = (
         "import resource, sys, torch\n"
@@ -434,9 +441,20 @@ def test_inception_features_and_their_order(inception_file):
     network = FeatureExtractorInceptionV3("plain", ["2048"], feature_extractor_weights_path=str(inception_file))
     y = (resize(x.float(), size=(299, 299), align_corners=False) - 128) / 128
     for name in (
-        "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
-        "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c",
-    ):  # fmt: skip
+        "Conv2d_1a_3x3",
+        "Conv2d_2a_3x3",
+        "Conv2d_2b_3x3",
+        "MaxPool_1",
+        "Conv2d_3b_1x1",
+        "Conv2d_4a_3x3",
+        "MaxPool_2",
+        "Mixed_5b",
+        "Mixed_5c",
+        "Mixed_5d",
+        "Mixed_6a",
+        "Mixed_6b",
+        "Mixed_6c",
+    ):
         y = getattr(network, name)(y)
     branch = network.Mixed_6d.branch1x1
     maps = torch.relu(branch.bn(branch.conv(y)))[:, :7]  # (2, 7, 17, 17)
@@ -458,9 +476,16 @@ def test_fid_equals_torch_fidelity(inception_file, tmp_path):
         for number, image in enumerate(pixels(5, size=32, seed=seed)):
             Image.fromarray(image).save(folders[-1] / f"{number}.png")
     theirs = calculate_metrics(
-        input1=str(folders[0]), input2=str(folders[1]), fid=True, cuda=False, verbose=False, save_cpu_ram=True, batch_size=5,
-        feature_extractor_weights_path=str(inception_file), cache=False,
-    )["frechet_inception_distance"]  # fmt: skip
+        input1=str(folders[0]),
+        input2=str(folders[1]),
+        fid=True,
+        cuda=False,
+        verbose=False,
+        save_cpu_ram=True,
+        batch_size=5,
+        feature_extractor_weights_path=str(inception_file),
+        cache=False,
+    )["frechet_inception_distance"]
     extractor = features.load_inception(inception_file, sha256="any")
     ours = [collect(open_images([folder]), extractor, batch_size=5).statistics("pooled") for folder in folders]
     assert frechet_distance(*ours) == pytest.approx(theirs, rel=1e-5)
@@ -500,8 +525,24 @@ def test_inception_metrics_do_not_feel_batch_size_or_processes(inception_file, t
     """FID, sFID, IS, precision and recall of 24 images for batches of 1, 16 and 64 and for 2 processes."""
     np.savez(tmp_path / "r.npz", pixels(24, size=32))
     np.savez(tmp_path / "s.npz", pixels(24, size=32, seed=1))
-    arguments = ["--reference", tmp_path / "r.npz", "--samples", tmp_path / "s.npz", "--inception-weights", inception_file]
-    arguments += ["--inception-sha256", "any", "--device", "cpu", "--cache-dir", tmp_path / "cache", "--error-groups", 0]
+    arguments = [
+        "--reference",
+        tmp_path / "r.npz",
+        "--samples",
+        tmp_path / "s.npz",
+        "--inception-weights",
+        inception_file,
+    ]
+    arguments += [
+        "--inception-sha256",
+        "any",
+        "--device",
+        "cpu",
+        "--cache-dir",
+        tmp_path / "cache",
+        "--error-groups",
+        0,
+    ]
     expected = None
     for batch, launcher in (
         (1, ["-m", "evaluations.evaluate"]),
@@ -529,9 +570,15 @@ def save_vit(folder: Path, classes: int = 5, channels: int = 3) -> Path:
 
     torch.manual_seed(0)
     network = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, embed_dim=32, num_heads=2, num_classes=classes,
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        depth=2,
+        embed_dim=32,
+        num_heads=2,
+        num_classes=classes,
         in_chans=channels,
-    )  # fmt: skip
+    )
     for parameter in network.parameters():
         parameter.data.normal_(0, 0.2) if parameter.ndim > 1 else None
     arguments = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 32, "num_heads": 2}
@@ -559,9 +606,13 @@ def settings(vit, tmp_path):
 
     def make(**changes) -> EvaluateConfig:
         given = {
-            "samples": (tmp_path / "s.npz",), "reference": (tmp_path / "r.npz",), "features": (f"timm:{vit}",),
-            "device": "cpu", "cache_dir": tmp_path / "cache", "out": tmp_path / "results.json",
-        }  # fmt: skip
+            "samples": (tmp_path / "s.npz",),
+            "reference": (tmp_path / "r.npz",),
+            "features": (f"timm:{vit}",),
+            "device": "cpu",
+            "cache_dir": tmp_path / "cache",
+            "out": tmp_path / "results.json",
+        }
         return EvaluateConfig(**(given | changes))
 
     return make
@@ -704,15 +755,21 @@ def test_statistics_in_a_reference_file_are_used(tmp_path, monkeypatch):
     """mu, sigma, mu_s and sigma_s of an ADM file give FID and sFID; its images serve the neighbours only."""
     colours = averages()
     fake = Extractor(
-        "inception", "0",
-        lambda x: (f := colours(x).pooled.double()) is not None and Features(f, 2 * f, f), torch.device("cpu"),
-    )  # fmt: skip
+        "inception",
+        "0",
+        lambda x: (f := colours(x).pooled.double()) is not None and Features(f, 2 * f, f),
+        torch.device("cpu"),
+    )
     monkeypatch.setattr("evaluations.features.load", lambda *_, **__: fake)
     stats = compute_statistics(torch.randn(99, 12, generator=torch.Generator().manual_seed(0)) * 60 + 128)
     np.savez(
-        tmp_path / "r.npz", arr_0=pixels(20), mu=stats.mean, sigma=stats.covariance, mu_s=stats.mean * 2,
+        tmp_path / "r.npz",
+        arr_0=pixels(20),
+        mu=stats.mean,
+        sigma=stats.covariance,
+        mu_s=stats.mean * 2,
         sigma_s=stats.covariance * 4,
-    )  # fmt: skip
+    )
     np.savez(tmp_path / "s.npz", pixels(30, seed=1))
     found = measure.measure(
         EvaluateConfig(
@@ -732,11 +789,29 @@ def test_two_processes_measure_the_same(settings, tmp_path, vit):
     extra = {"density_coverage": True, "kernel_distance": True, "classifier": str(vit), "cache": False}
     single = measure.measure(settings(**extra))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluations/evaluate.py",
-        "--samples", tmp_path / "s.npz", "--reference", tmp_path / "r.npz", "--features", f"timm:{vit}",
-        "--density-coverage", "--kernel-distance", "--classifier", vit, "--device", "cpu", "--no-cache",
-        "--out", tmp_path / "two.json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "evaluations/evaluate.py",
+        "--samples",
+        tmp_path / "s.npz",
+        "--reference",
+        tmp_path / "r.npz",
+        "--features",
+        f"timm:{vit}",
+        "--density-coverage",
+        "--kernel-distance",
+        "--classifier",
+        vit,
+        "--device",
+        "cpu",
+        "--no-cache",
+        "--out",
+        tmp_path / "two.json",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -786,7 +861,9 @@ def test_examples_of_the_help_can_be_given(program):
     (settings,) = (value for name, value in vars(module).items() if name.lower() == f"{program}config")
     for example in module.EXAMPLES:
         words = shlex.split(example)
-        assert f"evaluations{'/' if words[1].endswith('.py') else '.'}{program}" in example and len(module.EXAMPLES) == 2
+        assert (
+            f"evaluations{'/' if words[1].endswith('.py') else '.'}{program}" in example and len(module.EXAMPLES) == 2
+        )
         words = words[2 if words[1].endswith(".py") else 3 :]
         parse(settings, "", words if words[0].startswith("-") else ["--results", *words])
 
@@ -819,8 +896,12 @@ def test_suspicious_samples_are_reported(settings, tmp_path):
     (tmp_path / "s.json").unlink()
     np.savez(tmp_path / "s.npz", images, np.arange(40) // 8)
     told = " | ".join(measure.measure(settings()).warnings)
-    for part in ("1 of 40 samples are a single colour", "1 of 40 samples are copies", "in [0, 1]",
-                 "no JSON beside s.npz"):  # fmt: skip
+    for part in (
+        "1 of 40 samples are a single colour",
+        "1 of 40 samples are copies",
+        "in [0, 1]",
+        "no JSON beside s.npz",
+    ):
         assert part in told, part
     ordered = np.arange(60) // 10
     assert any("IS uses chunks of 50" in line for line in sample_warnings(60, ordered, None, None, 50))

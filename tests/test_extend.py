@@ -18,8 +18,10 @@ from tests.test_preprocessing import encoded, noise, write_folder, write_table, 
 from tests.tiny import write_encoder, write_vae
 
 # a new class between old ones, one after them, and more images of an old class that sort before, between and after
-NEW = {f"{name}.png": encoded(noise(9 + i, 11)) for i, name in enumerate(
-    ("bat/0", "bat/1", "bees/00", "bees/2b", "bees/9", "zebra/0", "zebra/1", "zebra/2"))}  # fmt: skip
+NEW = {
+    f"{name}.png": encoded(noise(9 + i, 11))
+    for i, name in enumerate(("bat/0", "bat/1", "bees/00", "bees/2b", "bees/9", "zebra/0", "zebra/1", "zebra/2"))
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,9 @@ def by_image(folder):
     """(crop, class name) => moments and tokens of each record."""
     dataset = PackedDataset(folder)
     batch = dataset[range(len(dataset))]
-    keys = [(image.numpy().tobytes(), dataset.manifest.classes[label]) for image, label in zip(batch.pixels, batch.label)]
+    keys = [
+        (image.numpy().tobytes(), dataset.manifest.classes[label]) for image, label in zip(batch.pixels, batch.label)
+    ]
     values = zip(decode_moments(batch.moments).numpy(), batch.class_token[0].numpy(), batch.patch_tokens[0].numpy())
     found = dict(zip(keys, values))
     assert len(found) == len(dataset)
@@ -70,7 +74,10 @@ def test_old_records_keep_their_numbers_and_their_bytes(toys):
     before, after = content(toys / "packed"), content(toys / "extended")
     assert {name for name in before if after[name] != before[name]} == {"packing.json", "dataset.json"}
     old, new = PackedDataset(toys / "packed"), PackedDataset(toys / "extended")
-    assert new.labels()[:15].tolist() == old.labels().tolist() and new.labels()[15:].tolist() == [1] * 3 + [3] * 2 + [4] * 3
+    assert (
+        new.labels()[:15].tolist() == old.labels().tolist()
+        and new.labels()[15:].tolist() == [1] * 3 + [3] * 2 + [4] * 3
+    )
     assert new.manifest.shards[:3] == old.manifest.shards and [s["count"] for s in new.manifest.shards[3:]] == [6, 2]
     assert new.manifest.source["extensions"] == [8] and new.manifest.source["images"] == 23
     assert "extensions" not in old.manifest.source and b"extends" not in before["packing.json"]
@@ -117,7 +124,8 @@ def test_killed_extension(toys, tmp_path, when):
     assert killed(arguments, tmp_path / "log", when)
     assert PackedDataset(out).manifest == old
     assert {name: data for name, data in content(toys / "packed").items() if name != "packing.json"}.items() <= content(
-        out).items()  # fmt: skip
+        out
+    ).items()
     pack.main(arguments)
     assert content(out) == content(toys / "extended")
 
@@ -156,9 +164,19 @@ def test_repair_of_an_unfinished_extension_keeps_the_old_dataset(toys, tmp_path)
 
 @pytest.mark.parametrize(
     "name",
-    ["moments-00001.npy", "pixels-00004.npy", "crc-00003.npy", "shard-00002.json", "shard-00003.json", "packing.json",
-     "index.npz", "index-00001.npz", "class_means-00001.npy", "dataset.json"],
-)  # fmt: skip
+    [
+        "moments-00001.npy",
+        "pixels-00004.npy",
+        "crc-00003.npy",
+        "shard-00002.json",
+        "shard-00003.json",
+        "packing.json",
+        "index.npz",
+        "index-00001.npz",
+        "class_means-00001.npy",
+        "dataset.json",
+    ],
+)
 def test_a_flipped_byte_is_found_and_repaired(toys, tmp_path, capsys, name):
     """In any file of either part; --repair restores the folder to the byte."""
     out = shutil.copytree(toys / "extended", tmp_path / "out")
@@ -261,7 +279,9 @@ def test_a_tar_and_tables_that_grew(toys, tmp_path):
     pack.main([*flags(toys, out, source=source), "--extend"])
     after = records(out)
     old = len(before["label"])
-    assert len(after["label"]) == old + (old - 5) and all(np.array_equal(after[name][:old], before[name]) for name in before)
+    assert len(after["label"]) == old + (old - 5) and all(
+        np.array_equal(after[name][:old], before[name]) for name in before
+    )
     assert np.array_equal(after["pixels"][old:], before["pixels"][5:])
     for file in ("index.npz", "index-00001.npz"):  # each list can be made again from the source
         whole = content(out)

@@ -41,10 +41,15 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=8,
         scaling_factor=0.5,
-    ).save_pretrained(folder / "vae")  # fmt: skip
+    ).save_pretrained(folder / "vae")
     write_model(folder, "m", CONFIG)
     return folder
 
@@ -91,17 +96,39 @@ def test_what_it_writes(place, tmp_path):
     from PIL import Image
 
     out = tmp_path / "s"
-    images, labels = generate(place, out, "--cfg-scale", "2", "--guidance-high", "0.6", "--class-tokens", "--png",
-                              "--labels", "balanced")  # fmt: skip
+    images, labels = generate(
+        place, out, "--cfg-scale", "2", "--guidance-high", "0.6", "--class-tokens", "--png", "--labels", "balanced"
+    )
     assert images.shape == (11, 8, 8, 3) and images.dtype == np.uint8 and len(np.unique(images)) > 50
     assert labels.dtype == np.int64 and labels.tolist() == [i % 5 for i in range(11)]
     assert sorted(p.name for p in out.iterdir()) == [
-        "class_token_labels.npy", "class_tokens.npy", "gallery.html", "grid.png", "png", "samples.json", "samples.npz",
-    ]  # fmt: skip
+        "class_token_labels.npy",
+        "class_tokens.npy",
+        "gallery.html",
+        "grid.png",
+        "png",
+        "samples.json",
+        "samples.npz",
+    ]
     sidecar = json.loads((out / "samples.json").read_text())
-    expected = {"schema": 1, "n": 11, "seed": 0, "mode": "sde", "solver": "euler", "steps": 4, "nfe": 4, "forwards": 6,
-                "cfg_scale": 2.0, "cls_cfg_scale": 2.0, "guidance_low": 0.0, "guidance_high": 0.6, "labels": "balanced",
-                "uint8_rule": "truncate", "dtype": "fp32", "vae": str(place / "vae")}  # fmt: skip
+    expected = {
+        "schema": 1,
+        "n": 11,
+        "seed": 0,
+        "mode": "sde",
+        "solver": "euler",
+        "steps": 4,
+        "nfe": 4,
+        "forwards": 6,
+        "cfg_scale": 2.0,
+        "cls_cfg_scale": 2.0,
+        "guidance_low": 0.0,
+        "guidance_high": 0.6,
+        "labels": "balanced",
+        "uint8_rule": "truncate",
+        "dtype": "fp32",
+        "vae": str(place / "vae"),
+    }
     assert {key: sidecar[key] for key in expected} == expected  # times 1, .68, .36, .04: guided in two
     assert len(sidecar["checkpoint_sha256"]) == 64 and sidecar["versions"]["torch"] == torch.__version__.split("+")[0]
     tokens = np.load(out / "class_tokens.npy")
@@ -134,12 +161,28 @@ def test_every_flag_reaches_the_job():
     """Each setting changes the request that is carried out."""
     base = SampleConfig(Path("c"), Path("o"))
     different = {
-        "checkpoint": Path("d"), "out": Path("p"), "labels": ("balanced",), "classes": ("1",), "mode": "ode",
-        "solver": "dpmpp", "time_grid": "shifted", "diffusion": "sigma", "last_step": "ode", "cls_cfg_scale": 2.0,
-        "cls_guidance_low": 0.5, "cls_guidance_high": 0.5, "guide_checkpoint": Path("g"),
-        "like": ("a.png",), "device": "cpu", "dtype": "bf16", "vae": "v", "vae_dtype": "fp16", "t_last": 0.1,
-        "guidance_low": 0.5, "preset": "paper",
-    }  # fmt: skip
+        "checkpoint": Path("d"),
+        "out": Path("p"),
+        "labels": ("balanced",),
+        "classes": ("1",),
+        "mode": "ode",
+        "solver": "dpmpp",
+        "time_grid": "shifted",
+        "diffusion": "sigma",
+        "last_step": "ode",
+        "cls_cfg_scale": 2.0,
+        "cls_guidance_low": 0.5,
+        "cls_guidance_high": 0.5,
+        "guide_checkpoint": Path("g"),
+        "like": ("a.png",),
+        "device": "cpu",
+        "dtype": "bf16",
+        "vae": "v",
+        "vae_dtype": "fp16",
+        "t_last": 0.1,
+        "guidance_low": 0.5,
+        "preset": "paper",
+    }
     for field in fields(SampleConfig):
         value = getattr(base, field.name)
         if field.name in ("shift", "heun"):  # valid only together with another
@@ -182,8 +225,10 @@ def test_number_of_processes_changes_no_image(place, unbroken, tmp_path, world):
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={world}"]
     done = subprocess.run(
         [*torchrun, "generate.py", *flags(place, tmp_path / "s", "--per-proc-batch-size", "4", "--class-tokens")],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "s" / "samples.json").read_text())["processes"] == world
     for a, b in zip(samples(tmp_path / "s"), samples(unbroken), strict=True):
@@ -223,7 +268,9 @@ def test_a_damaged_part_is_made_again(place, unbroken, tmp_path):
     content[400] ^= 1
     part.write_bytes(content)
     (out / "samples.json").unlink()
-    with pytest.raises(ValueError, match=r"part-000000004-000000008.npz was damaged and has been removed; run the same"):
+    with pytest.raises(
+        ValueError, match=r"part-000000004-000000008.npz was damaged and has been removed; run the same"
+    ):
         generate(place, out, "--keep-parts")
     generate(place, out)
     assert (out / "samples.npz").read_bytes() == (unbroken / "samples.npz").read_bytes()
@@ -291,8 +338,7 @@ def test_another_model_does_not_continue(place, unbroken):
 def test_killed_at_any_time(place, unbroken, tmp_path):
     """kill -9 after 2, 2.5, 3 ... seconds (start-up, sampling, assembly) until it is done: equal to the unbroken run."""
     out = tmp_path / "s"
-    command = [sys.executable, "generate.py",
-               *flags(place, out, "--per-proc-batch-size", "1", "--num-steps", "200")]  # fmt: skip
+    command = [sys.executable, "generate.py", *flags(place, out, "--per-proc-batch-size", "1", "--num-steps", "200")]
     reference = tmp_path / "whole"
     generate(place, reference, "--num-steps", "200", "--per-proc-batch-size", "1")
     kills, wait, between = 0, 2.0, 0
@@ -494,7 +540,9 @@ def test_guidance_needs_label_dropout(place, tmp_path):
     write_model(place, "undropped", CONFIG, cfg_prob=0.0)
     undropped = ["--checkpoint", str(place / "undropped")]
     for more in (["--cfg-scale", "2"], ["--cls-cfg-scale", "2"], ["--labels", "null"]):
-        with pytest.raises(ValueError, match=r"was trained without label dropout \(cfg-prob 0\) and knows no null class"):
+        with pytest.raises(
+            ValueError, match=r"was trained without label dropout \(cfg-prob 0\) and knows no null class"
+        ):
             generate(place, tmp_path / "s", *undropped, *more)
     generate(place, tmp_path / "s", *undropped, "--cfg-scale", "2", "--guide-checkpoint", str(place / "m"))
     assert json.loads((tmp_path / "s" / "samples.json").read_text())["forwards"] == 8
@@ -514,7 +562,10 @@ def test_contradicting_models_are_refused(place, tmp_path):
         (["--checkpoint", str(place / "none"), "--class-tokens"], "--class-tokens needs a model with a class token"),
         (["--checkpoint", str(place / "rescaled")], "normalises latents by .*0.5.*, the model was trained with .*0.7"),
         (["--checkpoint", str(place / "larger")], "enlarges 2 times: 4 latent pixels do not make 16"),
-        (["--checkpoint", str(place / "nomeans"), "--best-of", "2"], "holds no mean class tokens .*--best-of cannot choose"),
+        (
+            ["--checkpoint", str(place / "nomeans"), "--best-of", "2"],
+            "holds no mean class tokens .*--best-of cannot choose",
+        ),
         (["--checkpoint", str(place / "nomeans"), "--like", f"{tmp_path}/t.npy"], "say with --classes which label"),
         (["--best-of", "2", "--labels", "null"], "cannot choose among samples of the null class"),
         (["--like", f"{tmp_path}/t.npy", "--interpolate", "3"], "goes between two tokens, --like gives 1"),

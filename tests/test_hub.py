@@ -49,7 +49,9 @@ def test_found_in_the_cache_offline(place, tmp_path, capsys):
 
 def test_several_files_must_be_named(place, tmp_path, monkeypatch):
     cached(tmp_path, place / "REG.pt", place / "SiT.pt")
-    with pytest.raises(ValueError, match=r"several weights files, name one: Martinser/REG/REG.pt, Martinser/REG/SiT.pt$"):
+    with pytest.raises(
+        ValueError, match=r"several weights files, name one: Martinser/REG/REG.pt, Martinser/REG/SiT.pt$"
+    ):
         locate("Martinser/REG")
     assert locate("Martinser/REG/SiT.pt").path.read_bytes() == (place / "SiT.pt").read_bytes()
     with pytest.raises(FileNotFoundError, match=r"weights that are there: REG.pt, SiT.pt$"):
@@ -134,7 +136,9 @@ def test_a_repository_without_weights(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: ["README.md"])
-    with pytest.raises(FileNotFoundError, match=r"Martinser/REG on huggingface.co holds no weights \(.safetensors, .pt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Martinser/REG on huggingface.co holds no weights \(.safetensors, .pt"
+    ):
         obtain("Martinser/REG")
 
 

@@ -26,8 +26,24 @@ def data(tmp_path_factory):
 
 
 def flags(data, out, name, *extra, steps=8):
-    return [*FLAGS, "--data-dir", str(data), "--output-dir", str(out), "--exp-name", name, "--max-train-steps", str(steps),
-            "--checkpointing-steps", "1", "--keep-last", "2", "--keep-every", "4", *extra]  # fmt: skip
+    return [
+        *FLAGS,
+        "--data-dir",
+        str(data),
+        "--output-dir",
+        str(out),
+        "--exp-name",
+        name,
+        "--max-train-steps",
+        str(steps),
+        "--checkpointing-steps",
+        "1",
+        "--keep-last",
+        "2",
+        "--keep-every",
+        "4",
+        *extra,
+    ]
 
 
 def start(arguments, log, stage=None):
@@ -70,8 +86,9 @@ def same_end(run: Path, unbroken: Path) -> None:
         assert (run / "checkpoints/0000008" / file).read_bytes() == (unbroken / file).read_bytes()
 
 
-@pytest.mark.parametrize("stage", [s if s in ("after the manifest", "rename") else pytest.param(s, marks=pytest.mark.slow)
-                                   for s in STAGES])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage", [s if s in ("after the manifest", "rename") else pytest.param(s, marks=pytest.mark.slow) for s in STAGES]
+)
 def test_killed_inside_a_save(data, unbroken, tmp_path, stage):
     """kill -9 inside each part of a save: the newest checkpoint loads, is at most one interval old, and the resumed run
     ends bit for bit like one that was never killed, with nothing left over."""
@@ -115,7 +132,11 @@ def test_killed_at_random_instants(data, tmp_path, kills):
 FAULTS = {
     "ENOSPC in fsync": (state, "_sync", OSError(errno.ENOSPC, "No space left on device")),
     "EIO in fsync": (state, "_sync", OSError(errno.EIO, "Input/output error")),
-    "ENOSPC in torch.save": (torch, "save", RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter")),
+    "ENOSPC in torch.save": (
+        torch,
+        "save",
+        RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter"),
+    ),
     "failed rename": (Path, "rename", OSError(errno.EIO, "Input/output error")),
     "read-only folder": (Path, "mkdir", PermissionError(errno.EACCES, "Permission denied")),
     "damage found on reading back": (state, "verify", state.DamagedCheckpoint("optimizer.pt has changed")),
@@ -196,7 +217,14 @@ def test_rotation_keeps_what_is_not_its_own(data, tmp_path):
     (folder / "best").mkdir()
     (folder / "0000009.bak").mkdir()
     train.main(flags(data, tmp_path, "run", steps=8))
-    assert sorted(p.name for p in folder.iterdir()) == ["0000002", "0000004", "0000007", "0000008", "0000009.bak", "best"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "0000002",
+        "0000004",
+        "0000007",
+        "0000008",
+        "0000009.bak",
+        "best",
+    ]
     assert (folder / "0000002/notes.txt").read_text() == "mine" and len(list((folder / "0000002").iterdir())) == 5
 
 
@@ -221,7 +249,9 @@ def test_handlers_are_restored_and_hours_counted(data, tmp_path, capsys):
     """--max-hours stops like a signal, status 143; afterwards the handlers are those from before."""
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with pytest.raises(SystemExit) as stopped:
-        train.main(flags(data, tmp_path, "run", "--max-hours", "0.0002", "--checkpointing-steps", "1000", steps=100_000))
+        train.main(
+            flags(data, tmp_path, "run", "--max-hours", "0.0002", "--checkpointing-steps", "1000", steps=100_000)
+        )
     assert stopped.value.code == 143
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
     assert "stopped by max-hours" in capsys.readouterr().out

@@ -100,7 +100,12 @@ def test_ablation_rows_switch_terms_off():
     draws = draws._replace(noise=State(draws.noise.latent))
     objective = Objective()
     terms = objective(
-        lambda *a, project: SiTOutput(torch.zeros(6, 4, 4, 4), None, ()), State(clean.latent), label, [], draws, null_label=5
+        lambda *a, project: SiTOutput(torch.zeros(6, 4, 4, 4), None, ()),
+        State(clean.latent),
+        label,
+        [],
+        draws,
+        null_label=5,
     )
     assert terms.class_velocity.abs().max() == 0 and terms.alignment.abs().max() == 0
     torch.testing.assert_close(objective.total(terms), terms.velocity.mean())
@@ -173,5 +178,3 @@ def test_a_network_trained_on_four_samples_learns_them():
         losses.append([float(v.detach().mean()) for v in terms[:3]])
     first, last = torch.tensor(losses[:10]).mean(0), torch.tensor(losses[-20:]).mean(0)
     assert last[0] < 0.5 * first[0] and last[1] < 0.5 * first[1] and last[2] < -0.7
-
-

@@ -16,9 +16,22 @@ import pytest
 OLD = Path(__file__).parent / "data" / "old"
 ROOT = Path(__file__).parents[1]
 GENERATE = (
-    "--checkpoint", "old/model.safetensors", "--num-fid-samples", "12", "--num-steps", "4", "--per-proc-batch-size", "4",
-    "--cfg-scale", "2", "--labels", "balanced", "--class-tokens", "--vae", "old/vae",
-)  # fmt: skip
+    "--checkpoint",
+    "old/model.safetensors",
+    "--num-fid-samples",
+    "12",
+    "--num-steps",
+    "4",
+    "--per-proc-batch-size",
+    "4",
+    "--cfg-scale",
+    "2",
+    "--labels",
+    "balanced",
+    "--class-tokens",
+    "--vae",
+    "old/vae",
+)
 TRAIN = ("--config", "old/recipe.yaml", "--data-dir", "old/packed", "--output-dir", "old")
 
 

@@ -29,7 +29,9 @@ from tests.tiny import write_encoder, write_vae
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-IMAGES = {f"{folder}/{i}.png": encoded(noise(8 + i, 9 + len(folder))) for folder in ("ant", "bees", "c") for i in range(5)}
+IMAGES = {
+    f"{folder}/{i}.png": encoded(noise(8 + i, 9 + len(folder))) for folder in ("ant", "bees", "c") for i in range(5)
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,25 @@ def one_thread():
 
 def flags(toys, out, *more, source=None):
     return [
-        "--source", str(source or toys / "images"), "--out", str(out), "--vae", str(toys / "vae"),
-        "--enc-type", str(toys / "encoder"), "--resolution", "8", "--shard-size", "6", "--batch-size", "4", "--num-workers",
-        "0", "--pixels", *more,
-    ]  # fmt: skip
+        "--source",
+        str(source or toys / "images"),
+        "--out",
+        str(out),
+        "--vae",
+        str(toys / "vae"),
+        "--enc-type",
+        str(toys / "encoder"),
+        "--resolution",
+        "8",
+        "--shard-size",
+        "6",
+        "--batch-size",
+        "4",
+        "--num-workers",
+        "0",
+        "--pixels",
+        *more,
+    ]
 
 
 def content(folder):
@@ -132,7 +149,17 @@ def test_two_encoders(toys, tmp_path):
 def test_published_layout_is_taken_over(toys, tmp_path):
     """Moments of the published layout are stored as they are, without a VAE; crops and labels too."""
     root = write_published(tmp_path / "data")
-    arguments = ["--source", str(root), "--out", str(tmp_path / "out"), "--resolution", "16", "--vae", "mse", "--no-tokens"]
+    arguments = [
+        "--source",
+        str(root),
+        "--out",
+        str(tmp_path / "out"),
+        "--resolution",
+        "16",
+        "--vae",
+        "mse",
+        "--no-tokens",
+    ]
     pack.main([*arguments, "--pixels", "--num-workers", "0"])
     batch = PackedDataset(tmp_path / "out")[range(4)]
     for i, moments in enumerate(decode_moments(batch.moments).numpy()):
@@ -207,15 +234,24 @@ def test_killed_with_two_processes(toys, tmp_path):
     """Two processes killed together, finished by one and by two: the same bytes."""
     for world in (1, 2):
         out = tmp_path / f"out{world}"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(random.randint(20000, 60000))}  # fmt: skip
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(random.randint(20000, 60000)),
+        }
         # without torchrun, which gives each process a session of its own and, killed, leaves them running
         ranks = [
-            subprocess.Popen([sys.executable, "-m", "preprocessing.pack", *flags(toys, out)], cwd=ROOT,
-                             env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.Popen(
+                [sys.executable, "-m", "preprocessing.pack", *flags(toys, out)],
+                cwd=ROOT,
+                env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             for rank in "01"
-        ]  # fmt: skip
+        ]
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not list(out.glob("shard-*.json")):
             time.sleep(0.001)
@@ -277,9 +313,20 @@ def test_changed_weights_and_images_are_refused(toys, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["moments-00001.npy", "label-00000.npy", "pixels-00002.npy", "class_token.0-00001.npy", "patch_tokens.0-00000.npy",
-     "crc-00001.npy", "shard-00002.json", "packing.json", "index.npz", "class_means.npy", "dataset.json"],
-)  # fmt: skip
+    [
+        "moments-00001.npy",
+        "label-00000.npy",
+        "pixels-00002.npy",
+        "class_token.0-00001.npy",
+        "patch_tokens.0-00000.npy",
+        "crc-00001.npy",
+        "shard-00002.json",
+        "packing.json",
+        "index.npz",
+        "class_means.npy",
+        "dataset.json",
+    ],
+)
 def test_a_flipped_byte_is_found_and_mended(toys, tmp_path, capsys, name):
     """One changed byte in any kind of file is found by --verify, and --repair restores the folder to the byte."""
     out = tmp_path / "out"
@@ -341,7 +388,9 @@ def test_a_corrupt_image_is_named(toys, tmp_path):
     assert manifest.count == 14 and [name for name, _ in manifest.source["skipped"]] == ["c/1.png"]
     whole, part = records(toys / "packed"), records(out)
     kept = [i for i, name in enumerate(sorted(IMAGES)) if name != "c/1.png"]
-    assert np.array_equal(part["pixels"], whole["pixels"][kept])  # batches differ in size from there on: pixels are exact
+    assert np.array_equal(
+        part["pixels"], whole["pixels"][kept]
+    )  # batches differ in size from there on: pixels are exact
     pack.main(["--out", str(out), "--verify"])
 
 
@@ -422,7 +471,9 @@ def test_what_is_said_before_and_during(toys, tmp_path, capsys, monkeypatch):
     assert "3 classes: ant (5), bees (5), c (5)" in text and "crop 8 x 8; VAE " in text and "fp32 on " in text
     for name, array in records(tmp_path / "out").items():
         assert f"{name}: " in text and f"{array[0].nbytes:,} bytes per record" in text, name
-    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*-0000?.npy") if not path.name.startswith("crc"))
+    written = sum(
+        path.stat().st_size for path in (tmp_path / "out").glob("*-0000?.npy") if not path.name.startswith("crc")
+    )
     assert f"to write: {written / 1024:.1f} KiB in 3 shards; 3.0 GiB are free" in text
     order = ["listing the images", "packing 15", "first shard: ", "(h:mm:ss) for the other 9 images", "15 images of 15"]
     places = [text.index(words) for words in order]
@@ -435,7 +486,9 @@ def test_forecast():
     from preprocessing.messages import duration, forecast
 
     text = forecast(done=2048, seconds=10.24, remaining=158_000, world=8)
-    assert text.startswith("first shard: 1,600.0 images/s; about 0:13:10 ") and text.endswith("the other 1,264,000 images")
+    assert text.startswith("first shard: 1,600.0 images/s; about 0:13:10 ") and text.endswith(
+        "the other 1,264,000 images"
+    )
     assert duration(100_000) == "1 day, 3:46:40"
 
 
@@ -464,9 +517,14 @@ def test_folders_without_permission(toys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("flag", "ours"),
-    [("--input", "--source"), ("--dest", "--out"), ("--image-size", "--resolution"), ("--bs", "--batch-size"),
-     ("--workers", "--num-workers")],
-)  # fmt: skip
+    [
+        ("--input", "--source"),
+        ("--dest", "--out"),
+        ("--image-size", "--resolution"),
+        ("--bs", "--batch-size"),
+        ("--workers", "--num-workers"),
+    ],
+)
 def test_flags_of_other_projects(flag, ours):
     with pytest.raises(UserError, match=f"unknown argument '{flag}': here it is '{ours}'"):
         pack.main(["--out", "nowhere", flag, "5"])
@@ -479,7 +537,11 @@ def test_examples_of_the_help_can_be_given():
     for module, settings in ((pack, pack.PackConfig), (describe, describe.DescribeConfig)):
         for example in module.EXAMPLES:
             words = example.split()
-            parse(settings, "", words[next(i for i, word in enumerate(words) if word.startswith("--") and "=" not in word):])
+            parse(
+                settings,
+                "",
+                words[next(i for i, word in enumerate(words) if word.startswith("--") and "=" not in word) :],
+            )
 
 
 def test_out_that_is_something_else(toys, tmp_path):
@@ -562,13 +624,43 @@ def test_an_epoch_of_training_on_cifar(toys, tmp_path):
     source = SHARED / "data" / "cifar10-test.zip"
     if not source.is_file():
         pytest.skip("CIFAR-10 is not here")
-    pack.main(flags(toys, tmp_path / "cifar", "--resolution", "32", "--batch-size", "256", "--no-pixels", source=source))
-    train.main([
-        "--data-dir", str(tmp_path / "cifar"), "--output-dir", str(tmp_path), "--exp-name", "run", "--model", "SiT-S/2",
-        "--depth", "4", "--hidden-size", "128", "--num-heads", "4", "--encoder-depth", "2", "--projector-dim", "256",
-        "--batch-size", "100", "--max-train-steps", "100", "--num-workers", "1", "--mixed-precision", "fp32",
-        "--sampling-steps", "0", "--log-every", "50",
-    ])  # fmt: skip
+    pack.main(
+        flags(toys, tmp_path / "cifar", "--resolution", "32", "--batch-size", "256", "--no-pixels", source=source)
+    )
+    train.main(
+        [
+            "--data-dir",
+            str(tmp_path / "cifar"),
+            "--output-dir",
+            str(tmp_path),
+            "--exp-name",
+            "run",
+            "--model",
+            "SiT-S/2",
+            "--depth",
+            "4",
+            "--hidden-size",
+            "128",
+            "--num-heads",
+            "4",
+            "--encoder-depth",
+            "2",
+            "--projector-dim",
+            "256",
+            "--batch-size",
+            "100",
+            "--max-train-steps",
+            "100",
+            "--num-workers",
+            "1",
+            "--mixed-precision",
+            "fp32",
+            "--sampling-steps",
+            "0",
+            "--log-every",
+            "50",
+        ]
+    )
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 100 and np.isfinite(last["loss"]) and 0 <= last["data_wait"] < 1
 
@@ -581,8 +673,14 @@ def flip(path, place):
 
 def _torchrun(world, arguments):
     program = str(Path(sys.executable).with_name("torchrun"))
-    return [program, f"--nproc_per_node={world}", "--master_port", str(random.randint(20000, 60000)),
-            "preprocessing/pack.py", *arguments]  # fmt: skip
+    return [
+        program,
+        f"--nproc_per_node={world}",
+        "--master_port",
+        str(random.randint(20000, 60000)),
+        "preprocessing/pack.py",
+        *arguments,
+    ]
 
 
 def torchrun(world, arguments):

@@ -53,8 +53,13 @@ def test_every_coordinate_matters():
     """Another seed, purpose, step or index gives other numbers; a longer row begins with the shorter one."""
     index = torch.arange(3)
     base = philox.normal(0, 0, 0, index, 8)
-    others = [philox.normal(1, 0, 0, index, 8), philox.normal(2**32, 0, 0, index, 8), philox.normal(0, 1, 0, index, 8),
-              philox.normal(0, 0, 1, index, 8), philox.normal(0, 0, 0, index + 3, 8)]  # fmt: skip
+    others = [
+        philox.normal(1, 0, 0, index, 8),
+        philox.normal(2**32, 0, 0, index, 8),
+        philox.normal(0, 1, 0, index, 8),
+        philox.normal(0, 0, 1, index, 8),
+        philox.normal(0, 0, 0, index + 3, 8),
+    ]
     for other in others:
         assert not torch.isclose(base, other).any()
     assert torch.equal(philox.normal(0, 0, 0, index, 21)[:, :8], base)

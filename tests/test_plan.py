@@ -63,8 +63,10 @@ def test_spread_labels():
 def test_unknown_class_names_are_answered_by_known_ones():
     """All of them where they are few, else those spelled alike, whole or in a word; without names: give numbers."""
     for flag, given in (
-        ("--classes", ((), ("fox",))), ("--labels", (("fox",), ())), ("--labels", (("fox", "ant"), ())),
-    ):  # fmt: skip
+        ("--classes", ((), ("fox",))),
+        ("--labels", (("fox",), ())),
+        ("--labels", (("fox", "ant"), ())),
+    ):
         with pytest.raises((ValueError, FileNotFoundError), match=rf"^{flag} fox: .* names: ant, bee, cat, dog, eel$"):
             read_labels(*given, 5, NAMES, 8)
     many = (*(f"thing {i}" for i in range(50)), "golden_retriever", "Chesapeake Bay retriever", "tabby, tabby cat")

@@ -434,8 +434,14 @@ def test_published_layout(tmp_path, images):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda r: (r / "vae-sd/00000/img-mean-std-00000002.npy").unlink(), "img00000002.png of imagenet_256_vae/ has no"),
-        (lambda r: (r / "imagenet_256_vae/00000/img00000001.png").unlink(), "img-mean-std-00000001.npy of vae-sd/ has no"),
+        (
+            lambda r: (r / "vae-sd/00000/img-mean-std-00000002.npy").unlink(),
+            "img00000002.png of imagenet_256_vae/ has no",
+        ),
+        (
+            lambda r: (r / "imagenet_256_vae/00000/img00000001.png").unlink(),
+            "img-mean-std-00000001.npy of vae-sd/ has no",
+        ),
         (lambda r: (r / "vae-sd/dataset.json").write_text('{"labels": []}'), "has no label for"),
         (lambda r: (r / "vae-sd/dataset.json").write_text('{"labels": null}'), "holds no labels"),
         (lambda r: (r / "imagenet_256_vae").rename(r / "pictures"), "neither imagenet_256_vae/ nor images/"),

@@ -85,9 +85,19 @@ def test_preview_is_what_training_shows(monkeypatch):
 def test_what_preview_makes(place, tmp_path, capsys):
     """16 guided pictures in 50 steps, labels spread, grid and gallery; it says so before."""
     sidecar = sample(place, tmp_path / "s")
-    expected = {"n": 16, "mode": "sde", "solver": "euler", "steps": 50, "cfg_scale": 2.3, "cls_cfg_scale": 2.3,
-                "guidance_low": 0.0, "guidance_high": 0.85, "labels": "spread", "dtype": "fp32",
-                "nfe": 50}  # fmt: skip
+    expected = {
+        "n": 16,
+        "mode": "sde",
+        "solver": "euler",
+        "steps": 50,
+        "cfg_scale": 2.3,
+        "cls_cfg_scale": 2.3,
+        "guidance_low": 0.0,
+        "guidance_high": 0.85,
+        "labels": "spread",
+        "dtype": "fp32",
+        "nfe": 50,
+    }
     assert {key: sidecar[key] for key in expected} == expected and 90 <= sidecar["forwards"] <= 95
     with np.load(tmp_path / "s" / "samples.npz") as stream:
         assert stream["arr_1"].tolist() == [i % 5 for i in range(16)]
@@ -166,11 +176,12 @@ def test_a_given_token_names_the_labels_of_a_preview(place, tmp_path):
         (["--time-grid", "shifted", "--best-of", "3"], "(shifted grid), guidance 2.3 on t in [0, 0.85], best of 3,"),
         (["--classes", "1", "3"], "labels spread over 2 classes"),
         (["--labels", "balanced", "--classes", "2"], "labels balanced over 1 class,"),
-        (["--labels", "1", "2", "3"], "3 given labels in turn"), (["--labels", "random"], "random labels of 5 classes"),
+        (["--labels", "1", "2", "3"], "3 given labels in turn"),
+        (["--labels", "random"], "random labels of 5 classes"),
         (["--labels", "null", "--cfg-scale", "1"], "unguided, no labels, fp32"),
         (["--num-fid-samples", "1", "--dtype", "bf16"], "bf16 on cpu"),
     ],
-)  # fmt: skip
+)
 def test_it_says_what_it_will_make(place, more, words):
     line = what_it_makes(job(place, *(str(place / "m") if word == "GUIDE" else word for word in more)))
     assert words in line and line.startswith("1 image of" if "--num-fid-samples" in more else "16 images of 8 x 8, ")
@@ -178,14 +189,26 @@ def test_it_says_what_it_will_make(place, more, words):
 
 @pytest.mark.parametrize(
     ("flag", "ours"),
-    [("--ckpt", "--checkpoint"), ("--model-path", "--checkpoint"), ("--n", "--num-fid-samples"),
-     ("-n", "--num-fid-samples"), ("--num-samples=16", "--num-fid-samples"), ("--steps", "--num-steps"),
-     ("--cfg", "--cfg-scale"), ("--guidance-scale", "--cfg-scale"), ("--scale", "--cfg-scale"),
-     ("--bs", "--per-proc-batch-size"), ("--batch-size", "--per-proc-batch-size"),
-     ("--sample-dir", "--out"), ("--output", "--out"),
-     ("--global-seed", "--seed"), ("--sampler", "--solver"), ("--class-labels", "--labels"),
-     ("--precision", "--dtype")],
-)  # fmt: skip
+    [
+        ("--ckpt", "--checkpoint"),
+        ("--model-path", "--checkpoint"),
+        ("--n", "--num-fid-samples"),
+        ("-n", "--num-fid-samples"),
+        ("--num-samples=16", "--num-fid-samples"),
+        ("--steps", "--num-steps"),
+        ("--cfg", "--cfg-scale"),
+        ("--guidance-scale", "--cfg-scale"),
+        ("--scale", "--cfg-scale"),
+        ("--bs", "--per-proc-batch-size"),
+        ("--batch-size", "--per-proc-batch-size"),
+        ("--sample-dir", "--out"),
+        ("--output", "--out"),
+        ("--global-seed", "--seed"),
+        ("--sampler", "--solver"),
+        ("--class-labels", "--labels"),
+        ("--precision", "--dtype"),
+    ],
+)
 def test_flags_of_other_projects_are_answered(monkeypatch, capsys, flag, ours):
     monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint", "c", "--out", "o", flag, "1"])
     with pytest.raises(SystemExit) as stop:

@@ -31,8 +31,10 @@ pytestmark = pytest.mark.usefixtures("caches")
 
 def legacy(state):
     """The names of REPA's first checkpoints: the blocks after the aligned one are decoder_blocks, counted anew."""
-    return {re.sub(r"^blocks\.([12])", lambda match: f"decoder_blocks.{int(match[1]) - 1}", name): tensor
-            for name, tensor in state.items()}  # fmt: skip
+    return {
+        re.sub(r"^blocks\.([12])", lambda match: f"decoder_blocks.{int(match[1]) - 1}", name): tensor
+        for name, tensor in state.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +51,29 @@ def place(tmp_path_factory):
     write_vae(folder / "vae2")
     torch.manual_seed(0)
     AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
-    ).save_pretrained(folder / "vae8")  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    ).save_pretrained(folder / "vae8")
     return folder
 
 
 def generate(out, checkpoint, *more):
-    arguments = ["--out", str(out), "--checkpoint", str(checkpoint), "--num-fid-samples", "5", "--num-steps", "3", *more]
+    arguments = [
+        "--out",
+        str(out),
+        "--checkpoint",
+        str(checkpoint),
+        "--num-fid-samples",
+        "5",
+        "--num-steps",
+        "3",
+        *more,
+    ]
     settings = parse(program.SampleConfig, "", arguments)
     jobs.generate(jobs.Request(**program.requested(settings)))
     return (out / "samples.npz").read_bytes()
@@ -69,8 +86,16 @@ def no_conversion(*_):
 @pytest.mark.parametrize(
     ("kind", "vae", "said"),
     [
-        ("REG", "vae2", "width 384, 6 heads, patch 2) + REG, step 400,000, 5 classes, 8 px, VAE ema (sd-vae-ft-ema); conv"),
-        ("REPA", "vae2", "width 384, 6 heads, patch 2) + REPA, step 7, 5 classes, 8 px, VAE ema (sd-vae-ft-ema); converted"),
+        (
+            "REG",
+            "vae2",
+            "width 384, 6 heads, patch 2) + REG, step 400,000, 5 classes, 8 px, VAE ema (sd-vae-ft-ema); conv",
+        ),
+        (
+            "REPA",
+            "vae2",
+            "width 384, 6 heads, patch 2) + REPA, step 7, 5 classes, 8 px, VAE ema (sd-vae-ft-ema); converted",
+        ),
         ("SiT", "vae8", "width 384, 6 heads, patch 2), 5 classes, 32 px, VAE ema (sd-vae-ft-ema); converted to "),
     ],
 )
@@ -83,7 +108,9 @@ def test_the_same_images_as_by_convert(place, tmp_path, caches, capsys, monkeypa
     assert generate(tmp_path / "b", source, *flags) == expected
     assert f"{source}: SiT (depth 3, {said}" in capsys.readouterr().out
     file = next(caches.glob("*.safetensors"))
-    assert file.read_bytes() == (tmp_path / "ours").read_bytes() and len(list(caches.iterdir())) == 2, "nothing is left over"
+    assert file.read_bytes() == (tmp_path / "ours").read_bytes() and len(list(caches.iterdir())) == 2, (
+        "nothing is left over"
+    )
     monkeypatch.setattr(published, "convert_published", no_conversion)
     monkeypatch.setattr(published, "file_sha256", no_conversion)
     assert generate(tmp_path / "c", source, *flags) == expected
@@ -106,10 +133,15 @@ def test_names_of_models(place, tmp_path):
     """A published size is named as in the papers."""
     info = read_info(obtain(place / "REG.pt"))
     for changes, name in (
-        ({}, "SiT-XL/2 + REG"), ({"class_token_dim": 0}, "SiT-XL/2 + REPA"), ({"patch_size": 4}, "SiT-XL/4 + REG"),
-        ({"align_dims": ()}, "SiT-XL/2 + class token"), ({"class_token_dim": 0, "align_dims": ()}, "SiT-XL/2"),
-    ):  # fmt: skip
-        assert describe(replace(info, network=SiTConfig(**changes))).startswith(f"{name}, step 400,000, 1000 classes, 8 px")
+        ({}, "SiT-XL/2 + REG"),
+        ({"class_token_dim": 0}, "SiT-XL/2 + REPA"),
+        ({"patch_size": 4}, "SiT-XL/4 + REG"),
+        ({"align_dims": ()}, "SiT-XL/2 + class token"),
+        ({"class_token_dim": 0, "align_dims": ()}, "SiT-XL/2"),
+    ):
+        assert describe(replace(info, network=SiTConfig(**changes))).startswith(
+            f"{name}, step 400,000, 1000 classes, 8 px"
+        )
 
 
 def test_imagenet_names():
@@ -181,13 +213,29 @@ def test_processes_of_one_job_and_of_two(place, tmp_path, caches):
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node=2", "generate.py"]
     jobs = [
         subprocess.Popen(
-            [*start, "--checkpoint", str(place / "REG.pt"), "--vae", str(place / "vae2"), "--out", str(tmp_path / out),
-             "--num-fid-samples", "5", "--num-steps", "2", "--per-proc-batch-size", "2"],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [
+                *start,
+                "--checkpoint",
+                str(place / "REG.pt"),
+                "--vae",
+                str(place / "vae2"),
+                "--out",
+                str(tmp_path / out),
+                "--num-fid-samples",
+                "5",
+                "--num-steps",
+                "2",
+                "--per-proc-batch-size",
+                "2",
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, "REG_CACHE": str(tmp_path / "cache")},
         )
         for start, out in ((torchrun, "a"), ([sys.executable, "generate.py"], "b"))
-    ]  # fmt: skip
+    ]
     for process in jobs:
         said, errors = process.communicate()
         assert process.returncode == 0, errors
@@ -201,8 +249,14 @@ def broken(folder, kind):
     """A file that is not a published checkpoint."""
     file, whole = folder / f"{kind}.pt", sit_weights()
     if kind in ("text", "page", "pointer", "empty"):
-        file.write_text({"text": "hello", "page": "\n<!DOCTYPE html>", "empty": "",
-                         "pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:0"}[kind])  # fmt: skip
+        file.write_text(
+            {
+                "text": "hello",
+                "page": "\n<!DOCTYPE html>",
+                "empty": "",
+                "pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            }[kind]
+        )
         return file
     if kind == "module":
         whole = torch.nn.Linear(2, 2)
@@ -262,7 +316,18 @@ def test_a_published_file_of_real_size(place, tmp_path):
     args = argparse.Namespace(model="SiT-XL/2", resolution=256)
     torch.save({"ema": state, "args": args, "steps": 1}, tmp_path / "last.pt")
     del state
-    flags = ["--vae", str(place / "vae8"), "--num-fid-samples", "1", "--mode", "ode", "--num-steps", "2", "--device", "cpu"]
+    flags = [
+        "--vae",
+        str(place / "vae8"),
+        "--num-fid-samples",
+        "1",
+        "--mode",
+        "ode",
+        "--num-steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
     generate(tmp_path / "s", tmp_path / "last.pt", *flags)
     assert read_info(obtain(tmp_path / "last.pt")).network == config
     with np.load(tmp_path / "s/samples.npz") as stream:

@@ -52,6 +52,7 @@ def test_a_finished_stage_is_not_run_again(tmp_path, capfd):
 
 def test_a_changed_stage_reruns_those_after_it(tmp_path):
     """Results that were made from other inputs are not reused."""
+
     def run(comment):
         runner = Runner(tmp_path, {})
         runner.run(stage(tmp_path, f"open({str(tmp_path / 'a.txt')!r}, 'a').write('x')  # {comment}"))
@@ -91,9 +92,21 @@ def test_table_has_a_row_for_everything():
     """Floors of real digits first, then a row a setting with its own numbers."""
     results = {
         "real": {"held-out": {"accuracy": 0.99, "fd": 0.0, "n": 364}, "train": {"accuracy": 1.0, "fd": 0.2, "n": 1433}},
-        "settings": [{"name": "reg-sde-guided", "run": "reg", "sampler": "sde", "guidance": "guided", "nfe": 50,
-                      "forwards": 92,                      "seconds": 12.3, "accuracy": 0.955, "fd": 1.25, "n": 500}],
-    }  # fmt: skip
+        "settings": [
+            {
+                "name": "reg-sde-guided",
+                "run": "reg",
+                "sampler": "sde",
+                "guidance": "guided",
+                "nfe": 50,
+                "forwards": 92,
+                "seconds": 12.3,
+                "accuracy": 0.955,
+                "fd": 1.25,
+                "n": 500,
+            }
+        ],
+    }
     table = rows(json.loads(json.dumps(results)))
     assert [len(row) for row in table] == [9] * 4
     assert table[2][3:6] == ["100.0%", "0.200", "1433"]

@@ -27,9 +27,13 @@ def networks(tmp_path_factory):
     out = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=256,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=256,
+    )
     vae.save_pretrained(out / "vae")
     torch.save(timm.create_model("vit_base_patch14_dinov2.lvd142m", num_classes=0).state_dict(), out / "dinov2.pth")
     yield out
@@ -58,17 +62,53 @@ def test_pack_and_train_one_step_at_256_pixels(networks, images, tmp_path, mode)
     """DINOv2-B/14 at 224, sd-vae at 256 px and SiT-B/2: packed, trained, saved; cached tokens and online encoder."""
     encoder = f"dinov2-vit-b={networks / 'dinov2.pth'}"
     flags = ["--tokens", "--no-pixels"] if mode == "tokens" else ["--no-tokens", "--pixels"]
-    call("preprocessing/pack.py", "--source", images, "--out", tmp_path / "data", "--vae", networks / "vae",
-         "--enc-type", encoder, "--batch-size", 4, "--num-workers", 1, *flags)  # fmt: skip
+    call(
+        "preprocessing/pack.py",
+        "--source",
+        images,
+        "--out",
+        tmp_path / "data",
+        "--vae",
+        networks / "vae",
+        "--enc-type",
+        encoder,
+        "--batch-size",
+        4,
+        "--num-workers",
+        1,
+        *flags,
+    )
     manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert manifest["count"] == 8 and manifest["fields"]["moments"]["shape"] == [8, 32, 32]
     if mode == "tokens":
         assert manifest["fields"]["patch_tokens.0"]["shape"] == [256, 768]
         tokens = np.load(next((tmp_path / "data").glob("class_token.0-*.npy")))
         assert tokens.shape == (8, 768) and 0.1 < tokens.astype(np.float32).std() < 10
-    call("train.py", "--data-dir", tmp_path / "data", "--output-dir", tmp_path, "--exp-name", "run", "--model", "SiT-B/2",
-         "--enc-type", encoder, "--batch-size", 4, "--max-train-steps", 1, "--sampling-steps", 0, "--mixed-precision", "fp32",
-         "--num-workers", 0, "--log-every", 1)  # fmt: skip
+    call(
+        "train.py",
+        "--data-dir",
+        tmp_path / "data",
+        "--output-dir",
+        tmp_path,
+        "--exp-name",
+        "run",
+        "--model",
+        "SiT-B/2",
+        "--enc-type",
+        encoder,
+        "--batch-size",
+        4,
+        "--max-train-steps",
+        1,
+        "--sampling-steps",
+        0,
+        "--mixed-precision",
+        "fp32",
+        "--num-workers",
+        0,
+        "--log-every",
+        1,
+    )
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     # The network starts at 0, so its losses start at the mean square of the targets, noise - data.
     assert line["step"] == 1 and 1 < line["velocity"] < 10 and 1 < line["class_velocity"] < 10

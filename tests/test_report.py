@@ -35,10 +35,13 @@ def run_folder(tmp_path):
 def content(run_folder) -> Report:
     a, b = run_folder("a"), run_folder("b", 0.5)
     return Report(
-        title="Two <runs>", summary=["All & everything."], tables=[Table("Numbers", ["x", "y"], [["1", "2"]])],
-        runs={"first": a, "second": b}, images=[("a grid", a / "previews" / "step_0000050.png")],
+        title="Two <runs>",
+        summary=["All & everything."],
+        tables=[Table("Numbers", ["x", "y"], [["1", "2"]])],
+        runs={"first": a, "second": b},
+        images=[("a grid", a / "previews" / "step_0000050.png")],
         commands=["python train.py --a < b"],
-    )  # fmt: skip
+    )
 
 
 def test_curves_are_read_as_logged(run_folder):
@@ -48,7 +51,12 @@ def test_curves_are_read_as_logged(run_folder):
     assert set(curves) == {"loss", "lr"}
     assert curves["loss"].steps == list(range(1, 51)) and curves["loss"].values[1] == 0.5
     file = folder / "metrics.jsonl"
-    lines = ['{"step": 2, "loss": 1.0}', '{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 3.0}', '{"step": 3, "loss": NaN}']
+    lines = [
+        '{"step": 2, "loss": 1.0}',
+        '{"step": 1, "loss": 2.0}',
+        '{"step": 2, "loss": 3.0}',
+        '{"step": 3, "loss": NaN}',
+    ]
     file.write_text("\n".join(lines))
     assert read_curves(folder)["loss"] == ([1, 2], [2.0, 3.0])
     file.write_text('{"loss": 1}\n{"step": 2, "loss": 1}\n')

@@ -34,8 +34,22 @@ def data(tmp_path_factory):
 
 def flags(out, name, *extra):
     """Save every step and log every third, so that most checkpoints lie inside a log window."""
-    return [*FLAGS, "--output-dir", str(out), "--exp-name", name, "--max-train-steps", str(STEPS), "--log-every", "3",
-            "--checkpointing-steps", "1", "--keep-last", "0", *extra]  # fmt: skip
+    return [
+        *FLAGS,
+        "--output-dir",
+        str(out),
+        "--exp-name",
+        name,
+        "--max-train-steps",
+        str(STEPS),
+        "--log-every",
+        "3",
+        "--checkpointing-steps",
+        "1",
+        "--keep-last",
+        "0",
+        *extra,
+    ]
 
 
 def cut(out: Path, source: str, name: str, step: int) -> None:
@@ -76,8 +90,22 @@ def launch(tmp_path: Path, processes: int, runs: list[list[str]], **environment:
     """Run training with `processes` gloo processes."""
     file = tmp_path / f"runs-{next(_number)}.json"
     file.write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "tests.many", str(file)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        "0",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        "-m",
+        "tests.many",
+        str(file),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -142,8 +170,14 @@ def test_two_processes_continue_on_four(data, tmp_path):
     launch(tmp_path, 2, [flags(tmp_path, "whole", *data["cached"])])
     cut(tmp_path, "whole", "four", 4)
     cut(tmp_path, "whole", "eight", 5)
-    launch(tmp_path, 4, [flags(tmp_path, "four", *data["cached"]),
-                         flags(tmp_path, "eight", *data["cached"], "--gradient-accumulation-steps", "2")])  # fmt: skip
+    launch(
+        tmp_path,
+        4,
+        [
+            flags(tmp_path, "four", *data["cached"]),
+            flags(tmp_path, "eight", *data["cached"], "--gradient-accumulation-steps", "2"),
+        ],
+    )
     assert_close(tmp_path / "whole", tmp_path / "four")
     assert_close(tmp_path / "whole", tmp_path / "eight")
 

@@ -212,7 +212,9 @@ def test_the_last_step():
     def velocity(state, t):
         return State(torch.full((1, 1, 1, 1), eps - datum).double())
 
-    ends = [euler_maruyama(velocity, state, t, interpolant, None, last_step=last).latent.item() for last in ("drift", "ode")]
+    ends = [
+        euler_maruyama(velocity, state, t, interpolant, None, last_step=last).latent.item() for last in ("drift", "ode")
+    ]
     assert ends == pytest.approx([datum - 0.04 * eps, datum])
 
 

@@ -89,16 +89,16 @@ def test_the_bar_counts_the_images_of_all_processes(tmp_path):
     bar = reporting.tqdm(total=12, file=io.StringIO())
     images = loop.Images(bar, parts, [range(0, 3), range(6, 9)])
     parts.write(range(3, 6), {"label": np.zeros(3)})
-    images.show(1.5)
+    images.show(3, 0.5)
     assert bar.n == pytest.approx(3 + 0.95 * 1.5, abs=0.05)
     images.solved = 3
     parts.write(range(0, 3), {"label": np.zeros(3)})
-    images.show(1.5)
+    images.show(3, 0.5)
     assert bar.n == pytest.approx(3 + 0.95 * 4.5, abs=0.05)
     images.written, images.solved = 3, 0
     parts.write(range(9, 12), {"label": np.zeros(3)})
     images._looked = float("-inf")  # as if a second had passed
-    images.show(3.0)
+    images.show(3, 1.0)
     assert bar.n == pytest.approx(9 + 0.95 * 3, abs=0.05)
     images.written = 6
     images.show()
@@ -109,8 +109,11 @@ def test_a_log_file_gets_whole_lines(place, tmp_path):
     """From the command line, where stderr is no terminal: one line at the end of a short job, at 100 %."""
     done = subprocess.run(
         [sys.executable, "generate.py", *sampled.flags(place, tmp_path / "s", "--per-proc-batch-size", "2")],
-        cwd=sampled.ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=sampled.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     bars = [line for line in done.stderr.splitlines() if "image" in line]
     assert len(bars) == 1 and "\r" not in done.stderr and bars[0].startswith("sampling: 100%") and "11/11" in bars[0]
     said = done.stdout.splitlines()
@@ -147,9 +150,19 @@ def test_how_long():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "1 s"), (45.4, "45 s"), (89, "89 s"), (90, "1.5 min"), (720, "12 min"), (5399, "90 min"), (5400, "1.5 h"),
-     (39600, "11 h"), (2 * 86400, "2.0 days"), (40 * 86400, "40 days")],
-)  # fmt: skip
+    [
+        (0.2, "1 s"),
+        (45.4, "45 s"),
+        (89, "89 s"),
+        (90, "1.5 min"),
+        (720, "12 min"),
+        (5399, "90 min"),
+        (5400, "1.5 h"),
+        (39600, "11 h"),
+        (2 * 86400, "2.0 days"),
+        (40 * 86400, "40 days"),
+    ],
+)
 def test_durations_read_well(seconds, text):
     assert duration(seconds) == text
 

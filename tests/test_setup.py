@@ -15,7 +15,7 @@ FILES = ("requirements.txt", "requirements-quickstart.txt", "requirements-dev.tx
 COME_WITH_OTHERS = {"huggingface-hub", "requests"}  # with timm, diffusers and accelerate; with wandb and diffusers
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/*.py")}
-PIP = "#!/bin/sh\necho \"$@\" >> pip.log\nexit ${PIP_STATUS:-0}\n"
+PIP = '#!/bin/sh\necho "$@" >> pip.log\nexit ${PIP_STATUS:-0}\n'
 
 
 @pytest.fixture
@@ -97,10 +97,12 @@ def imported(*folders: str) -> tuple[set[str], set[str]]:
     for path in (path for folder in folders for path in ROOT.glob(f"{folder}*.py")):
         tree = ast.parse(path.read_text())
         optional = {
-            id(node) for block in ast.walk(tree) if isinstance(block, ast.Try)
+            id(node)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.Try)
             if any(ast.unparse(h.type) in ("ImportError", "ModuleNotFoundError") for h in block.handlers if h.type)
             for node in ast.walk(block)
-        }  # fmt: skip
+        }
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []

@@ -12,9 +12,17 @@ from models.cost import cost
 from models.sit import PRESETS, SiT, SiTConfig, preset
 
 TOY = SiTConfig(
-    depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=4, num_classes=5, class_token_dim=12,
-    align_dims=(12, 7), align_depth=1, projector_dim=16,
-)  # fmt: skip
+    depth=2,
+    hidden_size=32,
+    num_heads=2,
+    patch_size=2,
+    input_size=4,
+    num_classes=5,
+    class_token_dim=12,
+    align_dims=(12, 7),
+    align_depth=1,
+    projector_dim=16,
+)
 SHAPES = Path(__file__).parents[2] / "shared" / "reference" / "published_state_dict_shapes.json"
 
 
@@ -118,7 +126,9 @@ def test_every_preset_builds_and_runs(name):
     """All twelve sizes, the S ones that crash in the published code included (forward on the meta device)."""
     with torch.device("meta"):
         network = SiT(preset(name))
-        output = network(torch.empty(2, 4, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.long), torch.empty(2, 768))
+        output = network(
+            torch.empty(2, 4, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.long), torch.empty(2, 768)
+        )
     assert output.velocity.shape == (2, 4, 32, 32) and output.class_velocity.shape == (2, 768)
 
 

@@ -22,9 +22,17 @@ from tests.tiny import write_dataset
 from training.tracking import Window
 
 SIX_BLOCKS = SiTConfig(
-    depth=6, hidden_size=64, num_heads=2, patch_size=2, input_size=4, num_classes=10, class_token_dim=32,
-    align_dims=(32,), align_depth=4, projector_dim=32,
-)  # fmt: skip
+    depth=6,
+    hidden_size=64,
+    num_heads=2,
+    patch_size=2,
+    input_size=4,
+    num_classes=10,
+    class_token_dim=32,
+    align_dims=(32,),
+    align_depth=4,
+    projector_dim=32,
+)
 
 
 class Watch(TorchDispatchMode):
@@ -62,8 +70,16 @@ def test_a_quiet_step_reads_nothing_back(precision):
         result = ours.step(1, [(ours.batch, ours.positions)])
         window.add(1, result, ours.positions)
     assert window.values.abs().sum() > 0
-    reading = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal",
-               "aten::is_nonzero", "aten::unique", "aten::_unique2"}  # fmt: skip
+    reading = {
+        "aten::_local_scalar_dense",
+        "aten::item",
+        "aten::nonzero",
+        "aten::masked_select",
+        "aten::equal",
+        "aten::is_nonzero",
+        "aten::unique",
+        "aten::_unique2",
+    }
     assert len(watch.names) > 300 and "aten::_fused_adamw_" in watch.names
     assert not reading & set(watch.names)
 
@@ -110,7 +126,9 @@ def test_bf16_loss_follows_fp32_on_digits():
     labels = torch.from_numpy(load_digits().target)
     g = torch.Generator().manual_seed(0)
     patches = images.view(-1, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(-1, 16, 4) @ torch.randn(4, 32, generator=g)
-    tokens = torch.cat([images.flatten(1)[:, None] @ torch.randn(64, 32, generator=g) / 8, patches], dim=1)  # (N, 17, 32)
+    tokens = torch.cat(
+        [images.flatten(1)[:, None] @ torch.randn(64, 32, generator=g) / 8, patches], dim=1
+    )  # (N, 17, 32)
     std = torch.full((len(images), 4, 8, 8), 0.1 * MOMENTS_STD_SCALE)
     moments = torch.cat([images[:, None].expand(-1, 4, -1, -1), std], dim=1).half()
     curves = []
@@ -282,8 +300,24 @@ def test_overhead_benchmark_runs(results):
 def test_epoch_benchmark_runs(results, tmp_path):
     """Every record once, in equal steps; waiting is a share."""
     data = write_dataset(tmp_path / "data", count=20)
-    epoch.main(["--data-dir", str(data), "--depth", "2", "--hidden-size", "32", "--num-heads", "2", "--batch-size", "4",
-                "--intervals", "3", "--label", "toy"])  # fmt: skip
+    epoch.main(
+        [
+            "--data-dir",
+            str(data),
+            "--depth",
+            "2",
+            "--hidden-size",
+            "32",
+            "--num-heads",
+            "2",
+            "--batch-size",
+            "4",
+            "--intervals",
+            "3",
+            "--label",
+            "toy",
+        ]
+    )
     (row,) = json.loads((results / "epoch-toy.json").read_text())["rows"]
     assert row["steps"] == 5 and row["ms a step"]["median"] > 0 and 0 <= row["waiting for data %"]["median"] < 100
 

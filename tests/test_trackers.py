@@ -38,13 +38,19 @@ def test_wandb_keeps_its_run(tools, tmp_path, monkeypatch):
     assert len(written) == 2
     for _ in range(100):  # wandb's own process writes the files, and may be behind
         records = [record for file in written for record in wandb_records(file)]
-        history = [{(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
-                   for record in records if record.WhichOneof("record_type") == "history"]  # fmt: skip
+        history = [
+            {(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.WhichOneof("record_type") == "history"
+        ]
         if len(history) == 4:
             break
         time.sleep(0.2)
-    metrics = [(record.metric.name, record.metric.glob_name, record.metric.step_metric) for record in records
-               if record.WhichOneof("record_type") == "metric"]  # fmt: skip
+    metrics = [
+        (record.metric.name, record.metric.glob_name, record.metric.step_metric)
+        for record in records
+        if record.WhichOneof("record_type") == "metric"
+    ]
     assert [record["step"] for record in history] == [1, 2, 3, 4]
     assert metrics[:2] == [("step", "", ""), ("", "*", "step")]
     assert [record["loss"] for record in history] == pytest.approx([line["loss"] for line in lines(tmp_path)])
@@ -101,8 +107,10 @@ def test_wandb_has_step_as_its_axis(tools, tmp_path, monkeypatch, capsys):
     names = [name for name, _, _ in wandb.calls]
     assert names == ["init", "define_metric", "define_metric", *["log"] * 5, "finish"]
     assert wandb.calls[0][2]["id"] == (tmp_path / "run/wandb-id.txt").read_text() != ""
-    assert [(args, kwargs) for name, args, kwargs in wandb.calls if name == "define_metric"] == \
-        [(("step",), {}), (("*",), {"step_metric": "step"})]  # fmt: skip
+    assert [(args, kwargs) for name, args, kwargs in wandb.calls if name == "define_metric"] == [
+        (("step",), {}),
+        (("*",), {"step_metric": "step"}),
+    ]
     logged = [args[0] for name, args, kwargs in wandb.calls if name == "log" and not kwargs]
     assert [values["step"] for values in logged] == [1, 2, 3, 4, 4]
     assert logged[4]["preview"] == str(tmp_path / "run/previews/step_0000004.png")
@@ -114,7 +122,9 @@ def test_wandb_has_step_as_its_axis(tools, tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in lines(tmp_path, "failing")] == [1, 2, 3, 4]
 
     wandb.failing = ("init",)
-    with pytest.raises(UserError, match="--report-to wandb: init failed: set WANDB_MODE=offline, or choose --report-to"):
+    with pytest.raises(
+        UserError, match="--report-to wandb: init failed: set WANDB_MODE=offline, or choose --report-to"
+    ):
         train.main(flags(tools["data"], tmp_path, "--report-to", "wandb", name="refused"))
 
 
@@ -130,7 +140,9 @@ def test_wandb_is_checked_before_anything_is_loaded(tools, tmp_path, monkeypatch
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for absent in (None, ModuleType("wandb")):  # the second is a folder ./wandb of earlier runs
         monkeypatch.setitem(sys.modules, "wandb", absent)
-        with pytest.raises(UserError, match="--report-to wandb: the package wandb is not installed: pip install wandb, or"):
+        with pytest.raises(
+            UserError, match="--report-to wandb: the package wandb is not installed: pip install wandb, or"
+        ):
             start()
     with socket.socket() as server:
         server.bind(("localhost", 0))
@@ -142,7 +154,9 @@ def test_wandb_is_checked_before_anything_is_loaded(tools, tmp_path, monkeypatch
         else:
             monkeypatch.setenv("HTTPS_PROXY", proxy)  # which reaches servers that this machine cannot
         server.listen()
-        with pytest.raises(UserError, match="no API key: run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline"):
+        with pytest.raises(
+            UserError, match="no API key: run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline"
+        ):
             start()
         wandb = FakeWandb(base_url=address, api_key="k")
         wandb.failing = ("login",)
@@ -158,7 +172,9 @@ def test_wandb_is_checked_before_anything_is_loaded(tools, tmp_path, monkeypatch
 
 def test_tensorboard_may_be_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="--report-to tensorboard: the package tensorboard is not installed: pip install"):
+    with pytest.raises(
+        UserError, match="--report-to tensorboard: the package tensorboard is not installed: pip install"
+    ):
         train.main(flags(tmp_path / "nowhere", tmp_path, "--report-to", "tensorboard"))
 
 

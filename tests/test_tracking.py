@@ -26,8 +26,18 @@ def tools(tmp_path_factory):
 
 
 def flags(data, out, *extra, steps=4, name="run"):
-    return [*FLAGS, "--data-dir", str(data), "--output-dir", str(out), "--exp-name", name, "--max-train-steps", str(steps),
-            *extra]  # fmt: skip
+    return [
+        *FLAGS,
+        "--data-dir",
+        str(data),
+        "--output-dir",
+        str(out),
+        "--exp-name",
+        name,
+        "--max-train-steps",
+        str(steps),
+        *extra,
+    ]
 
 
 def lines(out, name="run"):
@@ -127,8 +137,22 @@ def test_metrics_are_complete_and_never_go_backwards(tools, tmp_path):
     train.main(flags(tools["data"], tmp_path, "--checkpointing-steps", "2", steps=6))
     before = lines(tmp_path)
     for line in before:
-        for key in ("loss", "velocity", "class_velocity", "alignment", "grad_norm", "lr", "images_per_second", "data_wait",
-                    "ema_distance", "peak_memory_gib", "hours_left", "mfu", "velocity_t1", "alignment_t4"):  # fmt: skip
+        for key in (
+            "loss",
+            "velocity",
+            "class_velocity",
+            "alignment",
+            "grad_norm",
+            "lr",
+            "images_per_second",
+            "data_wait",
+            "ema_distance",
+            "peak_memory_gib",
+            "hours_left",
+            "mfu",
+            "velocity_t1",
+            "alignment_t4",
+        ):
             assert key in line, key
         assert 0 <= line["data_wait"] <= 1 and line["images_per_second"] > 0 and line["ema_distance"] > 0
     assert before[-1]["hours_left"] == 0
@@ -158,11 +182,28 @@ def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(previews, "sample", sample)
     reference = tmp_path / "reference.npz"
     np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
-    train.main(flags(
-        tools["data"], tmp_path, "--sampling-steps", "3", "--preview-steps", "4", "--eval-every", "2",
-        "--eval-samples", "40", "--eval-reference", str(reference), "--eval-features", f"timm:{tools['encoder']}",
-        "--learning-rate", "0.01", "--ema-decay", "0.5",
-    ))  # fmt: skip
+    train.main(
+        flags(
+            tools["data"],
+            tmp_path,
+            "--sampling-steps",
+            "3",
+            "--preview-steps",
+            "4",
+            "--eval-every",
+            "2",
+            "--eval-samples",
+            "40",
+            "--eval-reference",
+            str(reference),
+            "--eval-features",
+            f"timm:{tools['encoder']}",
+            "--learning-rate",
+            "0.01",
+            "--ema-decay",
+            "0.5",
+        )
+    )
     assert sorted(p.name for p in (tmp_path / "run/previews").iterdir()) == ["step_0000003.png", "step_0000004.png"]
     image = Image.open(tmp_path / "run/previews/step_0000003.png")
     assert image.width == 8 * (64 + 4) and image.height == 2 * (64 + 28)
@@ -172,9 +213,16 @@ def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch, capsys):
     assert measured[1] is None and measured[3] is None and measured[2] > 0 and measured[4] > 0
     assert measured[2] != measured[4]
     said = capsys.readouterr().err.splitlines()
-    for words, times in (("preview of step 3: 100%", 1), ("preview of step 4: 100%", 1), ("training: 100%", 1),
-                         ("| 4/4 ", 3), (f"reference {reference}: 100%", 1), ("| 40/40 ", 1), ("| 8/8 ", 2),
-                         ("sampling 40 images for the Frechet distance: 100%", 2)):  # fmt: skip
+    for words, times in (
+        ("preview of step 3: 100%", 1),
+        ("preview of step 4: 100%", 1),
+        ("training: 100%", 1),
+        ("| 4/4 ", 3),
+        (f"reference {reference}: 100%", 1),
+        ("| 40/40 ", 1),
+        ("| 8/8 ", 2),
+        ("sampling 40 images for the Frechet distance: 100%", 2),
+    ):
         assert sum(words in line for line in said) == times, (words, said)
 
 
@@ -208,10 +256,20 @@ def test_utilization_is_the_share_of_the_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     assert processes.utilization(1e15) == pytest.approx(1000 / (2 * GPUS["H200"].tflops))
     assert GPUS["H200"].tflops == pytest.approx(989, abs=1)
-    names = {"NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A10": "A10", "NVIDIA A10G": None, "NVIDIA L4": "L4",
-             "NVIDIA L40": None, "NVIDIA L40S": "L40S", "NVIDIA H100 80GB HBM3": "H100",
-             "Tesla V100-SXM2-32GB": "V100", "Tesla T4": "T4", "NVIDIA GeForce RTX 3090": "RTX3090",
-             "NVIDIA RTX A6000": "A6000", "rtx-5090": "RTX5090"}  # fmt: skip
+    names = {
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA A10": "A10",
+        "NVIDIA A10G": None,
+        "NVIDIA L4": "L4",
+        "NVIDIA L40": None,
+        "NVIDIA L40S": "L40S",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "Tesla V100-SXM2-32GB": "V100",
+        "Tesla T4": "T4",
+        "NVIDIA GeForce RTX 3090": "RTX3090",
+        "NVIDIA RTX A6000": "A6000",
+        "rtx-5090": "RTX5090",
+    }
     assert {name: named_gpu(name) for name in names} == names
     processes.precision = "fp32"
     assert processes.utilization(1e15) == pytest.approx(2 * 1000 / (2 * GPUS["H200"].tflops))

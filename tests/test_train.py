@@ -36,15 +36,27 @@ def tools(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tools")
     vae = write_vae(folder / "vae")
     return {
-        "vae": vae, "encoder": write_encoder(folder / "encoder"), "data": write_dataset(folder / "data", vae=vae),
+        "vae": vae,
+        "encoder": write_encoder(folder / "encoder"),
+        "data": write_dataset(folder / "data", vae=vae),
         "two": write_dataset(folder / "two", dims=(16, 8), vae=vae),
         "pixels": write_dataset(folder / "pixels", dims=(), pixels=True, vae=vae),
-    }  # fmt: skip
+    }
 
 
 def flags(data, out, *extra, steps=4, name="run"):
-    return [*FLAGS, "--data-dir", str(data), "--output-dir", str(out), "--exp-name", name, "--max-train-steps", str(steps),
-            *extra]  # fmt: skip
+    return [
+        *FLAGS,
+        "--data-dir",
+        str(data),
+        "--output-dir",
+        str(out),
+        "--exp-name",
+        name,
+        "--max-train-steps",
+        str(steps),
+        *extra,
+    ]
 
 
 def lines(out, name="run"):
@@ -58,8 +70,17 @@ def test_twenty_steps_follow_a_plain_restatement_of_the_recipe(tools):
     """From the same weights, times, noises and label drops, 20 steps agree with the published recipe written out anew:
     per-sample loops, torch's own AdamW and clipping, the EMA parameter by parameter. Weights and EMA within 1e-5."""
     torch.manual_seed(0)
-    config = SiTConfig(depth=2, hidden_size=32, num_heads=2, input_size=4, num_classes=3, class_token_dim=16,
-                       align_dims=(16,), align_depth=1, projector_dim=32)  # fmt: skip
+    config = SiTConfig(
+        depth=2,
+        hidden_size=32,
+        num_heads=2,
+        input_size=4,
+        num_classes=3,
+        class_token_dim=16,
+        align_dims=(16,),
+        align_depth=1,
+        projector_dim=32,
+    )
     network = SiT(config)
     with torch.no_grad():
         for p in network.parameters():  # leave the zero initialisation, where most gradients vanish
@@ -69,8 +90,15 @@ def test_twenty_steps_follow_a_plain_restatement_of_the_recipe(tools):
     objective = Objective(Interpolant("linear"), "uniform", 0.03, 0.5, cfg_prob=0.5)
     normalization = LatentNormalization((0.5,))
     ema = EMA(network, SiT(config), decay=0.9)
-    step = TrainStep(network, objective, torch.optim.AdamW(network.parameters(), **adam, fused=True), ema, normalization,
-                     seed=3, max_grad_norm=0.5)  # fmt: skip
+    step = TrainStep(
+        network,
+        objective,
+        torch.optim.AdamW(network.parameters(), **adam, fused=True),
+        ema,
+        normalization,
+        seed=3,
+        max_grad_norm=0.5,
+    )
     optimizer = torch.optim.AdamW(plain.parameters(), **adam, foreach=False, fused=False)
     dataset = PackedDataset(tools["data"])
     sampler = StepSampler(len(dataset), 4, seed=3)
@@ -120,7 +148,9 @@ def test_accumulated_micro_batches_are_one_step(tools, tmp_path):
     train.main(flags(tools["data"], tmp_path, name="one"))
     train.main(flags(tools["data"], tmp_path, "--gradient-accumulation-steps", "4", name="four"))
     for a, b in zip(lines(tmp_path, "one"), lines(tmp_path, "four"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
 
 
 ROWS = {  # rows of the paper's ablation: flags => (class token, projectors)
@@ -149,8 +179,18 @@ def test_rows_of_the_paper_by_flags(tools, tmp_path, row):
 
 def test_two_encoders_and_other_paths(tools, tmp_path):
     """Alignment with both encoders, class token of the first; cosine path, lognormal times, qk_norm, checkpointing."""
-    train.main(flags(tools["two"], tmp_path, "--path-type", "cosine", "--weighting", "lognormal", "--qk-norm",
-                     "--gradient-checkpointing"))  # fmt: skip
+    train.main(
+        flags(
+            tools["two"],
+            tmp_path,
+            "--path-type",
+            "cosine",
+            "--weighting",
+            "lognormal",
+            "--qk-norm",
+            "--gradient-checkpointing",
+        )
+    )
     info = load_model(tmp_path / "run").info
     assert info.network.align_dims == (16, 8) and info.network.class_token_dim == 16 and info.path == "cosine"
     train.main(flags(tools["two"], tmp_path, "--enc-type", "toy-8", name="second"))
@@ -211,8 +251,10 @@ def test_gradients_that_are_not_finite_name_the_parameter(tools, tmp_path, monke
     calls.clear()
     train.main(flags(tools["data"], tmp_path, "--checkpointing-steps", "1", "--on-nonfinite", "skip", name="skip"))
     a, b = (load_model(tmp_path / "skip/checkpoints" / name).network for name in ("0000002", "0000003"))
-    states = [torch.load(tmp_path / "skip/checkpoints" / name / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-              for name in ("0000002", "0000003")]  # fmt: skip
+    states = [
+        torch.load(tmp_path / "skip/checkpoints" / name / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+        for name in ("0000002", "0000003")
+    ]
     assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
     assert all(p.isfinite().all() for p in (*a.parameters(), *b.parameters()))
 
@@ -256,8 +298,14 @@ def test_the_cosine_is_taken_in_float32(dtype):
         (("--vae", "mse"), r"--vae mse: dataset .* was packed with VAE"),
         (("--resolution", "256"), r"--resolution 256: dataset .* was packed at 8 pixels"),
         (("--num-classes", "1000"), r"--num-classes 1000: dataset .* has 3 classes"),
-        (("--patch-size", "4"), r"--patch-size 4 gives 1 x 1 patches, but the tokens of toy-16 were packed on a 2 x 2 grid"),
-        (("--batch-size", "9", "--gradient-accumulation-steps", "2"), r"batch size 9 must be divisible by 1 processes x 2"),
+        (
+            ("--patch-size", "4"),
+            r"--patch-size 4 gives 1 x 1 patches, but the tokens of toy-16 were packed on a 2 x 2 grid",
+        ),
+        (
+            ("--batch-size", "9", "--gradient-accumulation-steps", "2"),
+            r"batch size 9 must be divisible by 1 processes x 2",
+        ),
         (("--model", "SiT-M/2"), r"model 'SiT-M/2' is none of"),
         (("--encoder-depth", "3"), r"alignment after block 3, but the network has blocks 1 to 2"),
         (("--learning-rate", "0"), r"--learning-rate must be positive"),
@@ -312,7 +360,9 @@ def test_one_run_a_folder(tools, tmp_path):
     from training.folder import RunLock
 
     lock = RunLock(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"run is in use by process {os.getpid()} on .*; wait for it, or choose another"):
+    with pytest.raises(
+        UserError, match=rf"run is in use by process {os.getpid()} on .*; wait for it, or choose another"
+    ):
         train.main(flags(tools["data"], tmp_path))
     lock.close()
     train.main(flags(tools["data"], tmp_path, steps=1))
@@ -322,7 +372,12 @@ def test_every_setting_is_read():
     """Each field of TrainConfig is read somewhere, and those that are free to change on resume exist."""
     source = "".join(p.read_text() for p in [ROOT / "train.py", *(ROOT / "training").glob("*.py")])
     for field in fields(TrainConfig):
-        by_name = field.name in ("depth", "hidden_size", "num_heads", "patch_size")  # read in a loop of training/plan.py
+        by_name = field.name in (
+            "depth",
+            "hidden_size",
+            "num_heads",
+            "patch_size",
+        )  # read in a loop of training/plan.py
         assert by_name or re.search(rf"\b(settings|s)\.{field.name}\b", source), field.name
     assert {f.name for f in fields(TrainConfig)} >= FREE
 
@@ -362,8 +417,19 @@ def test_two_processes_agree(tools, tmp_path):
     bad = write_dataset(tmp_path / "bad", vae=tools["vae"])
     first = StepSampler(20, 8, seed=0).indices(0, 0)
     spoil(bad, "moments", int(first[6]))  # the second process's half of the first batch
-    command, options = torchrun("--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m",
-                                "tests.two", str(tools["data"]), str(bad), str(tmp_path))  # fmt: skip
+    command, options = torchrun(
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        "-m",
+        "tests.two",
+        str(tools["data"]),
+        str(bad),
+        str(tmp_path),
+    )
     done = subprocess.run(command, **options, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout
@@ -379,9 +445,20 @@ def test_two_nodes(tools, tmp_path):
     """Two launchers of one process each, as on two machines, make one run of two processes."""
     started = []
     for node in (0, 1):
-        command, options = torchrun("--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1", "--master_addr",
-                                    "localhost", "--master_port", "29533", "train.py",
-                                    *flags(tools["data"], tmp_path))  # fmt: skip
+        command, options = torchrun(
+            "--nnodes",
+            "2",
+            "--node_rank",
+            str(node),
+            "--nproc_per_node",
+            "1",
+            "--master_addr",
+            "localhost",
+            "--master_port",
+            "29533",
+            "train.py",
+            *flags(tools["data"], tmp_path),
+        )
         started.append(subprocess.Popen(command, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     ends = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], ends
@@ -393,8 +470,16 @@ def test_two_nodes(tools, tmp_path):
 @pytest.mark.slow
 def test_a_mistake_is_told_once(tools, tmp_path):
     """Two processes find the same wrong flag: one line on stderr, and the launcher's own report."""
-    command, options = torchrun("--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-                                "train.py", *flags(tools["data"], tmp_path, "--batch-size", "9"))  # fmt: skip
+    command, options = torchrun(
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        "train.py",
+        *flags(tools["data"], tmp_path, "--batch-size", "9"),
+    )
     done = subprocess.run(command, **options, capture_output=True)
     assert done.returncode != 0
     assert done.stderr.count("error: batch size 9 must be divisible by 2 processes") == 1

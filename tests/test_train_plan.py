@@ -37,8 +37,15 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(tools, tmp_path, capsys):
     """Parameters, operations, memory, steps, epochs and dataset, from the real network and data."""
     train.main(flags(tools["data"], tmp_path, "--dry-run", steps=50))
     text = capsys.readouterr().out
-    for words in ("20 images of 8 px, 3 classes", "2 blocks of width 32", "toy-16: cached", "multiply-adds per image",
-                  "50 of 8 images: 400 images, 20.0 epochs", "KiB per image", "KiB per checkpoint"):  # fmt: skip
+    for words in (
+        "20 images of 8 px, 3 classes",
+        "2 blocks of width 32",
+        "toy-16: cached",
+        "multiply-adds per image",
+        "50 of 8 images: 400 images, 20.0 epochs",
+        "KiB per image",
+        "KiB per checkpoint",
+    ):
         assert words in text, words
     assert not list(tmp_path.iterdir())
 
@@ -75,13 +82,20 @@ def test_a_plan_without_a_dataset(capsys):
     flags = ("--assume", "imagenet512", "--model", "SiT-B/4", "--enc-type", "dinov2-vit-s", "--gpu", "rtx 4090")
     train.main(["--dry-run", *flags])
     text = capsys.readouterr().out
-    for words in ("imagenet512 (assumed): 1,281,167 images of 512 px, 1000 classes, latents 4 x 64 x 64 of ema",
-                  "class token of width 384", "79.9 epochs", "RTX4090, 24.0 GiB", "on 1 RTX4090",
-                  "precision    bf16"):  # fmt: skip
+    for words in (
+        "imagenet512 (assumed): 1,281,167 images of 512 px, 1000 classes, latents 4 x 64 x 64 of ema",
+        "class token of width 384",
+        "79.9 epochs",
+        "RTX4090, 24.0 GiB",
+        "on 1 RTX4090",
+        "precision    bf16",
+    ):
         assert words in text, words
     # moments, label, class token and 256 patch tokens
     assert f"{1_281_167 * (2 * 8 * 64 * 64 + 8 + 2 * 384 + 2 * 256 * 384) / 2**30:.1f} GiB of records" in text
-    train.main(["--dry-run", "--assume", "imagenet256", "--model", "SiT-S/8", "--gpu", "V100", "--mixed-precision", "fp32"])
+    train.main(
+        ["--dry-run", "--assume", "imagenet256", "--model", "SiT-S/8", "--gpu", "V100", "--mixed-precision", "fp32"]
+    )
     assert "not predicted for this precision without TF32" in capsys.readouterr().out
 
 
@@ -120,7 +134,9 @@ def test_a_plan_says_whether_it_fits(capsys, gpu, depth, words):
         smallest = next(n for n in range(1, 257) if 256 % n == 0 and memory.total(256 // n) <= usable)
         assert smallest > 1
         flag = "--gradient-checkpointing " if recompute else ""
-        assert f"{flag}--gradient-accumulation-steps {smallest} ({memory.total(256 // smallest) / 2**30:.1f} GiB)" in row
+        assert (
+            f"{flag}--gradient-accumulation-steps {smallest} ({memory.total(256 // smallest) / 2**30:.1f} GiB)" in row
+        )
 
 
 def test_a_run_is_compared_with_the_gpu_it_found(tools, monkeypatch):
@@ -135,7 +151,9 @@ def test_a_run_is_compared_with_the_gpu_it_found(tools, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
         texts[device] = start_text(settings, plan, processes, Path("runs/run"))
     text = texts["NVIDIA H100 80GB HBM3"]
-    assert "NVIDIA H100 80GB HBM3, 79.1 GiB, of which 73.6 GiB are for tensors: " in text and "on 8 H100, by the" in text
+    assert (
+        "NVIDIA H100 80GB HBM3, 79.1 GiB, of which 73.6 GiB are for tensors: " in text and "on 8 H100, by the" in text
+    )
     assert "MiB fit" in text
     assert "time         not predicted for Voodoo 2" in texts["Voodoo 2"] and "do not fit at any" in texts["Voodoo 1"]
 
@@ -143,7 +161,12 @@ def test_a_run_is_compared_with_the_gpu_it_found(tools, monkeypatch):
 def test_encoders_count(tmp_path, capsys):
     """The weights of an encoder that runs in the step, in float32."""
     data = write_dataset(tmp_path / "data", dims=(), pixels=True)
-    command = [*flags(data, tmp_path, "--enc-type", str(write_encoder(tmp_path / "encoder"))), "--dry-run", "--gpu", "h100"]
+    command = [
+        *flags(data, tmp_path, "--enc-type", str(write_encoder(tmp_path / "encoder"))),
+        "--dry-run",
+        "--gpu",
+        "h100",
+    ]
     settings = parse(TrainConfig, "", command)
     plan = make_plan(settings, PackedDataset(data).manifest)
     weights = 4 * sum(p.numel() for p in plan.online[0].parameters())
@@ -191,9 +214,18 @@ def test_examples_are_commands(example, monkeypatch):
         (("--assume", "imagenet256"), "--assume imagenet256 plans a run: give --dry-run with it"),
         (("--gpu", "H100", "--data-dir", "d", "--exp-name", "x"), "--gpu H100 plans a run: give --dry-run with it"),
         (("--dry-run", "--assume", "imagenet256", "--data-dir", "d"), "--assume takes the place of --data-dir"),
-        (("--dry-run", "--assume", "imagenet256", "--gpu", "Voodoo2"), "--gpu Voodoo2 is not in the table, choose from"),
-        (("--dry-run", "--assume", "imagenet256", "--enc-type", "./mine"), "--enc-type ./mine: --assume knows published"),
-        (("--dry-run", "--assume", "imagenet256", "--resolution", "512"), "dataset imagenet256 was packed at 256 pixels"),
+        (
+            ("--dry-run", "--assume", "imagenet256", "--gpu", "Voodoo2"),
+            "--gpu Voodoo2 is not in the table, choose from",
+        ),
+        (
+            ("--dry-run", "--assume", "imagenet256", "--enc-type", "./mine"),
+            "--enc-type ./mine: --assume knows published",
+        ),
+        (
+            ("--dry-run", "--assume", "imagenet256", "--resolution", "512"),
+            "dataset imagenet256 was packed at 256 pixels",
+        ),
     ],
 )
 def test_flags_that_need_or_exclude_each_other(given, words):

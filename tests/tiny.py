@@ -16,10 +16,29 @@ from packed.writer import write_shard
 
 SIZE = 4  # latent; 8 pixels
 FLAGS = (
-    "--model", "SiT-S/2", "--depth", "2", "--hidden-size", "32", "--num-heads", "2", "--encoder-depth", "1",
-    "--projector-dim", "32", "--batch-size", "8", "--mixed-precision", "fp32", "--num-workers", "0", "--sampling-steps", "0",
-    "--log-every", "1",
-)  # fmt: skip
+    "--model",
+    "SiT-S/2",
+    "--depth",
+    "2",
+    "--hidden-size",
+    "32",
+    "--num-heads",
+    "2",
+    "--encoder-depth",
+    "1",
+    "--projector-dim",
+    "32",
+    "--batch-size",
+    "8",
+    "--mixed-precision",
+    "fp32",
+    "--num-workers",
+    "0",
+    "--sampling-steps",
+    "0",
+    "--log-every",
+    "1",
+)
 
 
 def write_vae(folder: Path) -> Path:
@@ -28,9 +47,14 @@ def write_vae(folder: Path) -> Path:
 
     torch.manual_seed(0)
     AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
-        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8,
-    ).save_pretrained(folder)  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=8,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -71,13 +95,20 @@ def write_dataset(
         means = "class_means.npy"
         labels, tokens = arrays["label"], arrays["class_token.0"].astype(np.float32)
         np.save(folder / means, np.stack([tokens[labels == c].mean(0) for c in range(3)]))
-    write_manifest(folder, Manifest(
-        count=count, shard_size=first, resolution=8,
-        fields={n: {"dtype": str(a.dtype), "shape": list(a.shape[1:])} for n, a in arrays.items()},
-        classes=["ash", "birch", "cedar"],
-        vae={"name": str(vae), "normalization": asdict(LatentNormalization((1.0,))), "factor": 2},
-        encoders=[EncoderInfo(f"toy-{dim}", dim, 2) for dim in dims], shards=shards, class_means=means,
-    ))  # fmt: skip
+    write_manifest(
+        folder,
+        Manifest(
+            count=count,
+            shard_size=first,
+            resolution=8,
+            fields={n: {"dtype": str(a.dtype), "shape": list(a.shape[1:])} for n, a in arrays.items()},
+            classes=["ash", "birch", "cedar"],
+            vae={"name": str(vae), "normalization": asdict(LatentNormalization((1.0,))), "factor": 2},
+            encoders=[EncoderInfo(f"toy-{dim}", dim, 2) for dim in dims],
+            shards=shards,
+            class_means=means,
+        ),
+    )
     return folder
 
 
@@ -87,8 +118,18 @@ PUBLISHED_ARGS = argparse.Namespace(resolution=8, path_type="linear", enc_type="
 def published_weights(**changes) -> dict[str, torch.Tensor]:
     """A REG network in published names, of a width whose number of heads is known without args."""
     torch.manual_seed(0)
-    shape = {"depth": 3, "hidden_size": 384, "num_heads": 6, "input_size": 4, "num_classes": 5, "class_token_dim": 6,
-             "align_dims": (6,), "align_depth": 1, "projector_dim": 16, **changes}  # fmt: skip
+    shape = {
+        "depth": 3,
+        "hidden_size": 384,
+        "num_heads": 6,
+        "input_size": 4,
+        "num_classes": 5,
+        "class_token_dim": 6,
+        "align_dims": (6,),
+        "align_depth": 1,
+        "projector_dim": 16,
+        **changes,
+    }
     network = SiT(SiTConfig(**shape))
     with torch.no_grad():
         for parameter in network.parameters():

@@ -42,9 +42,15 @@ def assumed_manifest(settings: Any) -> Manifest:
     fields = {name: {"dtype": "float16", "shape": shape} for name, shape in shapes.items()}
     fields["label"] = {"dtype": "int64", "shape": []}
     return Manifest(
-        count=images, shard_size=images, resolution=resolution, fields=fields, classes=[str(c) for c in range(classes)],
-        vae={"name": settings.vae or "ema", "normalization": {}, "factor": _FACTOR}, encoders=encoders, shards=[],
-    )  # fmt: skip
+        count=images,
+        shard_size=images,
+        resolution=resolution,
+        fields=fields,
+        classes=[str(c) for c in range(classes)],
+        vae={"name": settings.vae or "ema", "normalization": {}, "factor": _FACTOR},
+        encoders=encoders,
+        shards=[],
+    )
 
 
 def record_bytes(manifest: Manifest) -> int:

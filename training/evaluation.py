@@ -27,7 +27,14 @@ class FrechetProbe:
     """Compares unguided samples with a reference set in one feature space. All processes share the work."""
 
     def __init__(
-        self, processes: Processes, autoencoder: Autoencoder, *, reference: Path, space: str, count: int, batch: int = 32,
+        self,
+        processes: Processes,
+        autoencoder: Autoencoder,
+        *,
+        reference: Path,
+        space: str,
+        count: int,
+        batch: int = 32,
         resolution: int | None = None,
     ) -> None:
         """reference: npz, image folder or packed dataset. space: as for evaluate.py --features. resolution: what a folder of
@@ -48,9 +55,15 @@ class FrechetProbe:
             for rows in batches:
                 index = rows.to(labels.device)
                 state = previews.sample(
-                    network, interpolant, labels[index], FIRST_INDEX + index, seed=seed, steps=steps, guidance=Guidance(),
+                    network,
+                    interpolant,
+                    labels[index],
+                    FIRST_INDEX + index,
+                    seed=seed,
+                    steps=steps,
+                    guidance=Guidance(),
                     progress=lambda done: bar.update(),
-                )  # fmt: skip
+                )
                 moments = self._add(moments, self.autoencoder.decode(state.latent))
         return frechet_distance(self.reference, self._whole(moments))
 

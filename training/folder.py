@@ -12,13 +12,41 @@ from config import UserError, differences
 
 CONFIG, LOCK = "config.json", "run.lock"
 # Settings that do not change what is learned; every other one is part of the run's identity.
-FREE = frozenset({
-    "data_dir", "output_dir", "exp_name", "vae", "max_train_steps", "gradient_accumulation_steps", "num_workers", "compile",
-    "gradient_checkpointing", "allow_tf32", "report_to", "wandb_project", "log_every", "sampling_steps",
-    "preview_steps", "preview_scale", "checkpointing_steps", "keep_last", "keep_every", "on_save_error", "on_nonfinite",
-    "max_hours", "requeue_command", "eval_every", "eval_samples", "eval_reference", "eval_features", "dry_run",
-    "accept_changes", "assume", "gpu",
-})  # fmt: skip
+FREE = frozenset(
+    {
+        "data_dir",
+        "output_dir",
+        "exp_name",
+        "vae",
+        "max_train_steps",
+        "gradient_accumulation_steps",
+        "num_workers",
+        "compile",
+        "gradient_checkpointing",
+        "allow_tf32",
+        "report_to",
+        "wandb_project",
+        "log_every",
+        "sampling_steps",
+        "preview_steps",
+        "preview_scale",
+        "checkpointing_steps",
+        "keep_last",
+        "keep_every",
+        "on_save_error",
+        "on_nonfinite",
+        "max_hours",
+        "requeue_command",
+        "eval_every",
+        "eval_samples",
+        "eval_reference",
+        "eval_features",
+        "dry_run",
+        "accept_changes",
+        "assume",
+        "gpu",
+    }
+)
 
 
 class RunLock:
@@ -42,7 +70,9 @@ class RunLock:
         self._stream.close()
 
 
-def record_settings(folder: Path, settings: dict[str, Any], facts: dict[str, Any], *, accept_changes: bool) -> list[str]:
+def record_settings(
+    folder: Path, settings: dict[str, Any], facts: dict[str, Any], *, accept_changes: bool
+) -> list[str]:
     """Write config.json, after comparing with what the run was started with.
 
     settings: TrainConfig as a dict. facts: what was derived: the network's config and the dataset's identity. Returns what
@@ -63,13 +93,20 @@ def record_settings(folder: Path, settings: dict[str, Any], facts: dict[str, Any
             if key not in FREE
         ]
         network = former_facts["network"] != json.loads(json.dumps(facts["network"]))
-        changes += [f"{key}: {former_facts.get(key)} before, {value} now" for key, value in facts.items()
-                    if former_facts.get(key) != json.loads(json.dumps(value)) and key != "network"]  # fmt: skip
+        changes += [
+            f"{key}: {former_facts.get(key)} before, {value} now"
+            for key, value in facts.items()
+            if former_facts.get(key) != json.loads(json.dumps(value)) and key != "network"
+        ]
         if network and not changes:
             changes = ["the network"]
         if changes and (network or not accept_changes):
-            mend = "choose another --exp-name" if network else "repeat the former values, choose another --exp-name, or " \
-                "continue with the new ones by --accept-changes"  # fmt: skip
+            mend = (
+                "choose another --exp-name"
+                if network
+                else "repeat the former values, choose another --exp-name, or "
+                "continue with the new ones by --accept-changes"
+            )
             raise UserError(f"{folder} was started with other settings ({'; '.join(changes)}): {mend}")
     replace_text(path, json.dumps({"settings": settings, "facts": facts}, indent=1))
     return changes

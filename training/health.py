@@ -36,7 +36,9 @@ def check_weights(processes: Processes, network: nn.Module, ema: EMA, step: int)
         flags = processes.gather(flags.to(processes.device)).all(0)
         if not flags.all():
             name = list(network.state_dict())[int((~flags).int().argmax())]
-            raise UserError(f"step {step}: the {kind} {name} are not finite; nothing is saved, the last checkpoint stands")
+            raise UserError(
+                f"step {step}: the {kind} {name} are not finite; nothing is saved, the last checkpoint stands"
+            )
     rows = processes.gather(_checksums(network))
     differing = (rows != rows[0]).any(0)
     if differing.any():

@@ -52,7 +52,12 @@ def check_launcher(accumulation: int, environment: Mapping[str, str] = os.enviro
             f"accelerate's gradient_accumulation_steps {steps} is not followed: give train.py "
             f"--gradient-accumulation-steps {steps}"
         )
-    others = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "parallelism"}
+    others = {
+        "FSDP": "FSDP",
+        "DEEPSPEED": "DeepSpeed",
+        "MEGATRON_LM": "Megatron-LM",
+        "PARALLELISM_CONFIG": "parallelism",
+    }
     for name, words in others.items():
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(

@@ -40,9 +40,15 @@ def make_plan(settings: Any, manifest: Manifest) -> Plan:
     _check_against(settings, manifest)
     free = {name: getattr(settings, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
     changes = {name: value for name, value in free.items() if value is not None}
-    changes |= {"input_size": latent_size, "in_channels": channels, "num_classes": len(manifest.classes),
-                "qk_norm": settings.qk_norm, "projector_dim": settings.projector_dim,
-                "class_token_dim": 0, "align_dims": ()}  # fmt: skip
+    changes |= {
+        "input_size": latent_size,
+        "in_channels": channels,
+        "num_classes": len(manifest.classes),
+        "qk_norm": settings.qk_norm,
+        "projector_dim": settings.projector_dim,
+        "class_token_dim": 0,
+        "align_dims": (),
+    }
     if settings.encoder_depth is not None:
         changes["align_depth"] = settings.encoder_depth
     bare = preset(settings.model, **changes)
@@ -59,7 +65,9 @@ def make_plan(settings: Any, manifest: Manifest) -> Plan:
             dims = tuple(manifest.encoders[k].dim for k in cached)
             if list(cached) != sorted(cached):
                 raise UserError(f"--enc-type: name the encoders in the order they were packed in: {' '.join(packed)}")
-            needed = (["class_token"] if settings.class_token else []) + (["patch_tokens"] if settings.proj_coeff else [])
+            needed = (["class_token"] if settings.class_token else []) + (
+                ["patch_tokens"] if settings.proj_coeff else []
+            )
             fields += tuple(f"{token}.{k}" for token in needed for k in cached)
             _check_grid(manifest, cached, grid, bare.patch_size, aligned=settings.proj_coeff > 0)
         elif "pixels" in manifest.fields:
@@ -75,14 +83,21 @@ def make_plan(settings: Any, manifest: Manifest) -> Plan:
             )
     network = preset(
         settings.model,
-        **changes | {"class_token_dim": dims[0] if settings.class_token else 0,
-                     "align_dims": dims if settings.proj_coeff else ()},
-    )  # fmt: skip
+        **changes
+        | {
+            "class_token_dim": dims[0] if settings.class_token else 0,
+            "align_dims": dims if settings.proj_coeff else (),
+        },
+    )
     return Plan(
         manifest=manifest,
         network=network,
         objective=Objective(
-            Interpolant(settings.path_type), settings.weighting, settings.class_coeff, settings.proj_coeff, settings.cfg_prob
+            Interpolant(settings.path_type),
+            settings.weighting,
+            settings.class_coeff,
+            settings.proj_coeff,
+            settings.cfg_prob,
         ),
         fields=fields,
         cached=cached,

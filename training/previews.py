@@ -25,10 +25,18 @@ def preview_labels(num_classes: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    network: SiT, interpolant: Interpolant, labels: Tensor, index: Tensor, *, seed: int, steps: int, guidance: Guidance,
+    network: SiT,
+    interpolant: Interpolant,
+    labels: Tensor,
+    index: Tensor,
+    *,
+    seed: int,
+    steps: int,
+    guidance: Guidance,
     progress: Progress | None = None,
-) -> State:  # fmt: skip
+) -> State:
     """Sample by the SDE, sample i a function of (seed, index[i], label). labels, index: (N,) int64 on the device."""
+
     def noise(step: int) -> State:
         return normal_state(network.config, seed, Stream.PREVIEW, step + 1, index)
 

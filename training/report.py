@@ -51,8 +51,9 @@ def dry_run(settings: Any) -> str:
         settings = replace(settings, data_dir=Path(settings.assume))  # names it in messages
     plan = make_plan(settings, manifest)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    StepSampler(manifest.count, settings.batch_size, seed=settings.seed, world=world,
-                micro=settings.gradient_accumulation_steps)  # fmt: skip
+    StepSampler(
+        manifest.count, settings.batch_size, seed=settings.seed, world=world, micro=settings.gradient_accumulation_steps
+    )
     machine = Machine(
         world, precision, (name,) if name else USUAL_GPUS, name, GPUS[name].memory * GIB if name else None
     )
@@ -92,23 +93,37 @@ def _rows(settings: Any, plan: Plan, machine: Machine) -> list[tuple[str, str]]:
     records = _size(record_bytes(manifest) * manifest.count)
     checkpoint, kept = 16 * (counted.parameters + counted.projector_parameters), _checkpoints_kept(settings)
     rows = [
-        ("dataset", f"{settings.data_dir}{' (assumed)' if settings.assume else ''}: {manifest.count:,} images of "
-                    f"{manifest.resolution} px, {len(manifest.classes)} classes, latents {config.in_channels} x "
-                    f"{config.input_size} x {config.input_size} of {plan.vae}, {records} of records"),
-        ("network", f"{config.depth} blocks of width {config.hidden_size}, {config.num_heads} heads, "
-                    f"{config.num_tokens} tokens ({config.num_patches} patches); {slot}; {aligned}"),
+        (
+            "dataset",
+            f"{settings.data_dir}{' (assumed)' if settings.assume else ''}: {manifest.count:,} images of "
+            f"{manifest.resolution} px, {len(manifest.classes)} classes, latents {config.in_channels} x "
+            f"{config.input_size} x {config.input_size} of {plan.vae}, {records} of records",
+        ),
+        (
+            "network",
+            f"{config.depth} blocks of width {config.hidden_size}, {config.num_heads} heads, "
+            f"{config.num_tokens} tokens ({config.num_patches} patches); {slot}; {aligned}",
+        ),
         ("encoders", ", ".join(plan.encoders) + (": " if plan.encoders else "") + where),
         ("parameters", f"{_si(counted.parameters)}, and {_si(counted.projector_parameters)} in projectors"),
-        ("compute", f"{_si(counted.flops)} multiply-adds per image forward, "
-                    f"{_si(counted.train_flops)}FLOP per training image, {_si(counted.train_flops * images)}FLOP in all"),
-        ("steps", f"{settings.max_train_steps:,} of {settings.batch_size} images: {images:,} images, "
-                  f"{images / manifest.count:.1f} epochs"),
-        ("processes", f"{machine.world}, with micro-batches of {local} images, "
-                      f"{settings.gradient_accumulation_steps} per step"),
+        (
+            "compute",
+            f"{_si(counted.flops)} multiply-adds per image forward, "
+            f"{_si(counted.train_flops)}FLOP per training image, {_si(counted.train_flops * images)}FLOP in all",
+        ),
+        (
+            "steps",
+            f"{settings.max_train_steps:,} of {settings.batch_size} images: {images:,} images, "
+            f"{images / manifest.count:.1f} epochs",
+        ),
+        (
+            "processes",
+            f"{machine.world}, with micro-batches of {local} images, {settings.gradient_accumulation_steps} per step",
+        ),
         ("precision", _precision(settings, machine)),
         ("compile", "on: compiling, the first step takes a minute or two" if settings.compile else "off"),
         ("memory", _memory_text(settings, plan, machine, local)),
-    ]  # fmt: skip
+    ]
     if machine.memory is not None:
         rows.append(("GPU", _comparison(settings, plan, machine)))
     rows.append(("time", _time_text(settings, plan, machine)))
@@ -147,8 +162,10 @@ def _memory_text(settings: Any, plan: Plan, machine: Machine, local: int) -> str
     images = local * memory.activations
     encoders = f", {_size(_encoder_bytes(plan))} of encoders" if plan.online else ""
     fixed = total - images - _encoder_bytes(plan)
-    return (f"about {_size(total)} per process: {_size(fixed)} of weights, gradients, AdamW and EMA{encoders}, "
-            f"{_size(memory.activations)} per image")  # fmt: skip
+    return (
+        f"about {_size(total)} per process: {_size(fixed)} of weights, gradients, AdamW and EMA{encoders}, "
+        f"{_size(memory.activations)} per image"
+    )
 
 
 def _comparison(settings: Any, plan: Plan, machine: Machine) -> str:
@@ -203,8 +220,12 @@ def _hours(settings: Any, plan: Plan, machine: Machine, name: str) -> float | No
 
 def _checkpoints_kept(settings: Any) -> int:
     """How many checkpoints a whole run leaves."""
-    saved = sorted({*range(settings.checkpointing_steps, settings.max_train_steps, settings.checkpointing_steps),
-                    settings.max_train_steps})  # fmt: skip
+    saved = sorted(
+        {
+            *range(settings.checkpointing_steps, settings.max_train_steps, settings.checkpointing_steps),
+            settings.max_train_steps,
+        }
+    )
     if not settings.keep_last:
         return len(saved)
     older, newest = saved[: -settings.keep_last], saved[-settings.keep_last :]

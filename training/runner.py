@@ -53,9 +53,13 @@ class Runner:
         self.plan = make_plan(settings, read_manifest(settings.data_dir))
         self.dataset = PackedDataset(settings.data_dir, self.plan.fields)
         self.sampler = StepSampler(
-            len(self.dataset), settings.batch_size, seed=settings.seed, rank=self.processes.rank,
-            world=self.processes.world, micro=settings.gradient_accumulation_steps,
-        )  # fmt: skip
+            len(self.dataset),
+            settings.batch_size,
+            seed=settings.seed,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            micro=settings.gradient_accumulation_steps,
+        )
         self.autoencoder: Autoencoder | None = None
         self._load_autoencoder()
         self._open = ExitStack()  # what is to be closed at the end, however it comes
@@ -83,23 +87,41 @@ class Runner:
             for encoder in plan.online:
                 compile_encoder(encoder)
         self.train_step = TrainStep(
-            self.network, plan.objective, self.optimizer, self.ema, plan.normalization,
-            seed=settings.seed, wrapped=processes.wrap(self.network), no_sync=processes.no_sync,
+            self.network,
+            plan.objective,
+            self.optimizer,
+            self.ema,
+            plan.normalization,
+            seed=settings.seed,
+            wrapped=processes.wrap(self.network),
+            no_sync=processes.no_sync,
             encoders=[encoder.to(self.device) for encoder in plan.online],
-            precision=processes.precision, scaler=self.scaler, max_grad_norm=settings.max_grad_norm,
-        )  # fmt: skip
+            precision=processes.precision,
+            scaler=self.scaler,
+            max_grad_norm=settings.max_grad_norm,
+        )
         self.positions = [
-            torch.from_numpy(self.sampler.positions(m)).to(self.device) for m in range(settings.gradient_accumulation_steps)
+            torch.from_numpy(self.sampler.positions(m)).to(self.device)
+            for m in range(settings.gradient_accumulation_steps)
         ]
         self.sampler.start_step = self.step
-        self.batches = self._open.enter_context(closing(read_ahead(
-            self.dataset, self.sampler, threads=settings.num_workers, pin_memory=self.device.type == "cuda"
-        )))  # fmt: skip
+        self.batches = self._open.enter_context(
+            closing(
+                read_ahead(
+                    self.dataset, self.sampler, threads=settings.num_workers, pin_memory=self.device.type == "cuda"
+                )
+            )
+        )
         self.tracker = processes.on_main(self._track)
         self.bar = self._open.enter_context(
-            progress(settings.max_train_steps, unit="step", description="training", initial=self.step,
-                     shown=processes.is_main)
-        )  # fmt: skip
+            progress(
+                settings.max_train_steps,
+                unit="step",
+                description="training",
+                initial=self.step,
+                shown=processes.is_main,
+            )
+        )
         self.interrupt = self._open.enter_context(Interrupt(processes.world, settings.max_hours))
         self._flops = cost(plan.network).train_flops if self.device.type == "cuda" else None
         self._last: dict[str, Any] = {}  # of the newest log line
@@ -163,9 +185,14 @@ class Runner:
     def _content(self, rows: Tensor) -> state.TrainingState:
         """What is to be written."""
         return state.TrainingState(
-            self.step, self.network.state_dict(), self.ema.average.state_dict(), self.optimizer.state_dict(),
-            {} if self.scaler is None else self.scaler.state_dict(), rows, as_dict(self.settings),
-        )  # fmt: skip
+            self.step,
+            self.network.state_dict(),
+            self.ema.average.state_dict(),
+            self.optimizer.state_dict(),
+            {} if self.scaler is None else self.scaler.state_dict(),
+            rows,
+            as_dict(self.settings),
+        )
 
     def _write(self, content: state.TrainingState) -> bool:
         """True if the checkpoint is on the disk. Raises UserError where a failing disk is to stop the run."""
@@ -189,7 +216,10 @@ class Runner:
         """The Frechet distance of samples of the EMA."""
         with self._pause():
             distance = self.probe.measure(
-                self.ema.average, self.plan.objective.interpolant, seed=self.settings.seed, steps=self.settings.preview_steps
+                self.ema.average,
+                self.plan.objective.interpolant,
+                seed=self.settings.seed,
+                steps=self.settings.preview_steps,
             )
         return {"fd": distance, "fd_samples": self.settings.eval_samples}
 
@@ -199,9 +229,15 @@ class Runner:
         steps = self.settings.preview_steps
         with progress(steps, unit="step", description=f"preview of step {self.step}") as bar:
             sampled = previews.sample(
-                network, self.plan.objective.interpolant, labels, torch.arange(PREVIEWS, device=self.device),
-                seed=self.settings.seed, steps=steps, guidance=guidance, progress=lambda done: bar.update(),
-            )  # fmt: skip
+                network,
+                self.plan.objective.interpolant,
+                labels,
+                torch.arange(PREVIEWS, device=self.device),
+                seed=self.settings.seed,
+                steps=steps,
+                guidance=guidance,
+                progress=lambda done: bar.update(),
+            )
         means, nearest = self._class_means(), None
         if means is not None and sampled.class_token is not None:
             nearest = nearest_class(sampled.class_token, means)
@@ -238,9 +274,13 @@ class Runner:
         self._open.enter_context(closing(RunLock(self.folder)))
         manifest = self.plan.manifest
         facts = {
-            "network": asdict(self.plan.network), "encoders": list(self.plan.encoders), "images": manifest.count,
-            "classes": manifest.classes, "packed_vae": manifest.vae["name"], "data": identity(manifest.shards),
-        }  # fmt: skip
+            "network": asdict(self.plan.network),
+            "encoders": list(self.plan.encoders),
+            "images": manifest.count,
+            "classes": manifest.classes,
+            "packed_vae": manifest.vae["name"],
+            "data": identity(manifest.shards),
+        }
         for change in record_settings(
             self.folder, as_dict(self.settings), facts, accept_changes=self.settings.accept_changes
         ):
@@ -253,8 +293,12 @@ class Runner:
 
     def _adam(self) -> dict[str, Any]:
         s = self.settings
-        return {"lr": s.learning_rate, "betas": (s.adam_beta1, s.adam_beta2), "weight_decay": s.adam_weight_decay,
-                "eps": s.adam_epsilon}  # fmt: skip
+        return {
+            "lr": s.learning_rate,
+            "betas": (s.adam_beta1, s.adam_beta2),
+            "weight_decay": s.adam_weight_decay,
+            "eps": s.adam_epsilon,
+        }
 
     def _resume(self) -> int:
         """Place the networks, make the optimiser, and load the newest intact checkpoint; returns its step, 0 without one."""
@@ -289,19 +333,30 @@ class Runner:
         if settings.eval_every:
             self.autoencoder = load()
             self.probe = FrechetProbe(
-                self.processes, self.autoencoder, reference=settings.eval_reference, space=settings.eval_features,
-                count=settings.eval_samples, resolution=self.plan.manifest.resolution,
-            )  # fmt: skip
+                self.processes,
+                self.autoencoder,
+                reference=settings.eval_reference,
+                space=settings.eval_features,
+                count=settings.eval_samples,
+                resolution=self.plan.manifest.resolution,
+            )
         elif settings.sampling_steps:
             self.autoencoder = self.processes.on_main(load)
 
     def _model_info(self) -> ModelInfo:
         plan = self.plan
         return ModelInfo(
-            network=plan.network, path=plan.objective.interpolant.path, resolution=plan.manifest.resolution, vae=plan.vae,
-            normalization=asdict(plan.normalization), encoders=plan.encoders, cfg_prob=plan.objective.cfg_prob,
-            step=self.step, classes=tuple(plan.manifest.classes), notes={"seed": self.settings.seed},
-        )  # fmt: skip
+            network=plan.network,
+            path=plan.objective.interpolant.path,
+            resolution=plan.manifest.resolution,
+            vae=plan.vae,
+            normalization=asdict(plan.normalization),
+            encoders=plan.encoders,
+            cfg_prob=plan.objective.cfg_prob,
+            step=self.step,
+            classes=tuple(plan.manifest.classes),
+            notes={"seed": self.settings.seed},
+        )
 
     def _class_means(self) -> Tensor | None:
         """(classes, E) mean class tokens of the dataset, for a network that makes class tokens of the same encoder."""

@@ -96,7 +96,9 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         if content["schema"] > SCHEMA:
-            raise FutureCheckpoint(f"{path} has schema {content['schema']}, this code reads up to {SCHEMA}: update the code")
+            raise FutureCheckpoint(
+                f"{path} has schema {content['schema']}, this code reads up to {SCHEMA}: update the code"
+            )
         if checkpoint.name.isdigit() and content["step"] != int(checkpoint.name):
             raise DamagedCheckpoint(f"{path} says step {content['step']}")
         for file, expected in content["files"].items():
@@ -123,9 +125,14 @@ def load(checkpoint: Path) -> TrainingState:
         ema = load_file(checkpoint / MODEL_FILE)
         ema.pop("class_means", None)
         return TrainingState(
-            content["step"], load_file(checkpoint / WEIGHTS), ema, rest["optimizer"], rest["scaler"], rest["window"],
+            content["step"],
+            load_file(checkpoint / WEIGHTS),
+            ema,
+            rest["optimizer"],
+            rest["scaler"],
+            rest["window"],
             content["settings"],
-        )  # fmt: skip
+        )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, KeyError, EOFError, ValueError) as error:
         raise DamagedCheckpoint(f"{checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -202,4 +209,3 @@ def _sync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-

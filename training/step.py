@@ -90,9 +90,13 @@ class TrainStep:
         targets = self.targets(batch)
         with autocast(self.device, self.precision):
             return self.objective(
-                self.wrapped, State(latent, targets.class_token), batch.label, targets.teachers, draws,
+                self.wrapped,
+                State(latent, targets.class_token),
+                batch.label,
+                targets.teachers,
+                draws,
                 null_label=config.num_classes,
-            )  # fmt: skip
+            )
 
     def targets(self, batch: Batch) -> Targets:
         """Tokens of the encoders, cached or computed from the pixels; the class token is the first encoder's, raw."""

@@ -63,9 +63,13 @@ class Wandb:
             replace_text(file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
-                project=project, name=settings["exp_name"], id=file.read_text().strip(), resume="allow", dir=folder,
+                project=project,
+                name=settings["exp_name"],
+                id=file.read_text().strip(),
+                resume="allow",
+                dir=folder,
                 config=dict(settings),
-            )  # fmt: skip
+            )
         except wandb.Error as error:
             raise UserError(f"--report-to wandb: {_cause(error)}: set WANDB_MODE=offline, {_WITHOUT}") from error
         self._run.define_metric("step")

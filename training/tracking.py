@@ -34,7 +34,9 @@ class Window:
 
     def add(self, step: int, result: StepResult, positions: Tensor) -> None:
         """Add step number `step`. positions: (N,) of the samples in result.terms."""
-        terms = torch.stack([result.terms.velocity, result.terms.class_velocity, result.terms.alignment], dim=1).double()
+        terms = torch.stack(
+            [result.terms.velocity, result.terms.class_velocity, result.terms.alignment], dim=1
+        ).double()
         quartile = (result.terms.t * QUARTILES).long().clamp(0, QUARTILES - 1)
         one_hot = (quartile[:, None] == torch.arange(QUARTILES, device=quartile.device)).double()  # (N, 4)
         finite = terms.isfinite()
@@ -85,8 +87,15 @@ def first_fault(rows: Tensor) -> Fault | None:
     for rank, row in enumerate(rows[:, _SUMS + 3 :].long().tolist()):
         step, position, term, parameter = row
         if step:
-            found.append(Fault(step - 1, rank, position - 1 if position else None, TERMS[term - 1] if term else None,
-                               parameter - 1 if parameter else None))  # fmt: skip
+            found.append(
+                Fault(
+                    step - 1,
+                    rank,
+                    position - 1 if position else None,
+                    TERMS[term - 1] if term else None,
+                    parameter - 1 if parameter else None,
+                )
+            )
     return min(found, key=lambda f: (f.step, f.position is None, f.rank), default=None)
 
 
@@ -100,9 +109,12 @@ def averages(rows: Tensor, objective: Any) -> dict[str, float]:
     steps, norm, skipped = rows[0, _SUMS : _SUMS + 3].tolist()
     values = {
         "loss": velocity + objective.class_coeff * class_velocity + objective.proj_coeff * alignment,
-        "velocity": velocity, "class_velocity": class_velocity, "alignment": alignment,
-        "grad_norm": norm / max(steps - skipped, 1), "skipped_steps": int(skipped),
-    }  # fmt: skip
+        "velocity": velocity,
+        "class_velocity": class_velocity,
+        "alignment": alignment,
+        "grad_norm": norm / max(steps - skipped, 1),
+        "skipped_steps": int(skipped),
+    }
     for q in range(QUARTILES):
         for k, term in enumerate(TERMS):
             values[f"{term}_t{q + 1}"] = (sums[q, 1 + k] / sums[q, 0]).item() if sums[q, 0] else None
@@ -116,7 +128,9 @@ class Tracker:
     What fails while training (a full disk, a tracker's server) is reported once and does not end the run.
     """
 
-    def __init__(self, folder: Path, report_to: str, project: str, settings: Mapping[str, Any], start_step: int) -> None:
+    def __init__(
+        self, folder: Path, report_to: str, project: str, settings: Mapping[str, Any], start_step: int
+    ) -> None:
         self.path = folder / METRICS
         self._cut(start_step)
         self._stream = self.path.open("a")
