@@ -11,7 +11,6 @@ Record i of shard k is row i of each of its files. Fields:
     patch_tokens.K (T, D_K)   float16   likewise
 """
 
-import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,9 +26,10 @@ from torch.utils.data import Dataset, Sampler
 from config import MissingFile, UserError
 from models import philox
 from models.noise import Stream
-from packed.format import MANIFEST, MOMENTS_STD_SCALE, npy_header, npy_size, read_manifest
-from packed.memory import Buffers, read_record
+from packed.format import MANIFEST, MOMENTS_STD_SCALE, npy_size, read_manifest
+from packed.memory import Buffers, copy_records, map_file
 
+_UNMAP = 16 * 2**30  # bytes read after which files are mapped anew: page tables of a whole epoch would take 1 GB
 _REPAIR = "redo this shard with preprocessing/pack.py --repair"
 
 
@@ -91,8 +91,8 @@ class PackedDataset(Dataset):
         self._specs = {
             name: (np.dtype(spec["dtype"]), tuple(spec["shape"])) for name, spec in self.manifest.fields.items()
         }
-        self._paths: dict[tuple[int, str], str] = {}  # of the files whose header was found right
-        self._headers = {name: len(npy_header(*spec, 0)) for name, spec in self._specs.items()}
+        self._maps: dict[tuple[int, str], np.ndarray] = {}
+        self._mapped_bytes = 0
         self._buffers = Buffers()
         self._check_sizes()
 
@@ -105,6 +105,8 @@ class PackedDataset(Dataset):
 
     def read(self, indices: Sequence[int] | np.ndarray, *, pin_memory: bool = False) -> Batch:
         """`self[indices]`; with pin_memory straight into memory that a GPU can copy from while it computes."""
+        if self._mapped_bytes > _UNMAP:
+            self._maps, self._mapped_bytes = {}, 0
         indices = np.asarray(indices, dtype=np.int64)
         records = indices.tolist()
         if records and not 0 <= min(records) <= max(records) < len(self):
@@ -123,7 +125,7 @@ class PackedDataset(Dataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": Buffers()}
+        return {**self.__dict__, "_maps": {}, "_buffers": Buffers()}  # a spawned worker maps the files itself
 
     def labels(self) -> np.ndarray:
         """(count,) int64 labels of all records."""
@@ -131,7 +133,15 @@ class PackedDataset(Dataset):
 
     def records(self, number: int, name: str) -> np.ndarray:
         """One field of one shard, (records, ...), mapped read-only. Raises UserError if the file is damaged."""
-        return np.load(self._checked(number, name), mmap_mode="r", allow_pickle=False)
+        mapped = self._maps.get((number, name))
+        if mapped is None:
+            path, count = self._file(number, name), self.manifest.shards[number]["count"]
+            dtype, shape = self._specs[name]
+            mapped = map_file(path, dtype, shape, count)
+            if mapped is None:
+                raise UserError(f"shard file {path} does not hold {count} records of {dtype} {shape}; {_REPAIR}")
+            self._maps[number, name] = mapped
+        return mapped
 
     def _gather(self, name: str, places: list[tuple[int, int]], pin_memory: bool) -> Tensor:
         """One field of the records at `places`: (shard, row of it) each."""
@@ -142,23 +152,10 @@ class PackedDataset(Dataset):
         else:
             out = self._buffers.take((len(places), *shape), dtype)
             tensor = torch.from_numpy(out)
-        size, header = dtype.itemsize * math.prod(shape), self._headers[name]
-        for position, (number, row) in enumerate(places):
-            path = self._paths.get((number, name)) or self._checked(number, name)
-            read_record(path, header + row * size, out[position : position + 1])
+        self._mapped_bytes += out.nbytes
+        maps = {number: self.records(number, name) for number in {number for number, _ in places}}
+        copy_records(out, [maps[number][row : row + 1] for number, row in places])
         return tensor
-
-    def _checked(self, number: int, name: str) -> str:
-        """Path of a shard file, whose header is compared with the manifest when it is first used."""
-        path, count = self._file(number, name), self.manifest.shards[number]["count"]
-        if (number, name) not in self._paths:
-            header = npy_header(*self._specs[name], count)
-            with path.open("rb") as stream:
-                if stream.read(len(header)) != header:
-                    dtype, shape = self._specs[name]
-                    raise UserError(f"shard file {path} does not hold {count} records of {dtype} {shape}; {_REPAIR}")
-            self._paths[number, name] = str(path)
-        return self._paths[number, name]
 
     def _file(self, number: int, name: str) -> Path:
         return self.directory / self.manifest.shards[number]["files"][name]["file"]

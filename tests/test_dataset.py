@@ -1,11 +1,13 @@
 """The packed dataset: what was written is read back, damage is told at once, the order of training is a function."""
 
+import itertools
 import json
 import os
 import pickle
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from common.files import fingerprint
 from dataset import PackedDataset, StepSampler, decode_moments, encode_moments, read_ahead
+from packed import memory
 from packed.format import Manifest, npy_header, read_json, read_manifest, write_json, write_manifest
 from packed.writer import ShardWriter, write_shard
 from tests.tiny import write_dataset
@@ -271,6 +274,21 @@ def test_memory_is_used_again_but_never_while_it_is_held(tmp_path):
         del batch
     assert [int(part[0, 0, 0]) for part in held] == [1, 2, 3, 4]
     assert len(places) <= 6  # 4 are held, the others take turns
+
+
+def test_what_is_not_in_memory_is_asked_for_at_once(tmp_path, monkeypatch):
+    """After one slow record the kernel is told of all that follow, once; quick ones tell nothing; same values."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+    arrays = {"label": np.arange(6), "pixels": pixels}
+    write_manifest(tmp_path, _manifest(arrays, [write_shard(tmp_path, 0, arrays)], 6))
+    dataset, order, told = PackedDataset(tmp_path), [5, 1, 4, 0], []
+    for tell in (memory._will_need, lambda records: told.append(np.concatenate(records))):
+        monkeypatch.setattr(memory, "_will_need", tell)
+        for seconds in (0.0, 1.0):
+            clock = itertools.count()
+            monkeypatch.setattr(memory, "time", SimpleNamespace(perf_counter=lambda c=clock, s=seconds: next(c) * s))
+            assert np.array_equal(dataset[order].pixels, pixels[order])
+    assert len(told) == 1 and np.array_equal(told[0], pixels[order[1:]])
 
 
 def test_no_descriptors_and_little_memory_per_file(tmp_path):
