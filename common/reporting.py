@@ -24,8 +24,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a program's `main`; a UserError or a missing package ends it with one line on stderr and exit status 2.
 
     The same error of several ranks is reported by the first of them, an error of one rank alone with its number. What then
-    breaks on the other ranks, whose peer is gone, is not reported. Any other exception is a bug of ours and keeps its
-    traceback.
+    breaks on the other ranks, whose peer has left, is not reported. Any other exception is a bug and keeps its traceback.
     """
     try:
         main()
@@ -76,7 +75,7 @@ def progress(total: int, *, unit: str, description: str | None = None, initial: 
     Returns:
         The bar, to be used as a context manager and moved with `update(units)`.
     """
-    bar = {
+    bar: dict[str, Any] = {
         "total": total,
         "unit": unit,
         "desc": description,
@@ -93,19 +92,19 @@ class _Lines(tqdm):
     """A bar for log files: each state is a line of its own, the first one when there is progress."""
 
     monitor_interval = 0  # no thread that would print more often
-    _printed = 0  # units in the newest line
+    _printed: float = 0  # units in the newest line
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Print the state; tqdm calls this with an empty message when the bar closes."""
         if self.n > max(self.initial, self._printed):
             self._printed = self.n
             self.fp.write(f"{self}\n")
             self.fp.flush()
-        return False
 
-    def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool:
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> None:
         """Called with nolock after a message was printed above the bar: nothing to draw again."""
-        return True if nolock else super().refresh(nolock, lock_args)
+        if not nolock:
+            super().refresh(nolock, lock_args)
 
     def clear(self, nolock: bool = False) -> None:
         """Nothing to wipe: a line once written stays."""
