@@ -23,8 +23,8 @@ def say(text: str) -> None:
 def run(main: Callable[[], None]) -> None:
     """Call a program's `main`; a UserError or a missing package ends it with one line on stderr and exit status 2.
 
-    The same error of several ranks is reported by the first of them, an error of one rank alone with its number. What then
-    breaks on the other ranks, whose peer has left, is not reported. Any other exception is a bug and keeps its traceback.
+    The same error of several ranks is reported by the first of them, an error of one rank alone with its number. Any other
+    exception is a bug and keeps its traceback. What then breaks on the other ranks, whose peer has left, is not reported.
     """
     try:
         main()
@@ -46,6 +46,7 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if _reported():
             raise SystemExit(2) from error
+        _reported(repr(error))
         raise
     if "torch" in sys.modules:
         from common.processes import leave
@@ -54,7 +55,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _reported(error: str | None = None) -> bool:
-    """Whether another rank has reported this error, or any error, before; without a launcher no one has."""
+    """Whether another rank has reported this error before, or any; this one counts as reported from now on."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
     from common.processes import already_reported  # imports torch
