@@ -4,8 +4,8 @@
 
 Measures the sampler alone (networks, guidance, solver, noise), without VAE and files: images per second, peak memory, and
 how far the latents of each variant, as it runs, are from the published sampler's in plain float32 (TF32 off) under the
-same noise. The published sampler runs as its generate.py calls it: float32 with TF32, attention not fused; and once with fused
-attention, its best case.
+same noise. The published sampler runs as its generate.py calls it, in float32 with TF32 and attention that is not fused,
+and once with fused attention, its best case.
 """
 
 import gc
