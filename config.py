@@ -15,10 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-if typing.TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-T = TypeVar("T", bound="DataclassInstance")
+class Settings(typing.Protocol):
+    """Any dataclass whose fields are made by `setting`."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field]]
+
+
+T = TypeVar("T", bound=Settings)
 
 
 class UserError(ValueError):
@@ -151,7 +155,7 @@ def _check_bounds(field: dataclasses.Field, value: Any) -> None:
                 raise UserError(f"{_flag(field.name)} must be {name.replace('_', ' ')} {bound}, got {number}")
 
 
-def as_dict(settings: "DataclassInstance") -> dict[str, Any]:
+def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain values that JSON and YAML can hold."""
     plain = {}
     for field in dataclasses.fields(settings):
@@ -160,7 +164,7 @@ def as_dict(settings: "DataclassInstance") -> dict[str, Any]:
     return plain
 
 
-def identity(settings: "DataclassInstance") -> dict[str, Any]:
+def identity(settings: Settings) -> dict[str, Any]:
     """The settings that results depend on (role RESULT), as `as_dict` gives them."""
     plain = as_dict(settings)
     return {field.name: plain[field.name] for field in dataclasses.fields(settings) if field.metadata["role"] == RESULT}

@@ -38,6 +38,22 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 # Laws that a module does not keep yet.
 PENDING: dict[str, set[str]] = {
     "cycles": {"evaluations.evaluate"},
+    "map": {
+        "common/images.py",
+        "evaluations/kernel_alignment.py",
+        "evaluations/registry.py",
+        "evaluations/settings.py",
+        "models/model_file.py",
+        "models/published.py",
+        "preprocessing/settings.py",
+        "sampling/labels.py",
+        "sampling/settings.py",
+        "training/checkpoints.py",
+        "training/dry_run.py",
+        "training/probe.py",
+        "training/settings.py",
+        "training/setup.py",
+    },
     "length": {
         "evaluations.cknna",
         "training.runner",
