@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -17,22 +19,16 @@ CARRIERS = ("settings", "request", "config")  # names of variables and attribute
 
 
 def settings_classes() -> dict[str, list[str]]:
-    """Name of each dataclass of settings => its fields."""
+    """Name of each dataclass whose fields are made by `setting` => its fields."""
     found = {}
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                fields = [
-                    statement.target.id
-                    for statement in node.body
-                    if isinstance(statement, ast.AnnAssign)
-                    and isinstance(statement.target, ast.Name)
-                    and isinstance(statement.value, ast.Call)
-                    and isinstance(statement.value.func, ast.Name)
-                    and statement.value.func.id == "setting"
-                ]
+        if not re.search(r"\bsetting\b", path.read_text()):
+            continue
+        for value in vars(importlib.import_module(module_name(path))).values():
+            if dataclasses.is_dataclass(value) and value.__module__ == module_name(path):
+                fields = [field.name for field in dataclasses.fields(value) if "group" in field.metadata]
                 if fields:
-                    found[f"{module_name(path)}.{node.name}"] = fields
+                    found[f"{value.__module__}.{value.__name__}"] = fields
     return found
 
 
