@@ -135,7 +135,8 @@ def _parser(fields: Fields, hints: Mapping[str, Any], description: str, examples
         if field.default is dataclasses.MISSING:
             text += " (required)"
         elif field.default not in (None, "", ()):
-            text += f" (default: {_show(field.default)})"
+            default = field.default if isinstance(field.default, tuple) else (field.default,)
+            text += f" (default: {' '.join(map(str, default))})"
         if kind is bool:
             groups[heading].add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
             continue
@@ -157,11 +158,8 @@ def _check_bounds(field: dataclasses.Field, value: Any) -> None:
 
 def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain values that JSON and YAML can hold."""
-    plain = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        plain[field.name] = str(value) if isinstance(value, Path) else value
-    return plain
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -178,15 +176,8 @@ REMOVED = {  # settings that are gone => the value that their absence means
     "guidance_schedule": "constant",
 }
 REMOVED_CHOICES = {"solver": ("ab2", "ab3"), "time_grid": ("quadratic", "cosine")}
-_DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-FORMER_WORDS = {  # names of precisions before all programs had the same ones
-    "mixed_precision": {"no": "fp32"},
-    "precision": {"no": "fp32"},
-    "dtypes": _DTYPES,
-    "dtype": _DTYPES,
-    "vae_dtype": _DTYPES,
-    "pr_dtype": _DTYPES,
-}
+PRECISIONS = frozenset({"mixed_precision", "precision", "dtype", "dtypes", "vae_dtype", "pr_dtype"})  # settings
+FORMER_WORDS = {"no": "fp32", "float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # for them
 NEUTRAL = frozenset({"compile"})  # was recorded, but changes no result
 
 
@@ -211,7 +202,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
 def _present_word(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_present_word(name, one) for one in value]
-    return FORMER_WORDS.get(name, {}).get(value, value) if isinstance(value, str) else value
+    return FORMER_WORDS.get(value, value) if name in PRECISIONS and isinstance(value, str) else value
 
 
 def _flag(name: str) -> str:
@@ -225,10 +216,6 @@ def _kind(hint: Any) -> tuple[type, bool]:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
-
-
-def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _closest(name: str, fields: Fields, flag: Callable[[str], str] = str) -> str:
@@ -276,7 +263,7 @@ def _value(field: dataclasses.Field, hint: Any, raw: Any, where: str) -> Any:
         return None
     if many:
         return tuple(_value(field, kind, one, where) for one in (raw if isinstance(raw, list) else [raw]))
-    if raw is False and field.name in FORMER_WORDS:
+    if raw is False and field.name in PRECISIONS:
         raw = "no"  # YAML reads the former word for fp32 as a boolean
     raw = _present_word(field.name, raw)
     if isinstance(raw, str) and raw in REMOVED_CHOICES.get(field.name, ()):

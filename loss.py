@@ -14,7 +14,7 @@ from torch import Tensor
 
 from config import UserError
 from models import philox
-from models.choices import WEIGHTINGS
+from models.choices import WEIGHTINGS, check
 from models.interpolant import Interpolant
 from models.noise import Stream, as_state, latent_size
 from models.sit import SiTConfig
@@ -80,8 +80,7 @@ class Objective:
     cfg_prob: float = 0.1  # probability that a label is replaced by the null class
 
     def __post_init__(self) -> None:
-        if self.weighting not in WEIGHTINGS:
-            raise UserError(f"weighting {self.weighting!r} is none of {', '.join(WEIGHTINGS)}")
+        check("weighting", self.weighting, WEIGHTINGS)
         if not 0 <= self.cfg_prob <= 1:
             raise UserError(f"the label dropout probability (cfg-prob) must be in [0, 1], got {self.cfg_prob}")
 

@@ -11,8 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from config import UserError
-from models.choices import PATHS
+from models.choices import PATHS, check
 from models.state import State
 
 X = TypeVar("X", Tensor, State)
@@ -34,8 +33,7 @@ class Interpolant:
     path: str = "linear"
 
     def __post_init__(self) -> None:
-        if self.path not in PATHS:
-            raise UserError(f"path type {self.path!r} is none of {', '.join(PATHS)}")
+        check("path type", self.path, PATHS)
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """alpha(t), sigma(t) and their derivatives (SiT eq. 12).

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from config import UserError
 from models import solvers
-from models.choices import GRIDS, LAST_STEPS, MODES, SOLVERS
+from models.choices import GRIDS, LAST_STEPS, MODES, SOLVERS, check
 from models.guidance import Velocity
 from models.interpolant import Interpolant
 from models.solvers import Diffusion, Noise, Progress
@@ -51,14 +51,10 @@ class Solver:
     atol: float = 1e-3
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("mode", self.mode, MODES),
-            (f"solver of mode {self.mode}", self.name, SOLVERS.get(self.mode, ())),
-            ("time grid", self.grid, GRIDS),
-            ("last step", self.last_step, LAST_STEPS),
-        ):
-            if value not in known:
-                raise UserError(f"{what} {value!r} is none of {', '.join(known)}")
+        check("mode", self.mode, MODES)
+        check(f"solver of mode {self.mode}", self.name, SOLVERS[self.mode])
+        check("time grid", self.grid, GRIDS)
+        check("last step", self.last_step, LAST_STEPS)
         least = 2 if self.mode == "sde" else 1
         if self.num_steps < least:
             raise UserError(f"mode {self.mode} needs at least {least} steps, got {self.num_steps}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
+from models.choices import check
 
 SIZES = {  # depth, hidden size, heads
     "S": (12, 384, 6),
@@ -69,8 +70,7 @@ def preset(name: str, **changes: Any) -> SiTConfig:
 
     The alignment depth follows REG (S, B: 4; L, XL: 8). Raises UserError for an unknown name.
     """
-    if name not in PRESETS:
-        raise UserError(f"model {name!r} is none of {', '.join(PRESETS)}")
+    check("model", name, PRESETS)
     size, patch = name.removeprefix("SiT-").split("/")
     depth, hidden_size, num_heads = SIZES[size]
     shape = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
@@ -214,13 +214,14 @@ class FinalLayer(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
+        self.class_token_linear: nn.Linear | None = None
         if config.class_token_dim:
             self.class_token_linear = nn.Linear(config.hidden_size, config.class_token_dim)
 
-    def forward(self, x: Tensor, c: Tensor, *, with_class_token: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
         x = modulate(self.norm(x), shift, scale)
-        if not with_class_token:
+        if self.class_token_linear is None:
             return self.linear(x), None
         return self.linear(x[:, 1:]), self.class_token_linear(x[:, 0])  # (N, P, p^2 C), (N, E)
 
@@ -263,10 +264,9 @@ class SiT(nn.Module):
             side = self.config.input_size // self.config.patch_size
             patches = sincos_position_embedding(self.config.hidden_size, side)
             self.pos_embed[:, -len(patches) :].copy_(patches)
-        outputs = [self.final_layer.modulation, self.final_layer.linear, *(block.modulation for block in self.blocks)]
-        if self.config.class_token_dim:
-            outputs.append(self.final_layer.class_token_linear)
-        for layer in outputs:
+        final = self.final_layer
+        outputs = [final.modulation, final.linear, final.class_token_linear, *(b.modulation for b in self.blocks)]
+        for layer in filter(None, outputs):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -299,7 +299,7 @@ class SiT(nn.Module):
                 x = block(x, c)
             if project and i == self.config.align_depth:
                 projections = tuple(p(x) for p in self.projectors)  # (N, T, E_k) each
-        patches, class_velocity = self.final_layer(x, c, with_class_token=class_token is not None)
+        patches, class_velocity = self.final_layer(x, c)
         return SiTOutput(self.unpatchify(patches), class_velocity, projections)
 
     def unpatchify(self, x: Tensor) -> Tensor:

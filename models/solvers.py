@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from models.choices import DIFFUSIONS
+from models.choices import DIFFUSIONS, check
 from models.guidance import Velocity
 from models.interpolant import Interpolant
 from models.state import State
@@ -31,8 +31,7 @@ class Diffusion:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.name not in DIFFUSIONS:
-            raise UserError(f"diffusion coefficient {self.name!r} is none of {', '.join(DIFFUSIONS)}")
+        check("diffusion coefficient", self.name, DIFFUSIONS)
         if self.scale < 0:
             raise UserError(f"the scale of the diffusion coefficient must not be negative, got {self.scale}")
 
