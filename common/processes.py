@@ -1,6 +1,6 @@
 """The ranks of a program: started by torchrun or accelerate, or this process alone.
 
-Tensors are exchanged over the group's own backends; everything else here goes over gloo, on the CPU.
+Tensors are exchanged over the group's own backends; everything in this module goes over gloo, on the CPU.
 """
 
 import datetime
@@ -16,7 +16,7 @@ from config import UserError
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(days=7)  # ranks meet only where one of them may have worked for hours
+PATIENCE = datetime.timedelta(days=7)  # a rank may work for hours before it joins the others at a barrier
 
 
 class Processes:
@@ -53,17 +53,17 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which reads, writes and speaks for all."""
+        """Whether this is rank 0, which reads, writes and reports for all."""
         return rank() == 0
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, from 0; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

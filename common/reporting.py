@@ -1,4 +1,4 @@
-"""How the programs speak: one line at a time from rank 0, and progress bars that also read well in a log file."""
+"""Messages, errors and progress bars of the programs: from rank 0, and readable in log files as on terminals."""
 
 import os
 import sys
@@ -64,7 +64,7 @@ def _reported(error: str | None = None) -> bool:
 
 
 def progress(total: int, *, unit: str, description: str | None = None, initial: int = 0, shown: bool = True) -> tqdm:
-    """A progress bar on stderr; where stderr is no terminal, a line now and then and one at the end.
+    """A progress bar on stderr; where stderr is not a terminal, a line at most every 30 seconds and one at the end.
 
     Args:
         total: units of work in all.
