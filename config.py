@@ -231,13 +231,20 @@ def _read_recipe(fields: Fields, hints: Mapping[str, Any], path: Path) -> dict[s
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected `name: value` lines, found {type(content).__name__}")
+    lines: dict[str, int] = {}
+    for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value:  # YAML itself would let the last one win
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        if name in lines:
+            raise UserError(f"--config {path}: {name} is given twice, in lines {lines[name]} and {line}")
+        lines[name] = line
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -247,8 +254,6 @@ def _read_recipe(fields: Fields, hints: Mapping[str, Any], path: Path) -> dict[s
             raise UserError(f"--config {path}: {key}: {value} {_REMOVED_TEXT}")
         if name not in fields:
             raise UserError(f"--config {path}: unknown key {key!r}{_closest(name, fields)}")
-        if name in values:
-            raise UserError(f"--config {path}: {name} is given twice, with - and with _")
         values[name] = _value(fields[name], hints[name], value, f"--config {path}: {key}")
     return values
 
