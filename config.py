@@ -239,8 +239,10 @@ def _read_recipe(fields: Fields, hints: Mapping[str, Any], path: Path) -> dict[s
         raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected `name: value` lines, found {type(content).__name__}")
+    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(tree, yaml.MappingNode)  # as the content is a dict
     lines: dict[str, int] = {}
-    for key, _ in yaml.compose(text, Loader=yaml.SafeLoader).value:  # YAML itself would let the last one win
+    for key, _ in tree.value:  # YAML itself lets the last one win
         name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
         if name in lines:
             raise UserError(f"--config {path}: {name} is given twice, in lines {lines[name]} and {line}")
