@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from common.files import replacing
+
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
@@ -85,14 +87,12 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def _save(image: "Image.Image", path: Path, **options: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG", **options)
-    temporary.rename(path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", **options)
 
 
 @cache
-def _font(size: int = 10) -> "ImageFont.FreeTypeFont":
+def _font(size: int = 10) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
     """DejaVu Sans, which comes with matplotlib and has Latin, Greek and Cyrillic letters; without it PIL's own font."""
     from PIL import ImageFont
 
@@ -117,7 +117,7 @@ def _can_draw(text: str) -> bool:
         return False
 
 
-def _fit(text: str, width: int, font: "ImageFont.FreeTypeFont") -> str:
+def _fit(text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> str:
     """The text in one line, cut so that it is at most `width` pixels wide."""
     text = " ".join(unicodedata.normalize("NFC", text).split())
     if font.getlength(text) <= width:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.reporting import run
-from config import UserError, as_dict, parse, setting
+from config import RUN, UserError, as_dict, differences, identity, parse, setting
 from evaluations.evaluate import EvaluateConfig
 from generate import SampleConfig
 from preprocessing.pack import PackConfig
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 @dataclass(frozen=True)
 class Example:
     data_dir: Path = setting(help="folder", group="data")
-    batch_size: int = setting(256, "images a step", group="data")
+    batch_size: int = setting(256, "images per step", group="data")
     lr: float = setting(1e-4, "learning rate", group="optimisation")
     path_type: str = setting("linear", "interpolant", group="model", choices=("linear", "cosine"))
     ema: bool = setting(True, "keep an average", group="model")
@@ -83,9 +83,16 @@ def test_a_preset_is_weaker_than_recipe_and_flags(tmp_path):
     ("text", "words"),
     [
         ("batchsize: 3", r"unknown key 'batchsize' \(did you mean 'batch_size'\?\)"),
-        ("batch_size: many", "batch_size: 'many' is not a int"),
-        ("batch_size: 1.5", "batch_size: 1.5 is not a int"),
-        ("ema: 1", "ema: 1 is not a bool"),
+        ("batch_size: many", "batch_size: 'many' is not a whole number"),
+        ("batch_size: 1.5", "batch_size: 1.5 is not a whole number"),
+        ("batch_size: true", "batch_size: True is not a whole number"),
+        ("batch_size: [1, 2]", r"batch_size: \[1, 2\] is not a whole number"),
+        ("batch_size: null", "batch_size: None is not a whole number"),
+        ("batch_size: 1\nlr: 1\nbatch-size: 2", "batch_size is given twice, in lines 1 and 3"),
+        ("batch_size: 1\nbatch_size: 1", "batch_size is given twice, in lines 1 and 2"),
+        ("lr: fast", "lr: 'fast' is not a number"),
+        ("classes: [1, a]", "classes: 'a' is not a whole number"),
+        ("ema: 1", "ema: 1 is not true or false"),
         ("path_type: edm", "path_type: 'edm' is none of linear, cosine"),
         ("- a", "expected `name: value` lines, found list"),
         ("a: [", "not valid YAML"),
@@ -94,6 +101,127 @@ def test_a_preset_is_weaker_than_recipe_and_flags(tmp_path):
 def test_bad_recipes_are_named(tmp_path, text, words):
     with pytest.raises(UserError, match=words):
         read("--config", recipe(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--batch-size", "many"), "^--batch-size: 'many' is not a whole number$"),
+        (("--batch-size", "1.5"), "^--batch-size: '1.5' is not a whole number$"),
+        (("--lr", "fast"), "^--lr: 'fast' is not a number$"),
+        (("--path-type", "edm"), "^--path-type: 'edm' is none of linear, cosine$"),
+        (("--classes", "1", "a"), "^--classes: 'a' is not a whole number$"),
+        (("--batch-size",), "^--batch-size: expected one argument; see --help$"),
+        (("--classes",), "^--classes: expected at least one argument; see --help$"),
+    ],
+)
+def test_bad_flags_are_named(flags, words):
+    with pytest.raises(UserError, match=words):
+        read("--data-dir", "d", *flags)
+
+
+def test_large_whole_numbers_are_kept(tmp_path):
+    """2**53 + 1 has no float64: it must not pass through one."""
+    number = 2**53 + 1
+    assert read("--data-dir", "d", "--batch-size", str(number)).batch_size == number
+    assert read("--data-dir", "d", "--config", recipe(tmp_path, f"batch_size: {number}")).batch_size == number
+    assert read("--data-dir", "d", "--config", recipe(tmp_path, "batch_size: 8.0")).batch_size == 8
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    """The shell leaves --data-dir=~/d as it is."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert read("--data-dir=~/d").data_dir == Path("/home/someone/d")
+    assert read("--config", recipe(tmp_path, "data_dir: ~/d")).data_dir == Path("/home/someone/d")
+
+
+@dataclass(frozen=True)
+class Ranges:
+    steps: int = setting(10, group="g", at_least=1)
+    rate: float = setting(0.5, group="g", above=0, below=1)
+    shares: tuple[float, ...] = setting((), group="g", at_least=0, at_most=1)
+    limit: float | None = setting(None, group="g", above=0, role=RUN)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--rate", "0"), "--rate must be above 0, got 0.0"),
+        (("--rate", "1"), "--rate must be below 1, got 1.0"),
+        (("--rate", "nan"), "--rate must be above 0, got nan"),
+        (("--shares", "0.5", "1.5"), "--shares must be at most 1, got 1.5"),
+        (("--limit", "-1"), "--limit must be above 0, got -1.0"),
+    ],
+)
+def test_bounds(tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        parse(Ranges, "", flags)
+    name, values = flags[0].removeprefix("--"), ", ".join(flags[1:]).replace("nan", ".nan")
+    with pytest.raises(UserError, match=words):
+        parse(Ranges, "", ["--config", recipe(tmp_path, f"{name}: {f'[{values}]' if name == 'shares' else values}")])
+
+
+def test_bounds_include_their_ends_where_they_say_so():
+    settings = Ranges(1, 0.5, (0.0, 1.0), None)
+    assert parse(Ranges, "", ["--steps", "1", "--shares", "0", "1"]) == settings
+
+
+def test_identity_is_what_results_depend_on():
+    assert identity(Ranges(limit=2.0)) == {"steps": 10, "rate": 0.5, "shares": ()}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "found"),
+    [
+        ({"steps": 1}, {"steps": 1}, []),
+        ({"steps": 1}, {"steps": 2}, [("steps", 1, 2)]),
+        ({"shares": [1, 2]}, {"shares": (1, 2)}, []),
+        ({}, {"newer": 1}, []),
+        ({"older": 1}, {}, [("older", 1, None)]),
+        ({"ema_device": "same"}, {}, []),
+        ({"ema_device": "cpu"}, {}, [("ema_device", "cpu", "same")]),
+        ({"guidance_schedule": "linear"}, {}, [("guidance_schedule", "linear", "constant")]),
+        ({"mixed_precision": "no"}, {"mixed_precision": "fp32"}, []),
+        ({"mixed_precision": "no"}, {"mixed_precision": "bf16"}, [("mixed_precision", "fp32", "bf16")]),
+        ({"dtype": "bfloat16", "dtypes": ["float32"]}, {"dtype": "bf16", "dtypes": ("fp32",)}, []),
+        ({"compile": True}, {}, []),
+    ],
+)
+def test_recorded_settings_are_compared_by_meaning(before, now, found):
+    assert differences(before, now) == found
+
+
+@dataclass(frozen=True)
+class Renamed:
+    mixed_precision: str = setting("auto", group="g", choices=("auto", "fp32", "bf16"))
+    dtypes: tuple[str, ...] = setting((), group="g", choices=("fp32", "bf16"))
+    solver: str = setting("euler", group="g", choices=("euler", "heun"))
+
+
+def test_former_words_mean_the_present_ones(tmp_path):
+    """As flags and in a recipe, where YAML reads `no` as a boolean."""
+    expected = Renamed("fp32", ("fp32", "bf16"))
+    assert parse(Renamed, "", ["--mixed-precision", "no", "--dtypes", "float32", "bfloat16"]) == expected
+    text = "mixed_precision: no\ndtypes: [float32, bfloat16]\nema_device: same\n"
+    assert parse(Renamed, "", ["--config", recipe(tmp_path, text)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--solver", "ab2"), "^--solver: ab2 was removed; commit [0-9a-f]{7} is the last one that has it$"),
+        (("--ema-device", "cpu"), "^--ema-device was removed; commit [0-9a-f]{7} is"),
+        (("--guidance-schedule=linear",), "^--guidance-schedule=linear was removed; commit"),
+        (("--config", "solver: ab3"), "solver: ab3 was removed; commit"),
+        (("--config", "ema_device: cpu"), "ema_device: cpu was removed; commit"),
+    ],
+)
+def test_what_was_removed_is_named(tmp_path, flags, words):
+    if flags[0] == "--config":
+        flags = ("--config", recipe(tmp_path, flags[1]))
+    with pytest.raises(UserError, match=words):
+        parse(Renamed, "", flags)
 
 
 def test_missing_recipe_and_required_flag():
