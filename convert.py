@@ -42,8 +42,8 @@ EXAMPLES = (
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ConvertConfig, "Convert published checkpoints to model files and back.", argv, examples=EXAMPLES)
-    from models.convert import Given, export_published, import_published
-    from models.published import describe, locate, obtain
+    from models.obtain import describe, locate, obtain
+    from models.published import Given, export_published, import_published
 
     if settings.to == "published":
         info = export_published(obtain(settings.source), settings.out)

@@ -178,7 +178,7 @@ def requested(s: SampleConfig) -> dict[str, Any]:
     from models.guidance import Guidance
     from models.samplers import Solver
     from models.solvers import Diffusion
-    from sampling.networks import Precision
+    from sampling.loading import Precision
 
     solver = Solver(
         s.mode,

@@ -113,7 +113,7 @@ class Bench:
         import torch
 
         from benchmarks import published
-        from models.convert import from_published, to_published
+        from models.published import from_published, to_published
         from models.sit import SiT, preset
 
         self.settings, self.device = settings, device
@@ -163,8 +163,8 @@ class Bench:
         from models.interpolant import Interpolant
         from models.samplers import Solver
         from models.sit import SiT
-        from sampling.draw import Sampler
-        from sampling.networks import Precision, prepare
+        from sampling.loading import Precision, prepare
+        from sampling.sampler import Sampler
 
         network = SiT(self.config)
         network.load_state_dict(self.weights)

@@ -160,12 +160,12 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     from evaluations.metrics import frechet_distance
     from evaluations.statistics import compute_statistics
     from models import acceleration
-    from models.checkpoint import load_model
     from models.guidance import Guidance
     from models.interpolant import Interpolant
-    from models.published import obtain
-    from sampling.draw import Sampler
-    from sampling.networks import Precision, load_decoder, prepare
+    from models.model_file import load_model
+    from models.obtain import obtain
+    from sampling.loading import Precision, load_decoder, prepare
+    from sampling.sampler import Sampler
 
     precision = Precision(settings.dtype, vae_batch_size=settings.batch_size)
     model = load_model(obtain(settings.checkpoint), device)

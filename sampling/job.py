@@ -13,21 +13,21 @@ from torch import Tensor
 
 from config import UserError
 from models import acceleration
-from models.checkpoint import Model, find_model
 from models.class_token import between, nearest_class
 from models.guidance import Guidance
 from models.interpolant import Interpolant
-from models.published import file_sha256, obtain
+from models.model_file import Model, find_model
+from models.obtain import file_sha256, obtain
 from models.samplers import Solver
 from models.solvers import Progress
 from sampling import messages, processes
-from sampling.draw import Drawn, Sampler
-from sampling.finish import Output, assemble, is_finished
+from sampling.assemble import Output, assemble, is_finished
+from sampling.labels import Labels, batches, read_labels
+from sampling.loading import Decoder, Precision, load_decoder, load_guided, prepare, weights_sha256
 from sampling.loop import sample_parts
-from sampling.networks import Decoder, Precision, load_decoder, load_guided, prepare, weights_sha256
 from sampling.parts import Parts, check_space
-from sampling.plan import Labels, batches, read_labels
 from sampling.processes import Process
+from sampling.sampler import Drawn, Sampler
 from sampling.tokens import read_tokens
 
 

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from common.pictures import write_png
 from common.reporting import progress
-from sampling.draw import Drawn
-from sampling.finish import png_file
+from sampling.assemble import png_file
+from sampling.labels import share
 from sampling.messages import how_long
 from sampling.parts import Parts
-from sampling.plan import share
+from sampling.sampler import Drawn
 
 if TYPE_CHECKING:
     from sampling.job import Job

@@ -19,10 +19,10 @@ import torch
 import generate as program
 from config import UserError, parse
 from generate import SampleConfig, check, requested
-from models.checkpoint import ModelInfo, save_model
+from models.model_file import ModelInfo, save_model
 from models.sit import SiT, SiTConfig
 from sampling import job as jobs
-from sampling.finish import is_finished
+from sampling.assemble import is_finished
 from sampling.job import Request, load
 from sampling.parts import Parts, check_space, write_samples
 from sampling.processes import Process
@@ -362,12 +362,12 @@ def test_killed_at_any_time(place, unbroken, tmp_path):
 @pytest.mark.slow
 def test_killed_while_files_are_assembled(place, unbroken, tmp_path, monkeypatch):
     """Stopped before each file of the end: the next run makes the same npz."""
-    from sampling import finish
+    from sampling import assemble
 
     for name in ("write_samples", "write_sheet", "write_gallery", "write_json"):
         out = tmp_path / name
         with monkeypatch.context() as patch:
-            patch.setattr(finish, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(assemble, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 generate(place, out)
         generate(place, out)

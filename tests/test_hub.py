@@ -10,7 +10,7 @@ import torch
 
 from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
-from models.published import locate, obtain
+from models.obtain import locate, obtain
 from tests.tiny import PUBLISHED_ARGS, published_weights, sit_weights
 
 pytestmark = pytest.mark.usefixtures("caches")

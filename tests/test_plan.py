@@ -9,7 +9,7 @@ import torch
 from models.class_token import agreement, between, nearest_class
 from models.noise import NoiseSource
 from models.sit import SiTConfig
-from sampling.plan import batches, read_labels, share
+from sampling.labels import batches, read_labels, share
 from sampling.tokens import read_tokens
 
 CONFIG = SiTConfig(depth=1, hidden_size=32, num_heads=2, input_size=4, num_classes=5, class_token_dim=6, align_dims=())

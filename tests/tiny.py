@@ -9,7 +9,7 @@ import torch
 
 from dataset import encode_moments
 from models.autoencoder import LatentNormalization
-from models.convert import to_published
+from models.published import to_published
 from models.sit import SiT, SiTConfig
 from packed.format import EncoderInfo, Manifest, write_manifest
 from packed.writer import write_shard

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from config import UserError
 from models import acceleration
 from models.autoencoder import Autoencoder, LatentNormalization, load_autoencoder
-from models.checkpoint import Model, find_model, load_model
+from models.model_file import Model, find_model, load_model
 
 
 @dataclass(frozen=True)

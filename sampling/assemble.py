@@ -11,8 +11,8 @@ import numpy as np
 
 from common.pictures import Cell, class_caption, write_png, write_sheet
 from config import REMOVED, UserError
+from sampling.gallery import Shown, arrange, write_gallery
 from sampling.parts import Parts, refuse_mixing, write_json, write_rows, write_samples
-from sampling.pictures import Shown, arrange, write_gallery
 
 SCHEMA = 1
 SAMPLES, SIDECAR = "samples.npz", "samples.json"
