@@ -163,13 +163,13 @@ class Bench:
         from models.interpolant import Interpolant
         from models.samplers import Solver
         from models.sit import SiT
-        from sampling.loading import Precision, prepare
+        from sampling.loading import prepare
         from sampling.sampler import Sampler
 
         network = SiT(self.config)
         network.load_state_dict(self.weights)
         sampler = Sampler(
-            prepare(network.to(self.device), Precision(dtype, compile=compiled)),
+            prepare(network.to(self.device), dtype, compiled=compiled),
             Interpolant(),
             Solver("sde", "euler", self.settings.steps),
             Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high),

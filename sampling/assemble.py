@@ -1,45 +1,38 @@
 """The end of a sampling job: parts => samples.npz, samples.json, grid.png, gallery.html, class tokens."""
 
-import importlib.metadata
 import json
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.files import write_json
 from common.pictures import Cell, class_caption, write_png, write_sheet
+from common.provenance import versions
 from config import REMOVED, UserError
 from sampling.gallery import Shown, arrange, write_gallery
-from sampling.parts import Parts, refuse_mixing, write_json, write_rows, write_samples
+from sampling.job import Job
+from sampling.parts import Parts, refuse_mixing, write_rows, write_samples
 
 SCHEMA = 1
 SAMPLES, SIDECAR = "samples.npz", "samples.json"
 SEEN = 200  # samples that grid.png chooses from
-_PACKAGES = ("torch", "numpy", "diffusers", "timm", "torchdiffeq")
-
-
-@dataclass(frozen=True)
-class Output:
-    """What to write. strip: samples in each row of an interpolation, 0: none; names: of the classes, or empty."""
-
-    folder: Path
-    count: int
-    resolution: int
-    names: tuple[str, ...] = ()
-    strip: int = 0
-    gallery: int = 200
-    class_tokens: bool = False
-    png: bool = False
-    keep_parts: bool = False
 
 
 def is_finished(folder: Path, count: int, identity: dict[str, Any], wanted: list[str], *, have_parts: bool) -> bool:
-    """Whether the folder already holds these `count` samples and the `wanted` files; False: go on.
+    """Whether a folder already holds these samples and files; False: go on.
 
-    Raises ValueError when it holds finished samples of other settings, or fewer files or another number of samples with no
-    parts to continue from.
+    Args:
+        folder: of --out.
+        count: number of samples.
+        identity: of the job.
+        wanted: names of the files that are asked for, beside those that are always written.
+        have_parts: whether there are parts to continue from.
+
+    Raises:
+        UserError: it holds finished samples of other settings, or fewer files or another number of samples with no parts
+            to continue from.
     """
     file = folder / SIDECAR
     if not file.is_file() or not (folder / SAMPLES).is_file():
@@ -55,79 +48,60 @@ def is_finished(folder: Path, count: int, identity: dict[str, Any], wanted: list
     raise UserError(f"{folder} {problem} and its parts are gone; give another --out, or delete that folder")
 
 
-def assemble(output: Output, parts: Parts, identity: dict[str, Any], measured: dict[str, Any]) -> str:
+def assemble(job: Job, parts: Parts, measured: dict[str, Any]) -> str:
     """Write all files from the finished parts, one part in memory at a time; the sidecar last. Returns a line to print."""
-    folder, count, side = output.folder, output.count, output.resolution
+    settings, info = job.settings, job.model.info
+    folder, count, side = settings.out, settings.num_fid_samples, info.resolution
     (folder / SIDECAR).unlink(missing_ok=True)
     write_samples(folder / SAMPLES, parts, count, (side, side, 3))
     labels = np.concatenate(list(parts.rows(count, "label")))
-    names = parts.names()
-    nearest = np.concatenate(list(parts.rows(count, "nearest"))) if "nearest" in names else None
-    if output.class_tokens:
-        width = next(parts.rows(count, "class_token")).shape[1]
+    nearest = np.concatenate(list(parts.rows(count, "nearest"))) if "nearest" in parts.names() else None
+    if settings.class_tokens:
+        width = info.network.class_token_dim
         write_rows(folder / "class_tokens.npy", (count, width), np.float32, parts.rows(count, "class_token"))
         if nearest is not None:
             write_rows(folder / "class_token_labels.npy", (count,), np.int64, iter([nearest]))
-    if output.png:
-        write_missing_png(folder / "png", parts, count)
-    seen = np.stack(list(islice(chain.from_iterable(parts.rows(count, "pixels")), max(SEEN, output.gallery))))
+    if settings.png:  # those that were not written with their batch: parts of an earlier run without --png
+        for number, pixels in enumerate(chain.from_iterable(parts.rows(count, "pixels"))):
+            if not png_file(folder, number).is_file():
+                write_png(png_file(folder, number), pixels)
+    seen = islice(chain.from_iterable(parts.rows(count, "pixels")), max(SEEN, settings.gallery))
     shown = [
         Shown(i, pixels, int(labels[i]), None if nearest is None else int(nearest[i])) for i, pixels in enumerate(seen)
     ]
-    write_sheet(
-        folder / "grid.png",
-        [
-            [Cell(s.pixels, class_caption(s.label, s.nearest, output.names)) for s in row]
-            for row in arrange(shown[:SEEN], output.strip)
-        ],
-    )
-    named = float((nearest == labels).mean()) if nearest is not None else None
+    rows = [
+        [Cell(s.pixels, class_caption(s.label, s.nearest, info.classes)) for s in row]
+        for row in arrange(shown[:SEEN], settings.interpolate)
+    ]
+    write_sheet(folder / "grid.png", rows)
     cost = {name: _mean(parts, count, name) for name in ("evaluations", "forwards")}
+    null = job.labels.kind == "null"
     sidecar = {
         "schema": SCHEMA,
         "n": count,
-        **identity,
+        **job.identity,
         "nfe": cost["evaluations"],
         "forwards": cost["forwards"],
-        "class_token_names_label": None if identity["labels"] == "null" else named,
+        "class_token_names_label": None if null or nearest is None else float((nearest == labels).mean()),
         **measured,
-        "versions": _versions(),
+        "versions": versions(("torch", "numpy", "diffusers", "timm", "torchdiffeq")),
     }
-    if output.gallery:
-        write_gallery(folder / "gallery.html", shown[: output.gallery], output.names, sidecar)
+    if settings.gallery:
+        write_gallery(folder / "gallery.html", shown[: settings.gallery], info.classes, sidecar)
     write_json(folder / SIDECAR, sidecar)
-    if not output.keep_parts:
+    if not settings.keep_parts:
         parts.remove()
-    pictures = "grid.png and gallery.html" if output.gallery else "grid.png"
+    pictures = "grid.png and gallery.html" if settings.gallery else "grid.png"
     made = f"{count} samples of {side} x {side}, {cost['evaluations']:g} evaluations each"
     return f"{folder / SAMPLES}: {made}; look at {pictures}"
 
 
-def write_missing_png(folder: Path, parts: Parts, count: int) -> None:
-    """Those that were not written with their batch: parts of an earlier run without --png."""
-    folder.mkdir(exist_ok=True)
-    for number, pixels in enumerate(chain.from_iterable(parts.rows(count, "pixels"))):
-        file = png_file(folder, number)
-        if not file.is_file():
-            write_png(file, pixels)
-
-
 def png_file(folder: Path, number: int) -> Path:
-    """Where sample `number` is, named as the published sampler names it."""
-    return folder / f"{number:06d}.png"
+    """Where sample `number` of the --out folder is, named as the published sampler names it."""
+    return folder / "png" / f"{number:06d}.png"
 
 
 def _mean(parts: Parts, count: int, name: str) -> int | float:
     """Mean cost of a sample; an integer when all cost the same."""
     mean = float(np.concatenate(list(parts.rows(count, name))).mean())
     return int(mean) if mean.is_integer() else round(mean, 3)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

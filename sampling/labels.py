@@ -1,10 +1,9 @@
-"""What sample i is made of: its label and its noise, functions of (seed, i) alone; and who makes which samples."""
+"""Labels: what --labels and --classes mean, and the label of sample i as a function of (seed, i) alone."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -122,30 +121,3 @@ def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.n
     if len(bad):
         raise UserError(f"--labels {path}: label {bad[0]}, but the model has classes 0 to {num_classes - 1}")
     return labels.astype(np.int64)
-
-
-def batches(done: Sequence[range], count: int, size: int, *, aligned: bool = False) -> list[range]:
-    """Cut the samples of range(count) that are in no range of `done` into ranges of at most `size`, in order.
-
-    aligned: every range starts at a multiple of `size`, so that a sample always shares its batch with the same others.
-    """
-    found = []
-    edge = 0
-    for finished in [*sorted(done, key=lambda r: r.start), range(count, count)]:
-        found += list(_cut(range(edge, min(finished.start, count)), size, aligned))
-        edge = max(edge, finished.stop)
-    return found
-
-
-def _cut(gap: range, size: int, aligned: bool) -> Iterator[range]:
-    if not gap:
-        return
-    first = (gap.start // size + 1) * size if aligned else gap.start + size
-    edges = [gap.start, *range(first, gap.stop, size), gap.stop]
-    for start, stop in pairwise(edges):
-        yield range(start, stop)
-
-
-def share(ranges: Sequence[range], rank: int, world: int) -> list[range]:
-    """The ranges that process `rank` of `world` makes: every world-th."""
-    return list(ranges[rank::world])

@@ -41,17 +41,15 @@ def _rows_of_file(source: str, dim: int) -> Tensor:
 
 
 def _encode(path: Path, dim: int, encoder: str, resolution: int, grid: int) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
     from common.crop import center_crop
+    from common.images import BadImage, decode_image
     from models.encoder import load_encoder
 
+    if not path.is_file():
+        raise MissingFile(f"--like {path}: no such file")
     try:
-        with Image.open(path) as image:
-            pixels = center_crop(image.convert("RGB"), resolution)
-    except FileNotFoundError as error:
-        raise MissingFile(f"--like {path}: no such file") from error
-    except (UnidentifiedImageError, OSError) as error:
+        pixels = center_crop(decode_image(path), resolution)
+    except BadImage as error:
         raise UserError(f"--like {path}: neither an image nor an .npy file of tokens ({error})") from error
     token = load_encoder(encoder, grid)(torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]).class_token.float()
     if token.shape[1] != dim:

@@ -22,7 +22,7 @@ def shown(labels):
 
 
 def numbers(rows):
-    return [[entry.index for entry in row] for row in rows]
+    return [[entry.number for entry in row] for row in rows]
 
 
 def test_pictures_are_enlarged_and_stay_as_they_are(tmp_path):

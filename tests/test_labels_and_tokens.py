@@ -9,8 +9,9 @@ import torch
 from models.class_token import agreement, between, nearest_class
 from models.noise import NoiseSource
 from models.sit import SiTConfig
-from sampling.labels import batches, read_labels, share
+from sampling.labels import read_labels
 from sampling.tokens import read_tokens
+from sampling.work import batches
 
 CONFIG = SiTConfig(depth=1, hidden_size=32, num_heads=2, input_size=4, num_classes=5, class_token_dim=6, align_dims=())
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -141,11 +142,6 @@ def test_batches_fill_exactly_what_is_missing(size, aligned):
     if aligned:
         assert all(len({i // size for i in r}) == 1 for r in cut)
     assert batches([range(0, 30)], 26, size, aligned=aligned) == []
-
-
-def test_processes_share_all_batches():
-    cut = batches([], 100, 7)
-    assert sorted(r.start for rank in range(3) for r in share(cut, rank, 3)) == [r.start for r in cut]
 
 
 MEANS = torch.eye(3, 4) * 2 + 0.1
