@@ -1,15 +1,16 @@
 """Model files by name: local, or published weights from disk or from the Hugging Face hub, converted once into a cache."""
 
 import atexit
-import hashlib
 import os
 import re
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from common.files import fingerprint, sha256, write_text
 from common.reporting import say
 from config import UserError
 from models import autoencoder, hub
@@ -29,7 +30,7 @@ class Source(NamedTuple):
 
 
 def obtain(name: Path | str) -> Path:
-    """The model file that a name means; says what it is, and converts it first where it is a published checkpoint.
+    """Resolve a name to a model file; say what it is, and convert it first where it is a published checkpoint.
 
     Args:
         name: a model file, checkpoint folder or run folder; a published file of REG, REPA or SiT, whatever its suffix; or
@@ -39,7 +40,7 @@ def obtain(name: Path | str) -> Path:
         A file for `load_model`. Converted ones are kept in $REG_CACHE/models, by the SHA-256 of what they come from.
 
     Raises:
-        FileNotFoundError or ValueError, one sentence with the cause.
+        UserError: it cannot be had or is something else; one sentence with the cause.
     """
     source = locate(name)
     try:
@@ -52,7 +53,7 @@ def obtain(name: Path | str) -> Path:
 
 
 def locate(name: Path | str) -> Source:
-    """The file that a name means, as it is: see `obtain`."""
+    """Resolve a name to a file, as `obtain` does, without converting it."""
     path = Path(name).expanduser()
     if path.exists() or not hub.is_name(str(name)):
         found = find_model(path)
@@ -82,14 +83,8 @@ def describe(info: ModelInfo) -> str:
     return ", ".join([size + method, *step, classes, f"{info.resolution} px", f"VAE {vae}"])
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def cache_folder() -> Path:
-    """Where converted weights are kept: $REG_CACHE/models, by default ~/.cache/reg/models. Raises OSError without a home."""
+    """Folder of converted weights: $REG_CACHE/models, by default ~/.cache/reg/models. Raises OSError without a home."""
     try:
         return Path(os.environ.get("REG_CACHE") or "~/.cache/reg").expanduser() / "models"
     except RuntimeError as error:
@@ -98,37 +93,38 @@ def cache_folder() -> Path:
 
 def _converted(source: Source) -> Path:
     """The converted copy of a published file: from the cache, or made now, in the cache or in a temporary folder."""
-    from safetensors import SafetensorError
-
+    file: Path | None = None
+    problem: OSError | None = None
     try:
         folder = cache_folder()
         file = folder / f"{_digest(source.path, folder)[:32]}-{CONVERSION}.safetensors"
         if _is_whole(file):
             return file
     except OSError as error:
-        folder, reason = None, error
+        problem = error
     state_dict, info = convert_published(source.path)
-    if folder is not None:
+    if file:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for abandoned in folder.glob("converting-*"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for abandoned in file.parent.glob("converting-*"):
                 if time.time() - abandoned.stat().st_mtime > _STALE:
                     shutil.rmtree(abandoned, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix="converting-", dir=folder) as own:  # others may convert it as well
+            with tempfile.TemporaryDirectory(prefix="converting-", dir=file.parent) as own:  # others may convert it too
                 save_model(Path(own) / file.name, state_dict, info)
                 (Path(own) / file.name).replace(file)
             return file
-        except (OSError, SafetensorError) as error:
-            reason = error
+        except OSError as error:
+            problem = error
     temporary = Path(tempfile.mkdtemp(prefix="reg-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     try:
         save_model(temporary / "model.safetensors", state_dict, info)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{source.name}: the converted weights fit neither in the cache nor in {temporary}") from error
+    reason = hub.first_line(problem) if problem else ""
     say(
-        f"the cache of converted weights cannot be written ({hub.first_line(reason)}): this copy is deleted at the end; "
-        "REG_CACHE names another folder"
+        f"the cache of converted weights cannot be written ({reason}): this copy is deleted at the end; REG_CACHE names "
+        "another folder"
     )
     return temporary / "model.safetensors"
 
@@ -144,24 +140,22 @@ def _is_whole(file: Path) -> bool:
 
 
 def _digest(path: Path, folder: Path) -> str:
-    """The SHA-256 of a file, remembered in the cache for as long as path, size and times stay. Raises ValueError for a
-    file of the hub's cache that is not what was downloaded."""
+    """The SHA-256 of a file, remembered in the cache for as long as path, size and times stay.
+
+    Raises:
+        UserError: it is a file of the hub's cache and not what was downloaded.
+    """
     stat = path.stat()
     known = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    memory = folder / "digests" / hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+    memory = folder / "digests" / fingerprint(known)[:32]
     if memory.is_file() and re.fullmatch("[0-9a-f]{64}", text := memory.read_text()):
         return text
     if stat.st_size > 1e9:
         say(f"reading {path.name} ({stat.st_size / 1e9:.3g} GB) for the first time")
-    digest = file_sha256(path)
+    digest = sha256(path)
     expected = hub.cached_sha256(path)
     if expected and digest != expected:
         raise UserError(f"{path} is damaged (its SHA-256 differs): delete {path.resolve()} to have it downloaded again")
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")
-        temporary.write_text(digest)
-        temporary.replace(memory)
-    except OSError:  # it is computed again next time
-        pass
+    with suppress(OSError):  # it is computed again next time
+        write_text(memory, digest)
     return digest

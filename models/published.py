@@ -12,6 +12,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,23 +20,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.files import replacing
 from config import MissingFile, UserError
 from models.autoencoder import LatentNormalization
 from models.hub import first_line
 from models.model_file import ModelInfo, is_safetensors, load_model, read_header, save_model
 from models.sit import PRESETS, SIZES, SiT, SiTConfig, preset
 
-_TO_PUBLISHED = (  # ours => published; applied in this order
-    (r"^class_token_embedder\.proj\.", "cls_projectors2."),
-    (r"^class_token_embedder\.norm\.", "wg_norm."),
-    (r"^final_layer\.class_token_linear\.", "final_layer.linear_cls."),
-    (r"\.modulation\.", ".adaLN_modulation.1."),
-)
-_FROM_PUBLISHED = (
-    (r"^cls_projectors2\.", "class_token_embedder.proj."),
-    (r"^wg_norm\.", "class_token_embedder.norm."),
-    (r"^final_layer\.linear_cls\.", "final_layer.class_token_linear."),
-    (r"\.adaLN_modulation\.1\.", ".modulation."),
+_NAMES = (  # parts of names, ours and published; no other name contains them
+    ("class_token_embedder.proj.", "cls_projectors2."),
+    ("class_token_embedder.norm.", "wg_norm."),
+    ("final_layer.class_token_linear.", "final_layer.linear_cls."),
+    (".modulation.", ".adaLN_modulation.1."),
 )
 
 
@@ -62,12 +58,18 @@ class Published(NamedTuple):
 
 def from_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the entries of a published state dict to ours; tensors are untouched."""
-    return {_rename(name, _FROM_PUBLISHED): tensor for name, tensor in state_dict.items()}
+    return _renamed(state_dict, [(published, ours) for ours, published in _NAMES])
 
 
 def to_published(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_published`."""
-    return {_rename(name, _TO_PUBLISHED): tensor for name, tensor in state_dict.items()}
+    return _renamed(state_dict, _NAMES)
+
+
+def _renamed(state_dict: dict[str, Tensor], table: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    for old, new in table:
+        state_dict = {name.replace(old, new): tensor for name, tensor in state_dict.items()}
+    return state_dict
 
 
 def read_published(path: Path, weights: str = "ema") -> Published:
@@ -81,7 +83,7 @@ def read_published(path: Path, weights: str = "ema") -> Published:
         The weights, mapped from the file where its format allows it: the file must stay while they are used.
 
     Raises:
-        FileNotFoundError, or ValueError for a file that holds other objects, is damaged, or lacks the weights.
+        UserError: the file is missing or damaged, holds other objects, or lacks the weights.
     """
     if not path.is_file():
         raise MissingFile(f"checkpoint {path} does not exist")
@@ -104,7 +106,7 @@ def read_published(path: Path, weights: str = "ema") -> Published:
 
 
 def _content(path: Path) -> Any:
-    """What a file holds, told apart by its first bytes."""
+    """What a file holds; its first bytes say which format it has."""
     try:
         with path.open("rb") as stream:
             start = stream.read(64)
@@ -148,7 +150,7 @@ def _what_it_is(start: bytes) -> str:
 
 
 def _modern_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """REPA's first checkpoints call the blocks after the aligned one decoder_blocks, numbered anew."""
+    """Rename the blocks of REPA's first checkpoints: those after the aligned one are decoder_blocks, numbered from 0."""
     first = _count(state_dict, r"^blocks\.(\d+)\.")
     return {
         re.sub(r"^decoder_blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) + first}.", name): tensor
@@ -159,7 +161,8 @@ def _modern_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def derive_config(state_dict: dict[str, Tensor], settings: dict[str, Any], given: Given = Given()) -> SiTConfig:
     """The network's config from the shapes of a published state dict; heads and alignment depth from args or `given`.
 
-    Raises ValueError when the tensors are not those of a SiT, UserError when a number is neither there nor given.
+    Raises:
+        UserError: the tensors are not those of a SiT, or a number is neither there nor given.
     """
     try:
         patch_weight = state_dict["x_embedder.proj.weight"]
@@ -217,12 +220,12 @@ def _align_depth(settings: dict[str, Any], given: Given, depth: int) -> int:
 
 
 def unify_sit(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint of the original SiT, whose t runs from noise to data and which also predicts an unused variance => the
-    same network in the convention of REPA and REG: the negative of SiT's velocity, t counted from the other end. Other
-    checkpoints are returned as they are.
+    """Bring a checkpoint of the original SiT to the convention of REPA and REG; others are returned as they are.
 
-    With frequencies w, the features of the mirrored time are those of t turned by the angle w, so the turn moves into the
-    first linear map of the time embedding; the sign and the unused half go into the last linear map.
+    SiT's t runs from noise to data, and its network also predicts a variance that is not used. The same network in the
+    other convention gives the negative of SiT's velocity, with t counted from the other end. With frequencies w, the
+    features of the mirrored time are those of t turned by the angle w, so the turn moves into the first linear map of the
+    time embedding; the sign and the unused half go into the last linear map.
     """
     patch = state_dict["x_embedder.proj.weight"]
     channels, patch_area = patch.shape[1], patch.shape[2] ** 2
@@ -253,7 +256,7 @@ def convert_published(
         given: what the file does not say.
 
     Raises:
-        FileNotFoundError or ValueError, naming the file and what is wrong with it.
+        UserError: names the file and what is wrong with it.
     """
     published = read_published(source, weights)
     settings = published.settings
@@ -262,8 +265,6 @@ def convert_published(
         state_dict = from_published(unify_sit(published.state_dict))
         with torch.device("meta"):
             SiT(network).load_state_dict(state_dict, strict=True, assign=True)  # every tensor has its place
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
     except KeyError as error:
@@ -279,9 +280,7 @@ def convert_published(
         vae=given.vae,
         normalization=asdict(LatentNormalization()),
         encoders=encoders if network.class_token_dim or network.align_dims else (),
-        cfg_prob=0.1
-        if given.cfg_prob is None
-        else given.cfg_prob,  # what was trained with: --cfg-prob is not read there
+        cfg_prob=0.1 if given.cfg_prob is None else given.cfg_prob,  # their code does not read its --cfg-prob
         step=published.step,
         classes=imagenet_classes() if network.num_classes == 1000 else (),
         notes={"imported": source.name, "weights": weights},
@@ -290,14 +289,8 @@ def convert_published(
 
 def import_published(source: Path, out: Path, weights: str = "ema", given: Given = Given()) -> ModelInfo:
     """Convert the published checkpoint `source` into the model file `out`; returns what its header says."""
-    from safetensors import SafetensorError
-
     state_dict, info = convert_published(source, weights, given)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_model(out, state_dict, info)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} cannot be written: {first_line(error)}") from error
+    save_model(out, state_dict, info)
     return info
 
 
@@ -312,7 +305,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def export_published(source: Path, out: Path) -> ModelInfo:
-    """Read a model file, write the published layout: {"model", "ema", "args", "steps"}, names and shapes as published."""
+    """Write a model file in the published layout: {"model", "ema", "args", "steps"}, names and shapes as published."""
     model = load_model(source)
     network, info = model.info.network, model.info
     state_dict = to_published(model.network.state_dict())
@@ -325,16 +318,14 @@ def export_published(source: Path, out: Path) -> ModelInfo:
         enc_type=",".join(info.encoders) or None,
         cfg_prob=info.cfg_prob,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": state_dict, "ema": state_dict, "args": args, "steps": info.step}, out)
+    content = {"model": state_dict, "ema": state_dict, "args": args, "steps": info.step}
+    with (
+        replacing(out) as temporary,
+        temporary.open("wb") as stream,
+    ):  # an open file: its errors are those of the system
+        torch.save(content, stream)
     return info
 
 
 def _count(state_dict: dict[str, Tensor], pattern: str) -> int:
     return len({match[1] for name in state_dict if (match := re.match(pattern, name))})
-
-
-def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -110,7 +110,7 @@ def test_the_same_images_as_by_convert(place, tmp_path, caches, capsys, monkeypa
         "nothing is left over"
     )
     monkeypatch.setattr(obtaining, "convert_published", no_conversion)
-    monkeypatch.setattr(obtaining, "file_sha256", no_conversion)
+    monkeypatch.setattr(obtaining, "sha256", no_conversion)
     assert generate(tmp_path / "c", source, *flags) == expected
     assert json.loads((tmp_path / "c/samples.json").read_text())["checkpoint"] == str(file)
 
