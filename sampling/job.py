@@ -101,7 +101,9 @@ def load(settings: SampleConfig, process: Processes) -> Job:
     if settings.like and settings.labels in ((), ("spread",)) and not settings.classes:
         labels = Labels("token", labels.values)
     _check(settings, model, guide, guidance, labels)
-    tokens = _given_tokens(settings, model)
+    tokens = read_tokens(settings.like, info) if settings.like else None
+    if tokens is not None and settings.interpolate and len(tokens) != 2:
+        raise UserError(f"--interpolate goes between two tokens, --like gives {len(tokens)}")
     autoencoder = load_decoder(info, settings.vae, device, settings.vae_dtype, tiling=settings.vae_tiling)
     recorded = describe(settings, model, guide, autoencoder, labels, tokens)
     sampler = Sampler(
@@ -141,21 +143,6 @@ def _check(settings: SampleConfig, model: Model, guide: Model | None, guidance: 
         )
     if settings.best_of > 1 and labels.kind == "null":
         raise UserError("--best-of compares tokens with labels; it cannot choose among samples of the null class")
-
-
-def _given_tokens(settings: SampleConfig, model: Model) -> Tensor | None:
-    """The class tokens of --like, (K, D) float32."""
-    if not settings.like:
-        return None
-    network, encoders = model.info.network, model.info.encoders
-    if any(".npy" not in source for source in settings.like) and not encoders:
-        raise UserError("--like: the model file names no encoder; give tokens as .npy")
-    grid = network.input_size // network.patch_size
-    encoder = encoders[0] if encoders else ""
-    tokens = read_tokens(settings.like, network.class_token_dim, encoder, model.info.resolution, grid)
-    if settings.interpolate and len(tokens) != 2:
-        raise UserError(f"--interpolate goes between two tokens, --like gives {len(tokens)}")
-    return tokens
 
 
 def describe(

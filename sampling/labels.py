@@ -22,9 +22,8 @@ _FEW = 20  # class names that fit into an error
 class Labels:
     """The label of sample i, a function of i (and the seed) alone.
 
-    kind: random, balanced, spread, list, null, or token (what the given class token names). values: the classes to draw
-    from or to take in turn; the list itself for list and spread. Balanced takes the classes in turn, so that they
-    interleave in the file.
+    kind: random, balanced (classes in turn, so that they interleave in the file), spread, list, null, or token (the class
+    nearest to the given class token). values: the classes to draw from, or to take in turn.
     """
 
     kind: str
@@ -44,11 +43,18 @@ class Labels:
 def read_labels(
     source: Sequence[str], classes: Sequence[str], num_classes: int, names: Sequence[str], count: int
 ) -> Labels:
-    """What --labels and --classes say.
+    """The labels that --labels and --classes mean.
 
-    source: one of random, balanced, spread, null; numbers or names; or a file of numbers (.npy, .npz with arr_1, .json,
-    or text). A list is used in turn. classes: the classes to draw from, numbers or names; given alone they are balanced.
-    count: samples in all, which `spread` depends on. Raises ValueError naming the word that is not a class.
+    Args:
+        source: of --labels: one of random, balanced, spread, null; numbers or names; or a file of numbers (.npy, .npz with
+            arr_1, .json, or text). A list is used in turn.
+        classes: of --classes: those to draw from, numbers or names; given alone they are balanced.
+        num_classes: of the model.
+        names: of its classes, or empty.
+        count: samples in all, on which `spread` depends.
+
+    Raises:
+        UserError: names the word that is not a class, or the file that cannot be used.
     """
     chosen = [_class_number(word, num_classes, names, "--classes") for word in classes]
     everything = np.array(chosen or range(num_classes), dtype=np.int64)

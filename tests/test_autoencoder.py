@@ -82,7 +82,7 @@ def test_published_latent_space_needs_no_weights():
 
 
 def test_missing_vae_is_one_sentence(tmp_path, monkeypatch):
-    """A folder without a network, a half-copied one, and weights that are nowhere are each told with the mend."""
+    """A folder without a network, a half-copied one, and absent weights: each message says what to do."""
     from huggingface_hub import constants
 
     (tmp_path / "empty").mkdir()

@@ -116,7 +116,7 @@ def test_the_same_images_as_by_convert(place, tmp_path, caches, capsys, monkeypa
 
 
 def test_a_model_file_is_shown_for_what_it_is(place, tmp_path, caches, capsys):
-    """Our own files are told by their content, not their name, and are used where they are."""
+    """Our own files are recognised by their content, not their name, and are used where they are."""
     convert.main(["--source", str(place / "REG.pt"), "--out", str(tmp_path / "ours.pt")])
     assert "ours.pt: SiT (depth 3" in capsys.readouterr().out
     assert obtain(tmp_path / "ours.pt") == tmp_path / "ours.pt" and not caches.exists()

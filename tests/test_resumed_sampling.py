@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from common.files import check_space
+from config import UserError
+from sampling import run
 from sampling.assemble import is_finished
 from sampling.parts import Parts, write_samples
 from tests import toy_model
@@ -113,6 +116,31 @@ def test_another_model_does_not_continue(place, unbroken):
     write_model(place, "other", CONFIG, seed=5)
     with pytest.raises(ValueError, match="made with checkpoint_sha256"):
         generate(place, unbroken, "--checkpoint", str(place / "other"))
+
+
+def test_two_jobs_in_one_folder(place, unbroken, tmp_path, monkeypatch):
+    """The second is refused, naming the first, before anything is loaded; when that has ended it continues."""
+    out = tmp_path / "s"
+    first = Parts(out / "parts")
+    first.claim()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "load", None)
+        with pytest.raises(UserError, match=rf"parts is in use by process {os.getpid()} on .*; wait for its end, or"):
+            generate(place, out)
+    first.close()
+    generate(place, out)
+    assert (out / "samples.npz").read_bytes() == (unbroken / "samples.npz").read_bytes()
+    assert not (out / "parts").exists()
+
+
+def test_ranks_must_load_the_same(place, tmp_path, monkeypatch):
+    """Another file under the same name on one of the machines is found before anything is sampled."""
+    monkeypatch.setattr(run, "gather", lambda identity: [identity, {**identity, "checkpoint_sha256": "another"}])
+    with pytest.raises(
+        UserError, match=r"rank 1 has checkpoint_sha256 = another and rank 0 has [0-9a-f]{64}: all ranks"
+    ):
+        generate(place, tmp_path / "s")
+    assert not list((tmp_path / "s" / "parts").glob("part-*"))
 
 
 @pytest.mark.slow

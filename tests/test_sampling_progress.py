@@ -141,7 +141,7 @@ def test_how_long():
     assert line(world=8).startswith("about 49 min for all 50,000 images, judged by the first batch (17 images/s")
     assert line(count=1000, seconds=10.0).endswith("(3.2 images/s, start-up included)"), "5 minutes are not long"
     assert "for the remaining 40,000 images" in line(missing=40_000)
-    assert line(count=32) is None and line(count=64, world=2) is None, "one batch for each process: nothing to foretell"
+    assert line(count=32) is None and line(count=64, world=2) is None, "one batch per rank: nothing to estimate"
 
 
 @pytest.mark.parametrize(
