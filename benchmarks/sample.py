@@ -111,7 +111,7 @@ class Bench:
         import torch
 
         from benchmarks import harness, published
-        from models.convert import from_published, to_published
+        from models.published import from_published, to_published
         from models.sit import SiT, preset
 
         self.settings, self.device = settings, device
@@ -153,13 +153,13 @@ class Bench:
         from models.interpolant import Interpolant
         from models.samplers import Solver
         from models.sit import SiT
-        from sampling.draw import Sampler
-        from sampling.networks import Precision, prepare
+        from sampling.loading import prepare
+        from sampling.sampler import Sampler
 
         network = SiT(self.config)
         network.load_state_dict(self.weights)
         sampler = Sampler(
-            prepare(network.to(self.device), Precision(dtype, compile=compiled)),
+            prepare(network.to(self.device), dtype, compiled=compiled),
             Interpolant(),
             Solver("sde", "euler", self.settings.steps),
             Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high),

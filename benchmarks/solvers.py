@@ -155,18 +155,17 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     from evaluations.metrics import frechet_distance
     from evaluations.statistics import compute_statistics
     from models import acceleration
-    from models.checkpoint import load_model
     from models.guidance import Guidance
     from models.interpolant import Interpolant
-    from models.published import obtain
-    from sampling.draw import Sampler
-    from sampling.networks import Precision, load_decoder, prepare
+    from models.model_file import load_model
+    from models.obtain import obtain
+    from sampling.loading import load_decoder, prepare
+    from sampling.sampler import Sampler
 
-    precision = Precision(settings.dtype, vae_batch_size=settings.batch_size)
     model = load_model(obtain(settings.checkpoint), device)
-    decoder = load_decoder(model, settings.vae, precision, device)
+    decoder = load_decoder(model.info, settings.vae, device)
     extractor = features.load(settings.features, device=device)
-    network = prepare(model.network, precision)
+    network = prepare(model.network, settings.dtype)
     real = open_images(settings.reference)
     size = settings.batch_size
 
@@ -195,7 +194,7 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
         for start in range(0, settings.num_samples, size):
             index = torch.arange(start, min(start + size, settings.num_samples), device=device)
             drawn = sampler(index, index % model.info.network.num_classes)
-            found.append(pooled(decoder(drawn.state.latent)))
+            found.append(pooled(decoder.decode(drawn.state.latent, settings.batch_size)))
             evaluations += drawn.evaluations * len(index) / settings.num_samples
             forwards += drawn.forwards * len(index) / settings.num_samples
         return frechet_distance(reference, compute_statistics(torch.cat(found))), evaluations, forwards

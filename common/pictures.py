@@ -32,10 +32,10 @@ class Cell(NamedTuple):
 
 
 def class_caption(label: int, nearest: int | None, names: Sequence[str]) -> tuple[Line, ...]:
-    """What a picture was asked to show and, below, what its class token says.
+    """Caption of a sample: its class and, below, the class that its class token is nearest to.
 
     Args:
-        label: class number; the number of classes is the null class.
+        label: class number; that of the null class is the number of classes.
         nearest: the class that the token is nearest to, green where it is the label; None: not known.
         names: of all classes, or empty. A name that the font cannot draw is replaced by the class's number.
     """
@@ -56,7 +56,7 @@ def write_sheet(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
     """Write a PNG of rows of captioned pictures of one size.
 
     Args:
-        path: file to write; it appears whole, by rename.
+        path: file to write, whole or not at all.
         rows: from the top; they may differ in length. Captions that are too long for their picture end in an ellipsis.
     """
     from PIL import Image, ImageDraw
@@ -64,7 +64,7 @@ def write_sheet(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
     cells = [cell for row in rows for cell in row]
     factor = -(-SMALLEST // cells[0].pixels.shape[1])
     height, width = (factor * side for side in cells[0].pixels.shape[:2])
-    size = max(10, width // 16)  # of the letters: readable also when a sheet of large pictures is looked at as a whole
+    size = max(10, width // 16)  # of the letters: readable also when a sheet of large pictures is seen as a whole
     line_height = size + 2
     lines = max(len(cell.caption) for cell in cells)
     cell_width, cell_height = width + GAP, height + GAP + lines * line_height
@@ -110,7 +110,7 @@ def _glyph(character: str) -> bytes:
 
 
 def _can_draw(text: str) -> bool:
-    """Whether the font has all letters of the text; it draws the same box for all that it does not have."""
+    """Whether the font has all letters of a text; it draws the same box for each one that it does not have."""
     try:
         return all(c.isspace() or _glyph(c) != _glyph("\uffff") for c in unicodedata.normalize("NFC", text))
     except UnicodeError:  # half of a surrogate pair, from a folder name that is not UTF-8

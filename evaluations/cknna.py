@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from dataset import PackedDataset
-    from models.checkpoint import Model
+    from models.model_file import Model
 
 
 @dataclass(frozen=True)
@@ -319,8 +319,8 @@ def main() -> None:
 
     from dataset import PackedDataset
     from evaluations.results import check_writable
-    from models.checkpoint import load_model
-    from models.published import obtain
+    from models.model_file import load_model
+    from models.obtain import obtain
 
     check_writable(settings.out)
     if settings.device == "cuda" and not torch.cuda.is_available():

@@ -13,6 +13,8 @@ GRIDS = ("uniform", "shifted")
 DIFFUSIONS = ("linear", "sigma", "constant")  # coefficients w(t) of the reverse SDE
 LAST_STEPS = ("drift", "ode")  # of Euler-Maruyama
 
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "bf16", "fp16")  # of networks
 
 def check(what: str, value: str, known: Collection[str]) -> None:
     """Raise a UserError that names the words of a choice, unless `value` is one of them."""

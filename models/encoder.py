@@ -53,12 +53,16 @@ class VisionEncoder(nn.Module):
 
 
 def load_encoder(name: str, grid: int) -> VisionEncoder:
-    """Load a frozen encoder that gives grid x grid patch tokens: 16 at 256 px and 32 at 512 px in the paper.
+    """Load a frozen encoder; its position embedding is resampled to the grid by timm, with antialias, as published.
 
-    name: a published name (dinov2-vit-b, dinov2reg-vit-l, ...), any timm ViT with a class token, a local folder in timm's
-    format (config.json + model.safetensors), or NAME=FILE for a checkpoint file of a named architecture. The position
-    embedding is resampled to the grid by timm, with antialias, as in the published code. Raises ValueError for a network
-    that cannot serve, FileNotFoundError, with the cause, when weights are missing.
+    Args:
+        name: a published name (dinov2-vit-b, dinov2reg-vit-l, ...), any timm ViT with a class token, a local folder in
+            timm's format (config.json + model.safetensors), or NAME=FILE for a checkpoint file of a named architecture.
+        grid: patch tokens per side: 16 at 256 px and 32 at 512 px in the paper.
+
+    Raises:
+        MissingFile: the weights are not available; one sentence with the cause.
+        UserError: it is not a ViT with a class token, or the weights belong to another architecture.
     """
     import timm
 
@@ -100,7 +104,7 @@ def load_encoder(name: str, grid: int) -> VisionEncoder:
 
 
 def _patch_size(vit: nn.Module, name: str) -> int:
-    """Side of a patch in pixels. Raises ValueError for a network without class token or patches."""
+    """Side of a patch in pixels. Raises UserError for a network without class token or patches."""
     if not getattr(vit, "has_class_token", False) or not hasattr(vit, "patch_embed"):
         raise UserError(f"encoder {name!r} ({type(vit).__name__}) is not a ViT with a class token")
     return int(vit.patch_embed.patch_size[0])

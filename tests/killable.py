@@ -32,7 +32,7 @@ STAGES = {
     "before the manifest": (Path, "write_text", 0),
     "after the manifest": (state, "_sync", 3),
     "read back": (state, "verify", 0),
-    "rename": (Path, "rename", 1),  # the first is the model file's
+    "rename": (Path, "rename", 0),
     "after the rename": (state, "_sync", 5),
     "rotation": (state, "rotate", 0),
     "deletion": (state, "_delete", 0),

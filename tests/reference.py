@@ -20,9 +20,9 @@ from torch import Tensor
 
 from loss import Draws, Objective
 from models.choices import PATHS
-from models.convert import from_published
 from models.guidance import Guidance, network_velocity
 from models.interpolant import Interpolant
+from models.published import from_published
 from models.samplers import ode_times, sde_times
 from models.sit import SiT, SiTConfig
 from models.solvers import euler, euler_maruyama, heun

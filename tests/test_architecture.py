@@ -273,7 +273,7 @@ def test_the_core_imports_without_the_optional_packages():
         "models.samplers",
         "models.ema",
         "models.cost",
-        "models.checkpoint",
+        "models.model_file",
         "models.encoder",
         "models.autoencoder",
     ]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataset import encode_moments
 from evaluations.cknna import cknna, main
-from models.checkpoint import ModelInfo, save_model
+from models.model_file import ModelInfo, save_model
 from models.sit import SiT, SiTConfig
 from packed.format import EncoderInfo, Manifest, write_manifest
 from packed.writer import write_shard
@@ -156,7 +156,7 @@ def test_network_without_class_token(small, tmp_path):
     """Plain SiT: patch tokens alone."""
     from dataset import PackedDataset
     from evaluations.cknna import CknnaConfig, measure, plot, read_targets
-    from models.checkpoint import load_model
+    from models.model_file import load_model
 
     data, model = small
     path = model("sit", class_token_dim=0, align_dims=())
@@ -175,7 +175,7 @@ def test_mistakes_are_one_line(small, tmp_path):
     from config import UserError
     from dataset import PackedDataset
     from evaluations.cknna import CknnaConfig, measure, read_targets
-    from models.checkpoint import load_model
+    from models.model_file import load_model
 
     dataset, rows = PackedDataset(data), torch.arange(30)
     targets = read_targets(dataset, rows, None, 8, torch.device("cpu"))

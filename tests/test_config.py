@@ -12,8 +12,8 @@ import pytest
 from common.reporting import run
 from config import RUN, UserError, as_dict, differences, identity, parse, setting
 from evaluations.evaluate import EvaluateConfig
-from generate import SampleConfig
 from preprocessing.pack import PackConfig
+from sampling.settings import SampleConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]

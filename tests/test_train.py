@@ -19,9 +19,9 @@ from config import UserError, parse
 from dataset import PackedDataset, StepSampler, decode_moments
 from loss import Objective, alignment, draw
 from models.autoencoder import LatentNormalization
-from models.checkpoint import load_model
 from models.ema import EMA
 from models.interpolant import Interpolant
+from models.model_file import load_model
 from models.sit import SiT, SiTConfig
 from tests.tiny import FLAGS, write_dataset, write_encoder, write_vae
 from train import TrainConfig

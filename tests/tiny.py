@@ -9,7 +9,7 @@ import torch
 
 from dataset import encode_moments
 from models.autoencoder import LatentNormalization
-from models.convert import to_published
+from models.published import to_published
 from models.sit import SiT, SiTConfig
 from packed.format import EncoderInfo, Manifest, write_manifest
 from packed.writer import write_shard
@@ -41,11 +41,11 @@ FLAGS = (
 )
 
 
-def write_vae(folder: Path) -> Path:
+def write_vae(folder: Path, seed: int = 0, **config: float) -> Path:
     """An AutoencoderKL, 8 x 8 pixels to 4 x 4 x 4 latents, with random weights."""
     from diffusers import AutoencoderKL
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -54,6 +54,7 @@ def write_vae(folder: Path) -> Path:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=8,
+        **config,
     ).save_pretrained(folder)
     return folder
 

@@ -19,11 +19,11 @@ from config import UserError, as_dict
 from dataset import PackedDataset, StepSampler, read_ahead
 from models.acceleration import allow_tf32, compile_encoder, compile_network
 from models.autoencoder import Autoencoder, load_autoencoder
-from models.checkpoint import ModelInfo, blank_network
 from models.class_token import nearest_class
 from models.cost import cost
 from models.ema import EMA
 from models.guidance import Guidance
+from models.model_file import ModelInfo, blank_network
 from models.sit import SiT
 from packed.format import read_manifest
 from training import previews, state, trackers

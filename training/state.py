@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from models.checkpoint import MODEL_FILE, ModelInfo, save_model
+from models.model_file import MODEL_FILE, ModelInfo, save_model
 
 SCHEMA = 1
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"

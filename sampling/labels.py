@@ -1,10 +1,9 @@
-"""What sample i is made of: its label and its noise, functions of (seed, i) alone; and who makes which samples."""
+"""Labels: what --labels and --classes mean, and the label of sample i as a function of (seed, i) alone."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,8 @@ _FEW = 20  # class names that fit into an error
 class Labels:
     """The label of sample i, a function of i (and the seed) alone.
 
-    kind: random, balanced, spread, list, null, or token (what the given class token names). values: the classes to draw
-    from or to take in turn; the list itself for list and spread. Balanced takes the classes in turn, so that they
-    interleave in the file.
+    kind: random, balanced (classes in turn, so that they interleave in the file), spread, list, null, or token (the class
+    nearest to the given class token). values: the classes to draw from, or to take in turn.
     """
 
     kind: str
@@ -45,11 +43,18 @@ class Labels:
 def read_labels(
     source: Sequence[str], classes: Sequence[str], num_classes: int, names: Sequence[str], count: int
 ) -> Labels:
-    """What --labels and --classes say.
+    """The labels that --labels and --classes mean.
 
-    source: one of random, balanced, spread, null; numbers or names; or a file of numbers (.npy, .npz with arr_1, .json,
-    or text). A list is used in turn. classes: the classes to draw from, numbers or names; given alone they are balanced.
-    count: samples in all, which `spread` depends on. Raises ValueError naming the word that is not a class.
+    Args:
+        source: of --labels: one of random, balanced, spread, null; numbers or names; or a file of numbers (.npy, .npz with
+            arr_1, .json, or text). A list is used in turn.
+        classes: of --classes: those to draw from, numbers or names; given alone they are balanced.
+        num_classes: of the model.
+        names: of its classes, or empty.
+        count: samples in all, on which `spread` depends.
+
+    Raises:
+        UserError: names the word that is not a class, or the file that cannot be used.
     """
     chosen = [_class_number(word, num_classes, names, "--classes") for word in classes]
     everything = np.array(chosen or range(num_classes), dtype=np.int64)
@@ -122,30 +127,3 @@ def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.n
     if len(bad):
         raise UserError(f"--labels {path}: label {bad[0]}, but the model has classes 0 to {num_classes - 1}")
     return labels.astype(np.int64)
-
-
-def batches(done: Sequence[range], count: int, size: int, *, aligned: bool = False) -> list[range]:
-    """Cut the samples of range(count) that are in no range of `done` into ranges of at most `size`, in order.
-
-    aligned: every range starts at a multiple of `size`, so that a sample always shares its batch with the same others.
-    """
-    found = []
-    edge = 0
-    for finished in [*sorted(done, key=lambda r: r.start), range(count, count)]:
-        found += list(_cut(range(edge, min(finished.start, count)), size, aligned))
-        edge = max(edge, finished.stop)
-    return found
-
-
-def _cut(gap: range, size: int, aligned: bool) -> Iterator[range]:
-    if not gap:
-        return
-    first = (gap.start // size + 1) * size if aligned else gap.start + size
-    edges = [gap.start, *range(first, gap.stop, size), gap.stop]
-    for start, stop in pairwise(edges):
-        yield range(start, stop)
-
-
-def share(ranges: Sequence[range], rank: int, world: int) -> list[range]:
-    """The ranges that process `rank` of `world` makes: every world-th."""
-    return list(ranges[rank::world])

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from models.class_token import agreement, between, nearest_class
+from models.model_file import ModelInfo
 from models.noise import NoiseSource
 from models.sit import SiTConfig
-from sampling.plan import batches, read_labels, share
+from sampling.labels import read_labels
 from sampling.tokens import read_tokens
+from sampling.work import batches
 
 CONFIG = SiTConfig(depth=1, hidden_size=32, num_heads=2, input_size=4, num_classes=5, class_token_dim=6, align_dims=())
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -143,11 +145,6 @@ def test_batches_fill_exactly_what_is_missing(size, aligned):
     assert batches([range(0, 30)], 26, size, aligned=aligned) == []
 
 
-def test_processes_share_all_batches():
-    cut = batches([], 100, 7)
-    assert sorted(r.start for rank in range(3) for r in share(cut, rank, 3)) == [r.start for r in cut]
-
-
 MEANS = torch.eye(3, 4) * 2 + 0.1
 
 
@@ -170,13 +167,15 @@ def test_between_two_tokens():
 def test_reading_given_tokens(tmp_path):
     file = tmp_path / "class_tokens.npy"
     np.save(file, np.arange(12, dtype=np.float32).reshape(2, 6))
-    assert read_tokens((str(file),), 6, "", 8, 2).shape == (2, 6)
-    assert read_tokens((f"{file}:1", f"{file}:0"), 6, "", 8, 2)[0].tolist() == [6, 7, 8, 9, 10, 11]
+    info = ModelInfo(CONFIG, "linear", 8, "ema", {}, encoders=("nowhere",))
+    assert read_tokens((str(file),), info).shape == (2, 6)
+    assert read_tokens((f"{file}:1", f"{file}:0"), info)[0].tolist() == [6, 7, 8, 9, 10, 11]
     for source, words in ((f"{file}:2", "rows 0 to 1"), (f"{tmp_path}/no.npy", "no such file")):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
-            read_tokens((source,), 6, "", 8, 2)
-    with pytest.raises(ValueError, match="the model's tokens have width 5"):
-        read_tokens((str(file),), 5, "", 8, 2)
+            read_tokens((source,), info)
+    np.save(tmp_path / "narrow.npy", np.ones((2, 5), dtype=np.float32))
+    with pytest.raises(ValueError, match=r"holds float32 \(2, 5\), the model's tokens have width 6"):
+        read_tokens((str(tmp_path / "narrow.npy"),), info)
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(ValueError, match=r"a.jpg: neither an image nor an .npy file"):
-        read_tokens((str(tmp_path / "a.jpg"),), 5, "", 8, 2)
+        read_tokens((str(tmp_path / "a.jpg"),), info)

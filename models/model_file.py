@@ -1,14 +1,16 @@
 """Model files: what inference needs, in one safetensors file from which the network is rebuilt without any flag."""
 
 import json
-import os
+import re
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from common.files import replacing, sha256
 from config import MissingFile, UserError
 from models.sit import SiT, SiTConfig
 
@@ -42,39 +44,58 @@ class ModelInfo:
 
 
 def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo, class_means: Tensor | None = None) -> None:
-    """Write a model file whole or not at all. class_means: (classes, D) mean class token of each class, for naming."""
+    """Write a model file, whole or not at all.
+
+    Args:
+        path: of the file.
+        state_dict: of the network, on any device.
+        info: its header.
+        class_means: (classes, D) mean class token of each class, with which tokens are named; None: not known.
+
+    Raises:
+        WriteError: the file system refuses.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state_dict.items()}
     if class_means is not None:
         tensors["class_means"] = class_means.contiguous().cpu()
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # by the umask: safetensors makes files that nobody else can read
-        save_file(tensors, temporary, metadata={"reg": json.dumps(asdict(info))})
+        try:
+            save_file(tensors, temporary, metadata={"reg": json.dumps(asdict(info))})
+        except SafetensorError as error:  # wraps the error of the operating system
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error)) from error
         temporary.chmod(mode)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass
 class Model:
-    """A model file in memory. class_means: (classes, D) or None."""
+    """A model file in memory. path: of the file itself. class_means: (classes, D), or None."""
 
-    network: nn.Module
+    path: Path
+    network: SiT
     info: ModelInfo
     class_means: Tensor | None
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the file, read at the first use."""
+        return sha256(self.path)
+
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
-    """Rebuild the network of a model file, in eval mode.
+    """Rebuild the network of a model file, in eval mode. On the CPU its weights stay mapped from the file, copy-on-write.
 
-    path: the file, a checkpoint folder, or a run folder (its newest checkpoint). Raises FileNotFoundError or ValueError
-    naming the file and what is wrong with it.
+    Args:
+        path: the file, a checkpoint folder, or a run folder (its newest checkpoint).
+        device: of the network.
+
+    Raises:
+        UserError: names the file and what is wrong with it.
     """
     from safetensors import safe_open
 
@@ -83,16 +104,18 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     with safe_open(path, framework="pt", device=str(device)) as stream:
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
     class_means = tensors.pop("class_means", None)
-    network = blank_network(info.network, device)
+    network = blank_network(info.network, "meta")
     try:
-        network.load_state_dict(tensors, strict=True)
+        network.load_state_dict({name: x.float() for name, x in tensors.items()}, strict=True, assign=True)
     except RuntimeError as error:
         raise UserError(f"{path}: the weights do not fit the config in its header: {error}") from error
-    return Model(network.eval(), info, class_means)
+    network.t_embedder.frequencies = torch.empty_like(network.t_embedder.frequencies, device=device)
+    network.t_embedder.reset_frequencies()
+    return Model(path, network.eval(), info, class_means)
 
 
 def read_info(path: Path) -> ModelInfo:
-    """The header of a model file. Raises ValueError for a file that is truncated, of another kind or another schema."""
+    """The header of a model file. Raises UserError for a file that is truncated, of another kind or another schema."""
     header = read_header(path)
     if "reg" not in header:
         raise UserError(
@@ -105,7 +128,7 @@ def read_info(path: Path) -> ModelInfo:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file. Raises ValueError when it is truncated or something else."""
+    """The metadata of a safetensors file. Raises UserError when it is truncated or something else."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.files import replacing
+
 COLUMNS, GRID = 8, 100  # of grid.png: columns, at least; pictures, about
 
 
 class Shown(NamedTuple):
     """One picture of the gallery. nearest: the class its token names, or None."""
 
-    index: int
+    number: int
     pixels: np.ndarray  # (H, W, 3) uint8
     label: int
     nearest: int | None
@@ -77,9 +79,8 @@ def write_gallery(path: Path, shown: list[Shown], names: tuple[str, ...], sideca
         f"<h1>{html.escape(head)}</h1><details><summary>all settings</summary><table>{rows}</table></details>"
         f"{''.join(parts)}</html>\n"
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    temporary.rename(path)
+    with replacing(path) as temporary:  # folder names, and so class names, need not be UTF-8
+        temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def _figure(picture: Shown, name: Any) -> str:
@@ -89,11 +90,11 @@ def _figure(picture: Shown, name: Any) -> str:
     data = io.BytesIO()
     Image.fromarray(picture.pixels).save(data, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 90}))
     source = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(data.getvalue()).decode()}"
-    caption = f"{picture.index}"
+    caption = f"{picture.number}"
     if picture.nearest is not None and picture.nearest != picture.label:
         mark = "" if name(picture.label) == _NO_CLASS else ' class="other"'
         caption += f" <span{mark}>token: {html.escape(name(picture.nearest))}</span>"
     style = ' class="small"' if small else ""
     return (
-        f'<figure><img{style} src="{source}" alt="sample {picture.index}"><figcaption>{caption}</figcaption></figure>'
+        f'<figure><img{style} src="{source}" alt="sample {picture.number}"><figcaption>{caption}</figcaption></figure>'
     )
