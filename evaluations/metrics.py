@@ -20,6 +20,11 @@ class Estimate(NamedTuple):
     error: float | None
 
 
+def share(part: float, count: int) -> Estimate:
+    """A share of `count` independent trials with its binomial standard error."""
+    return Estimate(part, (part * (1 - part) / count) ** 0.5)
+
+
 def frechet_distance(reference: Statistics, samples: Statistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017, in float64.
 
@@ -92,7 +97,7 @@ class InceptionScore:
         self.marginal.index_add_(0, chunk, probabilities)
 
     def all_reduce(self) -> None:
-        """Sum over the processes of the default group."""
+        """Sum over the ranks."""
         import torch.distributed as dist
 
         for tensor in (self.count, self.negative_entropy, self.marginal):
@@ -110,7 +115,8 @@ class InceptionScore:
 def inception_score(log_probabilities: np.ndarray | torch.Tensor, split: int = 5000) -> Estimate:
     """Inception Score of log p (N, K) held in memory."""
     log_probabilities = torch.as_tensor(log_probabilities).double()
-    score = InceptionScore(*log_probabilities.shape, split, log_probabilities.device)
+    n, classes = log_probabilities.shape
+    score = InceptionScore(n, classes, split, log_probabilities.device)
     score.update(log_probabilities, 0)
     return score.estimate()
 

@@ -4,13 +4,8 @@
 results*.json of each run folder.
 """
 
-if __name__ == "__main__" and not __package__:  # run as a file: start again as a module of the project
-    import os
-    import sys
-
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.execv(sys.executable, [sys.executable, "-m", "evaluations.report", *sys.argv[1:]])
+if not __package__:  # run as a file
+    import script  # noqa: F401
 
 import base64
 import html
@@ -18,13 +13,14 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.reporting import run
-from config import MissingFile, UserError, parse, setting
-from evaluations.results import columns, format_value, load, sampler_cells, title
+from common.files import replacing, write_text
+from common.reporting import run, say
+from config import MissingFile, UserError, parse
+from evaluations import results
+from evaluations.settings import ReportConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,14 +73,15 @@ class Report(NamedTuple):
     commands: Sequence[str] = ()
 
     def curves(self) -> dict[str, dict[str, Curve]]:
-        """Run name -> curves. Raises FileNotFoundError or ValueError naming the file at fault."""
+        """Run name -> curves; see `read_curves`."""
         return {name: read_curves(folder) for name, folder in self.runs.items()}
 
 
 def write_html(report: Report, file: Path) -> None:
-    """One HTML file that needs no other: curves and images are inside it.
+    """Write one HTML file that needs no other: curves and images are inside it.
 
-    Raises FileNotFoundError for a missing image, ValueError for a broken metrics.jsonl or a ragged table.
+    Raises:
+        UserError: an image is missing, metrics.jsonl is broken, or a table is ragged.
     """
     parts = [f"<h1>{html.escape(report.title)}</h1>"]
     parts += [f"<p>{html.escape(line)}</p>" for line in report.summary]
@@ -103,19 +100,18 @@ def write_html(report: Report, file: Path) -> None:
         parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(report.commands))}</pre>")
     head = f'<meta charset="utf-8"><title>{html.escape(report.title)}</title><style>{STYLE}</style>'
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+    write_text(file, page)
 
 
 def write_png(report: Report, file: Path) -> None:
-    """The content of `write_html` as one picture, of the curves the chief ones. Raises as `write_html`."""
+    """Write the content of `write_html` as one picture, of the curves only those of CURVES. Raises as `write_html`."""
     import matplotlib.image
 
     curves, images = report.curves(), report.images
     names = [name for name in _curve_names(curves) if name in CURVES]
     texts = {"summary": list(report.summary), "commands": ["Commands:", *report.commands] if report.commands else []}
     wrapped = {name: [piece for line in lines for piece in _wrap(line, 130)] for name, lines in texts.items()}
-    # heights in inches of each band, from top to bottom; captions stand in the gap above theirs
+    # heights in inches of each band, from top to bottom; captions are in the gap above theirs
     bands: list[tuple[str, float]] = [("summary", 0.17 * len(wrapped["summary"]) + 0.1)] if texts["summary"] else []
     for number, table in enumerate(report.tables):
         bands += [("gap", 0.5), (f"table {number}", 0.22 * (len(table.rows) + 1))]
@@ -141,14 +137,15 @@ def write_png(report: Report, file: Path) -> None:
         wspace=0.2,
     )
     for row, (band, _) in enumerate(bands):
-        kind, _, number = band.partition(" ")
+        kind, _, place = band.partition(" ")
+        number = int(place or 0)
         if kind == "gap":
             continue
         if kind == "curves":
-            for column, name in enumerate(names[int(number) * 3 : int(number) * 3 + 3]):
+            for column, name in enumerate(names[number * 3 : number * 3 + 3]):
                 _draw_curve(figure.add_subplot(grid[row, column]), name, curves)
         elif kind == "images":
-            for column, (caption, image) in enumerate(images[int(number) * 3 : int(number) * 3 + 3]):
+            for column, (caption, image) in enumerate(images[number * 3 : number * 3 + 3]):
                 axes = figure.add_subplot(grid[row, column])
                 axes.imshow(matplotlib.image.imread(io.BytesIO(_read_png(image)), format="png"), cmap="gray")
                 axes.set_title("\n".join(_wrap(caption, 50)), fontsize=9)
@@ -161,9 +158,9 @@ def write_png(report: Report, file: Path) -> None:
                     0, 1, "\n".join(wrapped[kind]), fontsize=9, va="top", family="monospace", transform=axes.transAxes
                 )
             elif kind == "table":
-                _draw_table(axes, report.tables[int(number)])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
+                _draw_table(axes, report.tables[number])
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
@@ -182,7 +179,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):
                 continue  # a run that was killed, or still writes
-            raise UserError(f"{file}, line {number}, is no JSON object with a step") from error
+            raise UserError(f"{file}, line {number}, is not a JSON object with a step") from error
         for name, value in entry.items():
             if name in NOT_CURVES or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -200,7 +197,7 @@ def _figure(width: float, height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))  # no pyplot: nothing global, no display
+    figure = Figure(figsize=(width, height))  # without pyplot: no global state, no display
     FigureCanvasAgg(figure)
     return figure
 
@@ -276,14 +273,6 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    runs: tuple[Path, ...] = setting(help="run folders of train.py", group="report")
-    out: Path = setting(Path("report.html"), "HTML file; a PNG of it goes beside", group="report")
-    title: str = setting("Training report", "headline", group="report")
-    results: tuple[Path, ...] = setting((), "further results.json files for the table", group="report")
-
-
 EXAMPLES = (
     "python -m evaluations.report --runs runs/sit-b2 runs/reg-b2 --out report.html",
     "python -m evaluations.report --runs runs/mine --results samples/mine/results.json",
@@ -302,20 +291,14 @@ def main() -> None:
         images += [(f"{name}, {previews[-1].stem.replace('_', ' ')}", previews[-1])] if previews else []
         images += [(f"{name}, {grid.parent.name}", grid) for grid in sorted(folder.glob("**/grid.png"))]
     tables = [_last_values(names)]
-    rows = [load(file) for file in dict.fromkeys(files)]
-    if rows:
-        keys = columns(rows)
-        cells = [
-            [row.name, str(row.protocol.get("n_samples", "-")), *sampler_cells(row.protocol)]
-            + [format_value(key, row.metrics.get(key)) for key in keys]
-            for row in rows
-        ]
-        tables.append(Table("Metrics", ["Samples", "n", "Sampler", "Guidance", *map(title, keys)], cells))
+    if files:
+        head, *rows = results.table([results.load(file) for file in dict.fromkeys(files)])
+        tables.append(Table("Metrics", head, rows))
     summary = [f"{name}: {folder}" for name, folder in names.items()]
     report = Report(settings.title, summary, tables, names, images)
     write_html(report, settings.out)
     write_png(report, settings.out.with_suffix(".png"))
-    print(f"wrote {settings.out} and {settings.out.with_suffix('.png')}")
+    say(f"wrote {settings.out} and {settings.out.with_suffix('.png')}")
 
 
 def _last_values(runs: Mapping[str, Path]) -> Table:

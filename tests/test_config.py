@@ -11,7 +11,7 @@ import pytest
 
 from common.reporting import run
 from config import UserError, as_dict, parse, setting
-from evaluations.evaluate import EvaluateConfig
+from evaluations.settings import EvaluateConfig
 from generate import SampleConfig
 from preprocessing.pack import PackConfig
 from train import TrainConfig

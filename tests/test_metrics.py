@@ -357,15 +357,14 @@ def test_token_agreement_on_constructed_pairs():
     classes = torch.arange(40) % 4
     means = torch.eye(4, 16) * 5
     read = means[classes] + normal(40, 16) * 0.3
-    same = token_metrics(2 * read, read, means)
-    assert same["token_cosine"].value == pytest.approx(1) and same["token_retrieval"].value == 1
-    assert same["token_class_agreement"].value == 1
+    cosine, shuffled, retrieval, agreement = token_metrics(2 * read, read, means)
+    assert cosine.value == pytest.approx(1) and retrieval.value == 1 and agreement.value == 1
     a, b = (torch.nn.functional.normalize(x.double(), dim=1) for x in (read, read))
     off_diagonal = (a @ b.T)[~torch.eye(40, dtype=torch.bool)].mean().item()
-    assert same["token_cosine_shuffled"].value == pytest.approx(off_diagonal, rel=1e-10)
-    moved = token_metrics(read.roll(4, 0), read, means)
-    assert moved["token_retrieval"].value < 0.2 and moved["token_class_agreement"].value == 1
-    wrong = token_metrics(read.roll(1, 0), read, means)
-    assert wrong["token_class_agreement"].value == 0
+    assert shuffled.value == pytest.approx(off_diagonal, rel=1e-10)
+    *_, retrieval, agreement = token_metrics(read.roll(4, 0), read, means)
+    assert retrieval.value < 0.2 and agreement.value == 1
+    assert token_metrics(read.roll(1, 0), read, means)[3].value == 0
+    assert token_metrics(read[:1], read[:1])[1:] == (None, None, None)
     with pytest.raises(ValueError, match="class tokens have shape"):
         token_metrics(read[:, :3], read)
