@@ -15,8 +15,8 @@ from evaluations.audit import Auditor, audit_warnings, set_warnings
 from evaluations.coherence import class_means, load_reader, load_tokens
 from evaluations.collect import collect
 from evaluations.image_sets import ImageSet, SeveralSizes, open_images
-from evaluations.reference import read_reference
-from evaluations.registry import CLASSIFIER, FEATURES, INCEPTION, TOKENS, Inputs, compute, rows_wanted
+from evaluations.reference import EMPTY, read_reference
+from evaluations.registry import CLASSIFIER, INCEPTION, TOKENS, Inputs, compute, places, rows_wanted
 from evaluations.results import Results, check_writable
 from evaluations.settings import EvaluateConfig
 from models.acceleration import DTYPES, allow_tf32
@@ -72,9 +72,8 @@ class _Measurement:
         if space in self.digests:
             raise UserError(f"two --features are called {space}; rename one folder")
         self.digests[space] = extractor.digest
-        known = None
-        if self.reference is not None:
-            known = read_reference(self.reference, extractor, settings, rows=rows_wanted(settings, space))
+        here = places(space, first=first)
+        known = read_reference(self.reference, extractor, settings, rows=rows_wanted(settings, here))
         found = collect(
             self.samples,
             extractor,
@@ -86,7 +85,7 @@ class _Measurement:
         )
         if space == INCEPTION and found.predictions is not None:
             self.classes = found.predictions.numpy() if self.samples.labels is None else self.samples.labels
-        self._compute(FEATURES, space, found=found, reference=known, first=first)
+        self._compute(here, space, known, found)
 
     def classifier(self, name: str) -> None:
         """Share of the samples that an independent classifier gives their label. `name`: a timm network or folder."""
@@ -108,7 +107,7 @@ class _Measurement:
         found = collect(
             self.samples, judge, batch_size=self.settings.batch_size, keep=0, progress="samples, classifier"
         )
-        self._compute(CLASSIFIER, judge.space, found=found)
+        self._compute({CLASSIFIER}, judge.space, EMPTY, found)
 
     def class_tokens(self, path: Path) -> None:
         """Generated class tokens (`path`) against the encoder's tokens of the generated images."""
@@ -119,11 +118,11 @@ class _Measurement:
         means = None
         if self.reference is not None:
             means = class_means(self.reference, settings.reference, reader, settings.batch_size, settings.pr_reference)
-        self._compute(TOKENS, "class token", found=found, tokens=tokens, class_means=means)
+        self._compute({TOKENS}, "class token", EMPTY, found, tokens, means)
 
-    def _compute(self, source: str, space: str, **found: Any) -> None:
+    def _compute(self, here: set[str], space: str, *found: Any) -> None:
         if self.processes.first:
-            inputs = Inputs(source, space, self.settings, self.out, self.samples, self.reference, **found)
+            inputs = Inputs(here, space, self.settings, self.out, self.samples, self.reference, *found)
             self.results.metrics |= compute(inputs)
 
     def finish(self, warnings: list[str]) -> Results | None:

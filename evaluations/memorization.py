@@ -49,7 +49,7 @@ def write_pairs(path: Path, pairs: Pairs, samples: ImageSet, reference: ImageSet
     left, right = samples.pick(pairs.samples), reference.pick(numbers)
     cells = []
     for sample, number, distance, *pixels in zip(pairs.samples, numbers, pairs.distances, left, right):
-        cells.append(Cell(pixels[0], (Line(f"sample {sample}"), Line(f"distance {distance**0.5:.3g}"))))
-        cells.append(Cell(pixels[1], (Line(f"reference {number}"),)))
+        cells.append(Cell(pixels[0], (Line(f"sample {sample}"),)))
+        cells.append(Cell(pixels[1], (Line(f"reference {number}"), Line(f"at {distance**0.5:.3g}"))))
     width = 2 * PAIRS_PER_ROW
     write_sheet(path, [cells[start : start + width] for start in range(0, len(cells), width)])

@@ -22,7 +22,7 @@ CACHE_SCHEMA = 1
 
 
 class Reference(NamedTuple):
-    """The reference in one feature space, on rank 0; elsewhere EMPTY.
+    """The reference in one feature space, on rank 0; elsewhere, and without one, EMPTY.
 
     statistics: by kind ("pooled", "spatial"). pooled: (K, D) features for neighbour and kernel metrics, of the images
     with the indices `rows` (K,).
@@ -36,8 +36,12 @@ class Reference(NamedTuple):
 EMPTY = Reference({}, torch.zeros(0, 0), np.zeros(0, dtype=np.int64))
 
 
-def read_reference(reference: ImageSet, extractor: Extractor, settings: EvaluateConfig, *, rows: bool) -> Reference:
+def read_reference(
+    reference: ImageSet | None, extractor: Extractor, settings: EvaluateConfig, *, rows: bool
+) -> Reference:
     """The reference as one extractor sees it. `rows`: whether features of single images are needed."""
+    if reference is None:
+        return EMPTY
     given = reference.statistics or {} if extractor.space == "inception" else {}
     if given and not rows:
         return EMPTY._replace(statistics=given)

@@ -1,6 +1,6 @@
-"""The metrics: for each one its columns, when it is wanted, what it needs, and the function that computes it.
+"""The metrics: where each is measured, what it needs, the flag that asks for it, the function, and its columns in tables.
 
-A new metric is a function and an entry of METRICS. Nothing here imports torch before a metric is computed, so that tables of
+A new metric is a function and a line of METRICS. Nothing here imports torch before a metric is computed, so that tables of
 results are printed at once.
 """
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from evaluations.image_sets import ImageSet
     from evaluations.reference import Reference
 
-INCEPTION = "inception"  # the space whose metrics have the plain names of the ADM evaluator
-# What a metric may need. The first three name the network that has seen the samples.
-FEATURES, CLASSIFIER, TOKENS = "feature network", "classifier", "class token encoder"
-FIRST = "first feature space"
-LOGITS = "logits"
-POOLED, SPATIAL = "pooled", "spatial"  # statistics of the reference
-ROWS = "reference rows"
+# Where a metric is measured: with a classifier, with the encoder of class tokens, or in feature spaces: in all of them (its
+# key gets the name of the space, but for Inception's), in all but Inception's, in the first one, or in the one of that name.
+CLASSIFIER, TOKENS = "with the classifier", "with the class token encoder"
+ANY_SPACE, OTHER_SPACE, FIRST_SPACE = "in any space", "in any space but inception", "in the first space"
+INCEPTION, CLIP = "inception", "clip"
+# What a metric needs besides: logits, statistics of the reference, or features of its single images.
+LOGITS, POOLED, SPATIAL, ROWS = "logits", "pooled", "spatial", "rows"
 
 
 class Metric(NamedTuple):
@@ -50,97 +50,83 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one network has made of the samples, for all metrics that need it.
+    """What one network has made of the samples, for all metrics that are measured with it.
 
-    source: FEATURES, CLASSIFIER or TOKENS. out: the results file. tokens: (N, D), the
-    generated class tokens. class_means: (C, D), of the encoder's class tokens.
+    places: see `places`. out: the results file. reference: EMPTY without one. tokens: (N, D) generated class tokens.
+    class_means: (C, D) of the encoder's tokens.
     """
 
-    source: str
+    places: set[str]
     space: str
     settings: EvaluateConfig
     out: Path
     samples: "ImageSet"
     reference_images: "ImageSet | None"
+    reference: "Reference"
     found: "Collected"
-    reference: "Reference | None" = None
     tokens: "Tensor | None" = None
     class_means: "Tensor | None" = None
-    first: bool = False
 
     @cached_property
     def rows(self) -> "tuple[Tensor, Tensor]":
         """Pooled features of the reference (K, D) and of the samples (N, D), on the device of the network."""
-        assert self.reference is not None
         device = self.found.moments[POOLED][0].mean.device
         return self.reference.pooled.to(device), self.found.pooled.to(device)
 
-    def offers(self) -> set[str]:
-        """What a metric may need and these inputs have."""
-        offered = {self.source} | ({FIRST} if self.first else set()) | ({LOGITS} if self.found.score else set())
-        return offered if self.reference is None else offered | {ROWS, *self.reference.statistics}
+    def available(self) -> dict[str, int]:
+        """What a metric may need and can have, with the number of reference images behind it."""
+        counts = {kind: known.n for kind, known in self.reference.statistics.items()} | {"": 0}
+        counts |= {ROWS: len(self.reference.pooled)} if len(self.reference.pooled) else {}
+        return counts | ({LOGITS: 0} if self.found.score else {})
 
 
-Numbers = Sequence[tuple[float, float | None] | None]  # value and standard error for each column; None: cannot be had
+Numbers = Sequence[
+    tuple[float, float | None] | None
+]  # value and standard error of each column; None: cannot be computed
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A metric, or several that one function computes together.
+class Entry(NamedTuple):
+    """A metric, or several that one function computes together. flag: the setting that asks for it; empty: always."""
 
-    wanted: by the settings, in this feature space. suffix: the key gets the name of the space (but for Inception's).
-    """
-
-    name: str
-    columns: tuple[Column, ...]
-    needs: tuple[str, ...]
     compute: Callable[[Inputs], Numbers]
-    wanted: Callable[[EvaluateConfig, str], bool] = lambda settings, space: True
-    suffix: bool = False
+    place: str
+    need: str
+    flag: str
+    columns: tuple[Column, ...]
 
-    def key(self, column: Column, space: str) -> str:
-        """The key of a column in results.json."""
-        return f"{column.key}_{space}" if self.suffix and space != INCEPTION else column.key
+    def wanted(self, settings: EvaluateConfig, places: set[str]) -> bool:
+        """Whether it is asked for in one of these places."""
+        return self.place in places and bool(not self.flag or getattr(settings, self.flag))
 
-    def measure(self, inputs: Inputs) -> dict[str, Metric]:
-        """Compute it, on rank 0."""
-        n, n_reference = len(inputs.samples), 0
-        if inputs.reference is not None:
-            counts = {kind: known.n for kind, known in inputs.reference.statistics.items()}
-            counts[ROWS] = len(inputs.reference.pooled)
-            n_reference = max(counts.get(need, 0) for need in self.needs)
-        say(
-            f"{inputs.space}: {self.name} of {n:,} samples"
-            + f" and {n_reference:,} reference images" * (n_reference > 0)
-        )
-        numbers = zip(self.columns, self.compute(inputs))
-        return {
-            self.key(column, inputs.space): Metric(*number, inputs.space, n, n_reference)
-            for column, number in numbers
-            if number is not None
-        }
+
+def places(space: str, *, first: bool) -> set[str]:
+    """Where a metric is, that is measured in this feature space."""
+    return {ANY_SPACE, space} | ({OTHER_SPACE} if space != INCEPTION else set()) | ({FIRST_SPACE} if first else set())
+
+
+def rows_wanted(settings: EvaluateConfig, places: set[str]) -> bool:
+    """Whether any metric here needs features of single reference images."""
+    return any(entry.need == ROWS and entry.wanted(settings, places) for entry in METRICS)
 
 
 def compute(inputs: Inputs) -> dict[str, Metric]:
-    """All metrics that are wanted and whose needs the inputs meet, by key."""
-    offered = inputs.offers()
+    """All metrics that are wanted and whose needs the inputs meet, by their keys in results.json."""
     found: dict[str, Metric] = {}
+    n, available = len(inputs.samples), inputs.available()
     for entry in METRICS:
-        if offered.issuperset(entry.needs) and entry.wanted(inputs.settings, inputs.space):
-            found |= entry.measure(inputs)
+        if entry.need not in available or not entry.wanted(inputs.settings, inputs.places):
+            continue
+        n_reference = available[entry.need]
+        against = f" and {n_reference:,} reference images" if n_reference else ""
+        say(f"{inputs.space}: {', '.join(column.title for column in entry.columns)} of {n:,} samples{against}")
+        suffix = f"_{inputs.space}" if entry.place in (ANY_SPACE, OTHER_SPACE) and inputs.space != INCEPTION else ""
+        for column, number in zip(entry.columns, entry.compute(inputs)):
+            if number is not None:
+                found[column.key + suffix] = Metric(*number, inputs.space, n, n_reference)
     return found
 
 
-def rows_wanted(settings: EvaluateConfig, space: str) -> bool:
-    """Whether any metric in this space needs features of single reference images."""
-    return any(ROWS in entry.needs and entry.wanted(settings, space) for entry in METRICS)
-
-
-# ------------------------------------------------------------------------------------------------------------ functions
-
-
 def _frechet(inputs: Inputs, kind: str) -> Numbers:
-    assert inputs.reference is not None
     return [inputs.found.frechet(inputs.reference.statistics[kind], kind, inputs.settings.error_groups)]
 
 
@@ -182,7 +168,7 @@ def _authenticity(inputs: Inputs) -> Numbers:
     """Also writes memorization.png beside the results."""
     from evaluations.memorization import closest_pairs, write_pairs
 
-    assert inputs.reference is not None and inputs.reference_images is not None
+    assert inputs.reference_images is not None
     pairs = closest_pairs(*inputs.rows, inputs.settings.memorization)
     picture = inputs.out.with_name("memorization.png")
     write_pairs(picture, pairs, inputs.samples, inputs.reference_images, inputs.reference.rows)
@@ -192,9 +178,9 @@ def _authenticity(inputs: Inputs) -> Numbers:
 def _class_accuracy(inputs: Inputs) -> Numbers:
     from evaluations.metrics import share
 
-    labels, predictions = inputs.samples.labels, inputs.found.predictions
-    assert labels is not None and predictions is not None
-    return [share(float((predictions.numpy() == labels).mean()), len(labels))]
+    assert inputs.found.predictions is not None
+    hits = inputs.found.predictions.numpy() == inputs.samples.labels
+    return [share(float(hits.mean()), len(hits))]
 
 
 def _class_tokens(inputs: Inputs) -> Numbers:
@@ -204,87 +190,43 @@ def _class_tokens(inputs: Inputs) -> Numbers:
     return token_metrics(inputs.tokens, inputs.found.pooled, inputs.class_means)
 
 
-# -------------------------------------------------------------------------------------------------------------- the list
-
+_fid, _sfid = partial(_frechet, kind=POOLED), partial(_frechet, kind=SPATIAL)
+LARGER = True  # is better
 METRICS = (  # in the order of the columns of tables
+    Entry(_fid, INCEPTION, POOLED, "", (Column("fid", "FID", 2),)),
+    Entry(_sfid, INCEPTION, SPATIAL, "", (Column("sfid", "sFID", 2),)),
+    Entry(_fid, OTHER_SPACE, POOLED, "", (Column("fd", "FD", 2),)),
+    Entry(_inception_score, INCEPTION, LOGITS, "", (Column("inception_score", "IS", 1, LARGER),)),
     Entry(
-        "FID",
-        (Column("fid", "FID", 2),),
-        (FEATURES, POOLED),
-        partial(_frechet, kind=POOLED),
-        lambda settings, space: space == INCEPTION,
-    ),
-    Entry("sFID", (Column("sfid", "sFID", 2),), (FEATURES, SPATIAL), partial(_frechet, kind=SPATIAL)),
-    Entry(
-        "Frechet distance",
-        (Column("fd", "FD", 2),),
-        (FEATURES, POOLED),
-        partial(_frechet, kind=POOLED),
-        lambda settings, space: space != INCEPTION,
-        suffix=True,
-    ),
-    Entry(
-        "Inception Score",
-        (Column("inception_score", "IS", 1, larger=True),),
-        (FEATURES, LOGITS),
-        _inception_score,
-        lambda settings, space: space == INCEPTION,
-    ),
-    Entry(
-        "precision and recall",
-        (Column("precision", "Precision", larger=True), Column("recall", "Recall", larger=True)),
-        (FEATURES, ROWS),
         _precision_recall,
-        lambda settings, space: settings.precision_recall,
-        suffix=True,
+        ANY_SPACE,
+        ROWS,
+        "precision_recall",
+        (Column("precision", "Precision", 3, LARGER), Column("recall", "Recall", 3, LARGER)),
     ),
     Entry(
-        "density and coverage",
-        (Column("density", "Density", larger=True), Column("coverage", "Coverage", larger=True)),
-        (FEATURES, ROWS),
         _density_coverage,
-        lambda settings, space: settings.density_coverage,
-        suffix=True,
+        ANY_SPACE,
+        ROWS,
+        "density_coverage",
+        (Column("density", "Density", 3, LARGER), Column("coverage", "Coverage", 3, LARGER)),
     ),
+    Entry(_kernel_distance, OTHER_SPACE, ROWS, "kernel_distance", (Column("kd", "KD", 5),)),
+    Entry(_kernel_distance, INCEPTION, ROWS, "kernel_distance", (Column("kid", "KID", 5),)),
+    Entry(_clip_mmd, CLIP, ROWS, "", (Column("cmmd", "CMMD"),)),
+    Entry(_class_accuracy, CLASSIFIER, "", "", (Column("class_accuracy", "Class accuracy", 3, LARGER),)),
+    Entry(_authenticity, FIRST_SPACE, ROWS, "memorization", (Column("authenticity", "Authenticity", 3, LARGER),)),
     Entry(
-        "kernel distance",
-        (Column("kd", "KD", 5),),
-        (FEATURES, ROWS),
-        _kernel_distance,
-        lambda settings, space: settings.kernel_distance and space != INCEPTION,
-        suffix=True,
-    ),
-    Entry(
-        "kernel distance (KID)",
-        (Column("kid", "KID", 5),),
-        (FEATURES, ROWS),
-        _kernel_distance,
-        lambda settings, space: settings.kernel_distance and space == INCEPTION,
-    ),
-    Entry("CMMD", (Column("cmmd", "CMMD"),), (FEATURES, ROWS), _clip_mmd, lambda settings, space: space == "clip"),
-    Entry(
-        "class accuracy",
-        (Column("class_accuracy", "Class accuracy", larger=True),),
-        (CLASSIFIER,),
-        _class_accuracy,
-    ),
-    Entry(
-        "authenticity",
-        (Column("authenticity", "Authenticity", larger=True),),
-        (FEATURES, FIRST, ROWS),
-        _authenticity,
-        lambda settings, space: settings.memorization > 0,
-    ),
-    Entry(
-        "agreement of class tokens",
-        (
-            Column("token_cosine", "Token cosine", larger=True),
-            Column("token_cosine_shuffled", "Token cosine, shuffled"),
-            Column("token_retrieval", "Token retrieval", larger=True),
-            Column("token_class_agreement", "Token class agreement", larger=True),
-        ),
-        (TOKENS,),
         _class_tokens,
+        TOKENS,
+        "",
+        "",
+        (
+            Column("token_cosine", "Token cosine", 3, LARGER),
+            Column("token_cosine_shuffled", "Token cosine, shuffled"),
+            Column("token_retrieval", "Token retrieval", 3, LARGER),
+            Column("token_class_agreement", "Token class agreement", 3, LARGER),
+        ),
     ),
 )
 COLUMNS = {column.key: column for entry in METRICS for column in entry.columns}

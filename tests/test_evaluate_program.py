@@ -185,7 +185,7 @@ def test_steps_after_the_features_are_named(measurement, capsys):
     captured = capsys.readouterr()
     steps = [line.removeprefix("judge: ") for line in captured.out.splitlines() if line.startswith("judge: ")]
     of = "of 40 samples and 60 reference images"
-    assert steps == [f"Frechet distance {of}", f"precision and recall {of}", f"density and coverage {of}"]
+    assert steps == [f"{words} {of}" for words in ("FD", "Precision, Recall", "Density, Coverage")]
     assert captured.err.count("100%") == 2 and "reference, judge" in captured.err and "samples, judge" in captured.err
 
 
