@@ -12,7 +12,8 @@ import html
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +43,10 @@ img.curves { max-width: 100%; }
 figcaption { font-size: 13px; color: #555; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; }
 """
+
+
+Drawing = Callable[["Axes"], None]
+Band = tuple[float, int, list[Drawing]]
 
 
 class Table(NamedTuple):
@@ -105,62 +110,41 @@ def write_html(report: Report, file: Path) -> None:
 
 def write_png(report: Report, file: Path) -> None:
     """Write the content of `write_html` as one picture, of the curves only those of CURVES. Raises as `write_html`."""
-    import matplotlib.image
-
-    curves, images = report.curves(), report.images
+    curves = report.curves()
     names = [name for name in _curve_names(curves) if name in CURVES]
-    texts = {"summary": list(report.summary), "commands": ["Commands:", *report.commands] if report.commands else []}
-    wrapped = {name: [piece for line in lines for piece in _wrap(line, 130)] for name, lines in texts.items()}
-    # heights in inches of each band, from top to bottom; captions are in the gap above theirs
-    bands: list[tuple[str, float]] = [("summary", 0.17 * len(wrapped["summary"]) + 0.1)] if texts["summary"] else []
-    for number, table in enumerate(report.tables):
-        bands += [("gap", 0.5), (f"table {number}", 0.22 * (len(table.rows) + 1))]
-    for row in range(math.ceil(len(images) / 3)):
-        bands += [("gap", 0.5), (f"images {row}", 3.4)]
-    for row in range(math.ceil(len(names) / 3)):
-        bands += [("gap", 0.6), (f"curves {row}", 2.2)]
-    bands += [("gap", 0.5), ("commands", 0.17 * len(wrapped["commands"]) + 0.1)] if texts["commands"] else []
-    if not bands:
-        bands = [("empty", 1.0)]
-    height = sum(size for _, size in bands) + 0.8
-    figure = _figure(12, height)
-    figure.suptitle(report.title, fontsize=15, y=1 - 0.3 / height)
-    grid = figure.add_gridspec(
-        len(bands),
-        3,
-        height_ratios=[size for _, size in bands],
-        top=1 - 0.6 / height,
-        bottom=0.2 / height,
-        left=0.06,
-        right=0.97,
-        hspace=0,
-        wspace=0.2,
-    )
-    for row, (band, _) in enumerate(bands):
-        kind, _, place = band.partition(" ")
-        number = int(place or 0)
-        if kind == "gap":
-            continue
-        if kind == "curves":
-            for column, name in enumerate(names[number * 3 : number * 3 + 3]):
-                _draw_curve(figure.add_subplot(grid[row, column]), name, curves)
-        elif kind == "images":
-            for column, (caption, image) in enumerate(images[number * 3 : number * 3 + 3]):
-                axes = figure.add_subplot(grid[row, column])
-                axes.imshow(matplotlib.image.imread(io.BytesIO(_read_png(image)), format="png"), cmap="gray")
-                axes.set_title("\n".join(_wrap(caption, 50)), fontsize=9)
-                axes.axis("off")
-        else:
-            axes = figure.add_subplot(grid[row, :])
-            axes.axis("off")
-            if kind in wrapped:
-                axes.text(
-                    0, 1, "\n".join(wrapped[kind]), fontsize=9, va="top", family="monospace", transform=axes.transAxes
-                )
-            elif kind == "table":
-                _draw_table(axes, report.tables[number])
+    # Bands from top to bottom: inches in height, with 0.5 for titles; columns; what draws each of them.
+    bands: list[Band] = []
+    if report.summary:
+        bands.append(_text_band(report.summary))
+    for table in report.tables:
+        bands.append((0.22 * len(table.rows) + 0.72, 1, [partial(_draw_table, table=table)]))
+    pictures: list[Drawing] = [partial(_draw_image, caption=caption, image=image) for caption, image in report.images]
+    bands += [(3.9, 3, pictures[start : start + 3]) for start in range(0, len(pictures), 3)]
+    plots: list[Drawing] = [partial(_draw_curve, name=name, curves=curves) for name in names]
+    bands += [(2.8, 3, plots[start : start + 3]) for start in range(0, len(plots), 3)]
+    if report.commands:
+        bands.append(_text_band(["Commands:", *report.commands]))
+    heights = [height for height, _, _ in bands] or [1.0]
+    total = sum(heights) + 0.6
+    figure = _figure(12, total)
+    figure.suptitle(report.title, fontsize=15, y=1 - 0.3 / total)
+    top = 1 - 0.6 / total
+    for height, columns, drawings in bands:
+        bottom = top - height / total
+        grid = figure.add_gridspec(1, columns, left=0.06, right=0.97, wspace=0.2, top=top - 0.5 / total, bottom=bottom)
+        for column, draw in enumerate(drawings):
+            draw(figure.add_subplot(grid[0, column]))
+        top = bottom
     with replacing(file) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
+
+
+def _text_band(lines: Sequence[str]) -> Band:
+    import textwrap
+
+    wrapped = [textwrap.fill(line, 130, subsequent_indent="    ", break_long_words=False) for line in lines]
+    text = "\n".join(wrapped)
+    return 0.17 * text.count("\n") + 0.7, 1, [partial(_draw_text, text=text)]
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
@@ -230,8 +214,24 @@ def _draw_curve(axes: "Axes", name: str, curves: Mapping[str, Mapping[str, Curve
         axes.legend(fontsize=7)
 
 
+def _draw_text(axes: "Axes", text: str) -> None:
+    axes.axis("off")
+    axes.text(0, 1, text, fontsize=9, va="top", family="monospace", transform=axes.transAxes)
+
+
+def _draw_image(axes: "Axes", caption: str, image: Path) -> None:
+    import textwrap
+
+    import matplotlib.image
+
+    axes.imshow(matplotlib.image.imread(io.BytesIO(_read_png(image)), format="png"), cmap="gray")
+    axes.set_title(textwrap.fill(caption, 50, break_long_words=False), fontsize=9)
+    axes.axis("off")
+
+
 def _draw_table(axes: "Axes", table: Table) -> None:
     _check_table(table)
+    axes.axis("off")
     axes.set_title(table.title, fontsize=10, loc="left")
     if not table.rows:
         return
@@ -255,12 +255,6 @@ def _html_table(table: Table) -> str:
         "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in table.rows
     )
     return f"<table><caption>{html.escape(table.title)}</caption>\n<tr>{head}</tr>\n{body}</table>"
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width, subsequent_indent="    ", break_long_words=False) or [""]
 
 
 def _read_png(file: Path) -> bytes:

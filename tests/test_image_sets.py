@@ -162,14 +162,27 @@ def test_folders_with_unusable_images(tmp_path):
     ):
         read_all(tmp_path)
     (tmp_path / "b.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"b\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"b\.png: not a readable image"):
         read_all(tmp_path)
     Image.fromarray(np.zeros((16, 16), np.uint16)).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b\.png has pixel type I;16"):
+    with pytest.raises(ValueError, match=r"b\.png: has pixels of type I;16"):
         read_all(tmp_path)
     (tmp_path / "c.txt").write_text("")
     with pytest.raises(ValueError, match=r"c\.txt is not an \.npz file"):
         open_images([tmp_path / "c.txt"])
+
+
+def test_links_are_followed_as_by_packing(tmp_path):
+    """A class folder may be a link; hidden files, and a link back to the folder itself, are left out."""
+    for place in ("elsewhere", "set/b"):
+        (tmp_path / place).mkdir(parents=True)
+        for number, image in enumerate(pixels(3)):
+            Image.fromarray(image).save(tmp_path / place / f"{number}.png")
+    (tmp_path / "set/a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/b/self").symlink_to(tmp_path / "set")
+    (tmp_path / "set/b/._0.png").write_bytes(b"left by another system")
+    found = open_images([tmp_path / "set"])
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1] and np.array_equal(found.read(0, 3), found.read(3, 6))
 
 
 def test_sets_of_different_size_do_not_join(tmp_path):
