@@ -44,17 +44,13 @@ def token_metrics(
     shuffled, retrieval, agreement = None, None, None
     if n > 1:
         shuffled = Estimate(((a.sum(0) @ b.sum(0) - cosines.sum()) / (n * (n - 1))).item(), None)
-        retrieval = _share(_retrieved(a[:RETRIEVAL], b[:RETRIEVAL]))
+        nearest = torch.cat([(rows @ b[:RETRIEVAL].T).argmax(1) for rows in a[:RETRIEVAL].split(1000)])
+        retrieval = _share(nearest == torch.arange(len(nearest), device=a.device))
     if class_means is not None:
         centres = F.normalize(class_means.double(), dim=1)
         agreement = _share((a @ centres.T).argmax(1) == (b @ centres.T).argmax(1))
     cosine = Estimate(cosines.mean().item(), (cosines.std() / n**0.5).item() if n > 1 else None)
     return cosine, shuffled, retrieval, agreement
-
-
-def _retrieved(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    nearest = torch.cat([(rows @ b.T).argmax(1) for rows in a.split(1000)])
-    return nearest == torch.arange(len(a), device=a.device)
 
 
 def _share(hits: torch.Tensor) -> Estimate:

@@ -25,6 +25,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")  # of the files of
 _AT_ONCE = 10_000  # headers read between two updates of the progress bar, which smaller folders do not have
 
 
+Read = Callable[[int, int], np.ndarray]  # images from number `start` to before `stop`, (stop - start, H, W, 3) uint8
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """N images of one size.
@@ -38,7 +41,7 @@ class ImageSet:
 
     name: str
     shape: tuple[int, int, int, int]
-    read: Callable[[int, int], np.ndarray]
+    read: Read
     digest: Callable[[], str]
     labels: np.ndarray | None = None
     statistics: dict[str, Statistics] | None = None
@@ -149,16 +152,6 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
                 f"{part.name} has images of {part.shape[1]} x {part.shape[2]}, {parts[0].name} of "
                 f"{parts[0].shape[1]} x {parts[0].shape[2]}; they cannot be one set"
             )
-    ends = np.cumsum([len(part) for part in parts])
-
-    def read(start: int, stop: int) -> np.ndarray:
-        pieces = []
-        for part, end in zip(parts, ends, strict=True):
-            first = end - len(part)
-            if start < end and stop > first:
-                pieces.append(part.read(max(start - first, 0), min(stop, end) - first))
-        return np.concatenate(pieces)
-
     labels, sizes = None, None
     if all(part.labels is not None for part in parts):
         labels = np.concatenate([part.labels for part in parts])
@@ -168,14 +161,29 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
         )
     return ImageSet(
         " + ".join(part.name for part in parts),
-        (int(ends[-1]), *parts[0].shape[1:]),
-        read,
+        (sum(map(len, parts)), *parts[0].shape[1:]),
+        _joined([(len(part), part.read) for part in parts]),
         lambda: _sha(*(part.digest() for part in parts)),
         labels,
         sidecar=_common([part.sidecar or {} for part in parts]),
         grouped=any(part.grouped for part in parts),
         sizes=sizes,
     )
+
+
+def _joined(parts: Sequence[tuple[int, Read]]) -> Read:
+    """Read from several sets as from one. parts: number of images and reader of each."""
+    ends = np.cumsum([count for count, _ in parts])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        pieces = []
+        for (count, read_part), end in zip(parts, ends):
+            first = end - count
+            if start < end and stop > first:
+                pieces.append(read_part(max(start - first, 0), min(stop, end) - first))
+        return np.concatenate(pieces)
+
+    return read
 
 
 def open_npz(path: Path) -> ImageSet:
@@ -318,23 +326,17 @@ def open_packed(path: Path) -> ImageSet:
     from dataset import PackedDataset
 
     dataset = PackedDataset(path, fields=("pixels", "label"))
-    shards = range(len(dataset.manifest.shards))
-    counts = [shard["count"] for shard in dataset.manifest.shards]
-    starts = np.concatenate([[0], np.cumsum(counts)])
+    shards = dataset.manifest.shards
 
-    def read(start: int, stop: int) -> np.ndarray:
-        pieces = []
-        for number in shards:
-            low, high = max(start, starts[number]) - starts[number], min(stop, starts[number + 1]) - starts[number]
-            if low < high:
-                pieces.append(np.array(dataset.records(number, "pixels")[low:high]))
-        return np.concatenate(pieces)
+    def read(start: int, stop: int, number: int) -> np.ndarray:
+        return np.array(dataset.records(number, "pixels")[start:stop])
 
     def digest() -> str:  # the manifest holds the checksum of every shard
-        return _sha(*(shard["files"]["pixels"]["sha256"] for shard in dataset.manifest.shards))
+        return _sha(*(shard["files"]["pixels"]["sha256"] for shard in shards))
 
     shape = tuple(dataset.manifest.fields["pixels"]["shape"])
-    return ImageSet(path.name, (len(dataset), *shape), read, digest, dataset.labels(), grouped=True)
+    images = _joined([(shard["count"], partial(read, number=number)) for number, shard in enumerate(shards)])
+    return ImageSet(path.name, (len(dataset), *shape), images, digest, dataset.labels(), grouped=True)
 
 
 def _sidecar(path: Path) -> dict | None:

@@ -1,5 +1,6 @@
 """The measurement behind evaluate.py: open the sets, run every network over them, compute the metrics, write the results."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,9 @@ class _Measurement:
     def feature_space(self, spec: str) -> None:
         """All metrics of one feature space. `spec`: as for `features.load`."""
         settings = self.settings
-        extractor = in_turn(
-            partial(
-                networks.load,
-                spec,
-                device=self.processes.device,
-                dtype=DTYPES[settings.dtype],
-                inception_weights=settings.inception_weights,
-                inception_sha256=settings.inception_sha256 or networks.INCEPTION_SHA256,
-            )
-        )
+        sha256 = settings.inception_sha256 or networks.INCEPTION_SHA256
+        weights = {"inception_weights": settings.inception_weights, "inception_sha256": sha256}
+        extractor = self._load(networks.load, spec, **weights)
         first, space = not self.digests, extractor.space
         if space in self.digests:
             raise UserError(f"two --features are called {space}; rename one folder")
@@ -89,15 +83,7 @@ class _Measurement:
 
     def classifier(self, name: str) -> None:
         """Share of the samples that an independent classifier gives their label. `name`: a timm network or folder."""
-        judge = in_turn(
-            partial(
-                networks.load_timm,
-                name,
-                device=self.processes.device,
-                dtype=DTYPES[self.settings.dtype],
-                classifier=True,
-            )
-        )
+        judge = self._load(networks.load_timm, name, classifier=True)
         highest = int(self.labels.max())
         if highest >= judge.classes:
             raise UserError(
@@ -119,6 +105,10 @@ class _Measurement:
         if self.reference is not None:
             means = class_means(self.reference, settings.reference, reader, settings.batch_size, settings.pr_reference)
         self._compute({TOKENS}, "class token", EMPTY, found, tokens, means)
+
+    def _load(self, load: Callable[..., networks.Extractor], name: str, **options: Any) -> networks.Extractor:
+        dtype = DTYPES[self.settings.dtype]
+        return in_turn(partial(load, name, device=self.processes.device, dtype=dtype, **options))
 
     def _compute(self, here: set[str], space: str, *found: Any) -> None:
         if self.processes.first:

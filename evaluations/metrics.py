@@ -112,15 +112,6 @@ class InceptionScore:
         return Estimate(scores.mean().item(), error)
 
 
-def inception_score(log_probabilities: np.ndarray | torch.Tensor, split: int = 5000) -> Estimate:
-    """Inception Score of log p (N, K) held in memory."""
-    log_probabilities = torch.as_tensor(log_probabilities).double()
-    n, classes = log_probabilities.shape
-    score = InceptionScore(n, classes, split, log_probabilities.device)
-    score.update(log_probabilities, 0)
-    return score.estimate()
-
-
 def kernel_distance(
     reference: torch.Tensor, samples: torch.Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Estimate:

@@ -117,7 +117,7 @@ def test_inception_weights_are_checked_before_they_are_read(tmp_path):
     path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     with pytest.raises(ValueError, match=r"SHA-256 .* damaged or another network"):
         features.load_inception(path)
-    with pytest.raises(ValueError, match=r"weights\.pth is no file of weights"), warnings.catch_warnings():
+    with pytest.raises(ValueError, match=r"weights\.pth is not a file of weights"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch wonders about the pickle protocol
         features.load_inception(path, sha256="any")
     assert not (tmp_path / "sprung").exists()
