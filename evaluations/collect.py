@@ -124,7 +124,7 @@ def collect(
 
 
 def statistics_of(batches: Iterable[Tensor], extractor: Extractor) -> Statistics:
-    """Statistics of the pooled features of images that are no ImageSet, such as those of a sampler.
+    """Statistics of the pooled features of images that are not an ImageSet, such as those of a sampler.
 
     Args:
         batches: the uint8 images of this rank, (B, 3, H, W) each.

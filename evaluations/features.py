@@ -111,7 +111,7 @@ def load_inception(
 
     path = _find_inception() if path is None else Path(path)
     state, digest = _read_inception(path, sha256)
-    # Its constructor unpickles without restriction: it gets plain tensors written anew, never the file.
+    # Its constructor unpickles without restriction: it gets a new file of plain tensors, never the given one.
     clean = io.BytesIO()
     torch.save(state, clean)
     clean.seek(0)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# drawn first, in this order, when a run logs them; any other number follows by name
+# drawn first, in this order, when a run logs them; all other numbers follow by name
 CURVES = ("loss", "velocity", "class_velocity", "alignment", "fd", "fid", "grad_norm", "lr", "images_per_second")
 NOT_CURVES = ("step", "epoch", "time", "seconds", "hours_left")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")

@@ -153,7 +153,7 @@ def main() -> None:
     import torch
 
     gpu = torch.cuda.is_available()
-    # Threads that sleep instead of spin: on a machine that is busy otherwise, spinning ones make a step 30 times slower.
+    # Threads that sleep instead of spin: on a busy machine, spinning ones make a step 30 times slower.
     runner = Runner(out, {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "TQDM_MININTERVAL": "1"})
     for stage in prepare(out):
         runner.run(stage)

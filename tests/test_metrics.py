@@ -301,7 +301,7 @@ def test_mode_collapse_is_precise_and_forgetful(rule):
 def test_neighbours_refuse_too_few_points():
     with pytest.raises(ValueError, match="3 nearest neighbours need more than 3 images in each set, got 3"):
         precision_recall(normal(3, 4), normal(9, 4))
-    with pytest.raises(ValueError, match="must be 'adm' or 'fp32', got 'half'"):
+    with pytest.raises(ValueError, match="must be one of adm, fp32, got 'half'"):
         precision_recall(normal(9, 4), normal(9, 4), rule="half")
     with pytest.raises(ValueError, match="dimensions differ"):
         precision_recall(normal(9, 4), normal(9, 5))
