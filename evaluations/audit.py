@@ -1,7 +1,6 @@
 """What makes the numbers of a set of samples doubtful: copies, flat images, wrong ranges, sorted classes, small sets."""
 
 import hashlib
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,37 +11,36 @@ from evaluations.image_sets import ImageSet
 PAPER_IMAGES = 50_000  # FID and IS depend on the number of images; papers use this one
 
 
-class Audit(NamedTuple):
-    """Numbers of constant images and of copies of earlier ones, and the range of all pixel values of a set."""
-
-    constant: int
-    duplicates: int
-    lowest: int
-    highest: int
-
-
 class Auditor:
-    """Collects what an `Audit` needs, batch by batch."""
+    """Looks for copies, flat images and wrong ranges, batch by batch."""
 
     def __init__(self) -> None:
-        self.constant, self.lowest, self.highest = 0, 255, 0
+        self.flat, self.lowest, self.highest = 0, 255, 0
         self._hashes: list[int] = []
 
     def update(self, images: np.ndarray) -> None:
         """Add uint8 images (B, H, W, 3)."""
-        flat = np.ascontiguousarray(images.reshape(len(images), -1))
-        low, high = flat.min(1), flat.max(1)
-        self.constant += int((low == high).sum())
+        rows = np.ascontiguousarray(images.reshape(len(images), -1))
+        low, high = rows.min(1), rows.max(1)
+        self.flat += int((low == high).sum())
         self.lowest, self.highest = min(self.lowest, int(low.min())), max(self.highest, int(high.max()))
-        for image in flat:
-            digest = hashlib.blake2b(image.data, digest_size=8).digest()
+        for row in rows:
+            digest = hashlib.blake2b(row.data, digest_size=8).digest()
             self._hashes.append(int.from_bytes(digest, "little", signed=True))
 
-    def result(self) -> Audit:
-        """The audit of the images of all ranks; duplicates are counted on rank 0 alone."""
+    def warnings(self) -> list[str]:
+        """One sentence for each thing that is suspicious in the images of all ranks, on rank 0; call it on every rank."""
         hashes = gather_rows(torch.tensor(self._hashes, dtype=torch.int64))
-        constant, lowest, highest = zip(*gather((self.constant, self.lowest, self.highest)))
-        return Audit(sum(constant), len(hashes) - len(hashes.unique()), min(lowest), max(highest))
+        flat, lowest, highest = zip(*gather((self.flat, self.lowest, self.highest)))
+        n, copies, low, high = len(hashes), len(hashes) - len(hashes.unique()), min(lowest), max(highest)
+        warnings = [f"{sum(flat)} of {n} samples are a single colour"] if any(flat) else []
+        if copies:
+            warnings.append(f"{copies} of {n} samples are copies of others")
+        if high <= 1:
+            warnings.append(f"pixels span {low} to {high}: values in [0, 1] cast to uint8?")
+        elif high - low < 128:
+            warnings.append(f"pixels span {low} to {high} of 0 to 255")
+        return warnings
 
 
 def sorted_share(classes: np.ndarray) -> float:
@@ -58,21 +56,6 @@ def sorted_share(classes: np.ndarray) -> float:
     largest = (n - len(counts)) / (n - 1)  # what a sorted file reaches
     equal = float((classes[1:] == classes[:-1]).mean())
     return (equal - chance) / (largest - chance) if largest > chance else 0.0
-
-
-def audit_warnings(audit: Audit, n: int) -> list[str]:
-    """One sentence for each thing that is suspicious in an audit of `n` samples."""
-    warnings = []
-    if audit.constant:
-        warnings.append(f"{audit.constant} of {n} samples are a single colour")
-    if audit.duplicates:
-        warnings.append(f"{audit.duplicates} of {n} samples are copies of others")
-    span = f"pixels span {audit.lowest} to {audit.highest}"
-    if audit.highest <= 1:
-        warnings.append(f"{span}: values in [0, 1] cast to uint8?")
-    elif audit.highest - audit.lowest < 128:
-        warnings.append(f"{span} of 0 to 255")
-    return warnings
 
 
 def set_warnings(samples: ImageSet, reference: ImageSet | None, classes: np.ndarray | None, split: int) -> list[str]:

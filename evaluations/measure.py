@@ -12,7 +12,7 @@ from common.provenance import versions
 from common.reporting import say
 from config import UserError
 from evaluations import features as networks
-from evaluations.audit import Auditor, audit_warnings, set_warnings
+from evaluations.audit import Auditor, set_warnings
 from evaluations.coherence import class_means, load_reader, load_tokens
 from evaluations.collect import collect
 from evaluations.image_sets import ImageSet, SeveralSizes, open_images
@@ -29,12 +29,12 @@ def measure(settings: EvaluateConfig) -> Results | None:
     run = _Measurement(settings)
     for spec in settings.features:
         run.feature_space(spec)
-    audit = run.auditor.result() if settings.features else None
+    suspicions = run.auditor.warnings() if settings.features else []
     if settings.classifier is not None:
         run.classifier(settings.classifier)
     if settings.class_tokens is not None:
         run.class_tokens(settings.class_tokens)
-    return run.finish(audit_warnings(audit, len(run.samples)) if audit else [])
+    return run.finish(suspicions)
 
 
 class _Measurement:

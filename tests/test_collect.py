@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from config import UserError
 from evaluations import measure
 from evaluations.audit import Auditor, set_warnings, sorted_share
-from evaluations.collect import collect
+from evaluations.collect import collect, statistics_of
 from evaluations.image_sets import ImageSet, open_images
 from evaluations.metrics import frechet_distance
 from evaluations.statistics import compute_statistics
@@ -51,9 +52,24 @@ def test_auditor_counts_copies_and_flat_images(tmp_path):
     auditor = Auditor()
     for rows in (images[:2], images[2:]):
         auditor.update(rows)
-    audit = auditor.result()
-    assert (audit.constant, audit.duplicates) == (1, 1)
-    assert (audit.lowest, audit.highest) == (images.min(), images.max())
+    assert auditor.warnings() == ["1 of 6 samples are a single colour", "1 of 6 samples are copies of others"]
+    assert (auditor.lowest, auditor.highest) == (images.min(), images.max())
+    auditor = Auditor()
+    auditor.update(images // 4 + 60)
+    assert auditor.warnings()[-1] == f"pixels span {images.min() // 4 + 60} to {images.max() // 4 + 60} of 0 to 255"
+
+
+def test_statistics_of_batches_equal_those_of_a_set(tmp_path):
+    """Images that come as batches, such as a sampler's, give the numbers of the same images in a file."""
+    np.savez(tmp_path / "s.npz", pixels(50))
+    batches = torch.from_numpy(pixels(50)).permute(0, 3, 1, 2).split(7)
+    found, whole = (
+        statistics_of(batches, averages()),
+        collect(open_images([tmp_path / "s.npz"]), averages(), batch_size=16),
+    )
+    assert np.array_equal(found.covariance, whole.statistics("pooled").covariance) and found.n == 50
+    with pytest.raises(UserError, match="fewer images than"):
+        statistics_of([], averages())
 
 
 def test_sorted_share():
