@@ -151,7 +151,7 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     import torch
 
     from evaluations import features
-    from evaluations.images import open_images
+    from evaluations.image_sets import open_images
     from evaluations.metrics import frechet_distance
     from evaluations.statistics import compute_statistics
     from models import acceleration

@@ -18,16 +18,20 @@ class WriteError(UserError, OSError):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Write a file so that `path` is the old one or the new one, whole, also after a power cut.
 
     Yields a temporary path beside it. When the block ends well that file is flushed to the disk and takes the name `path`;
     otherwise it is deleted.
 
+    Args:
+        path: the file.
+        shared: other processes may write the same file at the same time, as in a cache; the last one to finish wins.
+
     Raises:
         WriteError: the file system refuses; the message says how much is free where the disk is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -53,7 +53,7 @@ def class_caption(label: int, nearest: int | None, names: Sequence[str]) -> tupl
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
-    """Write a PNG of rows of captioned pictures of one size.
+    """Write a PNG of rows of captioned pictures; each is as large as the largest, or less high or wide.
 
     Args:
         path: file to write, whole or not at all.
@@ -63,7 +63,7 @@ def write_sheet(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
 
     cells = [cell for row in rows for cell in row]
     factor = -(-SMALLEST // cells[0].pixels.shape[1])
-    height, width = (factor * side for side in cells[0].pixels.shape[:2])
+    height, width = (factor * max(cell.pixels.shape[axis] for cell in cells) for axis in (0, 1))
     size = max(10, width // 16)  # of the letters: readable also when a sheet of large pictures is seen as a whole
     line_height = size + 2
     lines = max(len(cell.caption) for cell in cells)

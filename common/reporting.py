@@ -14,10 +14,16 @@ SECONDS_BETWEEN_LINES = 30.0  # of a bar in a log file
 
 
 def say(text: str) -> None:
-    """Print one message on stdout, above a progress bar if there is one; ranks other than 0 stay silent."""
+    """Print one message on stdout, above a progress bar if there is one; ranks other than 0 stay silent.
+
+    Where the reader of a pipe is gone (`| head`) this and all later output is dropped, and the program goes on.
+    """
     if int(os.environ.get("RANK", "0")) == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(main: Callable[[], None]) -> None:

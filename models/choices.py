@@ -15,6 +15,8 @@ LAST_STEPS = ("drift", "ode")  # of Euler-Maruyama
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "fp16")  # of networks
+DISTANCE_RULES = ("adm", "fp32")  # arithmetic of the distances of precision and recall
+
 
 def check(what: str, value: str, known: Collection[str]) -> None:
     """Raise a UserError that names the words of a choice, unless `value` is one of them."""

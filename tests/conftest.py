@@ -1,3 +1,6 @@
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -21,3 +24,38 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "go_offline_if_unreachable", lambda: None)
     return tmp_path / "cache" / "models"
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory):
+    """The folder of a small timm network with five classes."""
+    from tests.toy_images import save_vit
+
+    return save_vit(tmp_path_factory.mktemp("networks") / "judge")
+
+
+@pytest.fixture
+def measurement(judge, tmp_path):
+    """A function giving the settings of a small measurement, with changes."""
+    from evaluations.features import load_timm
+    from evaluations.settings import EvaluateConfig
+    from tests.toy_images import pixels
+
+    images = pixels(40, seed=1)
+    labels = load_timm(str(judge))(torch.from_numpy(images).permute(0, 3, 1, 2)).logits.argmax(1).numpy()
+    np.savez(tmp_path / "r.npz", pixels(60))
+    np.savez(tmp_path / "s.npz", images, labels)
+    (tmp_path / "s.json").write_text(json.dumps({"schema": 1, "mode": "sde", "steps": 250, "cfg_scale": 2.3}))
+
+    def make(**changes) -> EvaluateConfig:
+        given = {
+            "samples": (tmp_path / "s.npz",),
+            "reference": (tmp_path / "r.npz",),
+            "features": (f"timm:{judge}",),
+            "device": "cpu",
+            "cache_dir": tmp_path / "cache",
+            "out": tmp_path / "results.json",
+        }
+        return EvaluateConfig(**(given | changes))
+
+    return make

@@ -79,7 +79,7 @@ PENDING: dict[str, set[str]] = {
     "writers": {
         "evaluations.reference",
         "evaluations.results",
-        "models.checkpoint",
+        "models.model_file",
         "models.published",
         "preprocessing.finish",
         "preprocessing.plan",

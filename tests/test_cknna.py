@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dataset import encode_moments
-from evaluations.cknna import cknna, main
+from evaluations.cknna import main
+from evaluations.kernel_alignment import cknna
 from models.model_file import ModelInfo, save_model
 from models.sit import SiT, SiTConfig
 from packed.format import EncoderInfo, Manifest, write_manifest
@@ -155,7 +156,8 @@ def test_measurement_of_a_network(small, tmp_path, monkeypatch):
 def test_network_without_class_token(small, tmp_path):
     """Plain SiT: patch tokens alone."""
     from dataset import PackedDataset
-    from evaluations.cknna import CknnaConfig, measure, plot, read_targets
+    from evaluations.layers import measure, plot, read_targets
+    from evaluations.settings import CknnaConfig
     from models.model_file import load_model
 
     data, model = small
@@ -174,7 +176,8 @@ def test_mistakes_are_one_line(small, tmp_path):
     data, model = small
     from config import UserError
     from dataset import PackedDataset
-    from evaluations.cknna import CknnaConfig, measure, read_targets
+    from evaluations.layers import measure, read_targets
+    from evaluations.settings import CknnaConfig
     from models.model_file import load_model
 
     dataset, rows = PackedDataset(data), torch.arange(30)
@@ -189,4 +192,4 @@ def test_mistakes_are_one_line(small, tmp_path):
             measure(load_model(path), dataset, rows, targets, CknnaConfig(path, data, neighbours=5, **settings))
     command = [sys.executable, "evaluations/cknna.py", "--checkpoint", "x", "--dataset", str(data), "--times", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: --times must lie between 0 and 1, got 0.0\n"
+    assert done.returncode == 2 and done.stderr == "error: --times must be above 0, got 0.0\n"

@@ -11,7 +11,7 @@ import pytest
 
 from common.reporting import run
 from config import RUN, UserError, as_dict, differences, identity, parse, setting
-from evaluations.evaluate import EvaluateConfig
+from evaluations.settings import EvaluateConfig
 from preprocessing.pack import PackConfig
 from sampling.settings import SampleConfig
 from train import TrainConfig

@@ -10,7 +10,7 @@ import torch
 from evaluations import neighbours
 from evaluations.coherence import token_metrics
 from evaluations.memorization import closest_pairs
-from evaluations.metrics import InceptionScore, clip_mmd, frechet_distance, inception_score, kernel_distance
+from evaluations.metrics import InceptionScore, clip_mmd, frechet_distance, kernel_distance
 from evaluations.neighbours import density_coverage, nearest, neighbour_radii, precision_recall
 from evaluations.statistics import (
     Moments,
@@ -21,7 +21,7 @@ from evaluations.statistics import (
     jackknife_groups,
     without,
 )
-from tests.reference_metrics import check
+from tests.reference_metrics import check, inception_score
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -301,7 +301,7 @@ def test_mode_collapse_is_precise_and_forgetful(rule):
 def test_neighbours_refuse_too_few_points():
     with pytest.raises(ValueError, match="3 nearest neighbours need more than 3 images in each set, got 3"):
         precision_recall(normal(3, 4), normal(9, 4))
-    with pytest.raises(ValueError, match="must be 'adm' or 'fp32', got 'half'"):
+    with pytest.raises(ValueError, match="must be one of adm, fp32, got 'half'"):
         precision_recall(normal(9, 4), normal(9, 4), rule="half")
     with pytest.raises(ValueError, match="dimensions differ"):
         precision_recall(normal(9, 4), normal(9, 5))
@@ -357,15 +357,14 @@ def test_token_agreement_on_constructed_pairs():
     classes = torch.arange(40) % 4
     means = torch.eye(4, 16) * 5
     read = means[classes] + normal(40, 16) * 0.3
-    same = token_metrics(2 * read, read, means)
-    assert same["token_cosine"].value == pytest.approx(1) and same["token_retrieval"].value == 1
-    assert same["token_class_agreement"].value == 1
+    cosine, shuffled, retrieval, agreement = token_metrics(2 * read, read, means)
+    assert cosine.value == pytest.approx(1) and retrieval.value == 1 and agreement.value == 1
     a, b = (torch.nn.functional.normalize(x.double(), dim=1) for x in (read, read))
     off_diagonal = (a @ b.T)[~torch.eye(40, dtype=torch.bool)].mean().item()
-    assert same["token_cosine_shuffled"].value == pytest.approx(off_diagonal, rel=1e-10)
-    moved = token_metrics(read.roll(4, 0), read, means)
-    assert moved["token_retrieval"].value < 0.2 and moved["token_class_agreement"].value == 1
-    wrong = token_metrics(read.roll(1, 0), read, means)
-    assert wrong["token_class_agreement"].value == 0
+    assert shuffled.value == pytest.approx(off_diagonal, rel=1e-10)
+    *_, retrieval, agreement = token_metrics(read.roll(4, 0), read, means)
+    assert retrieval.value < 0.2 and agreement.value == 1
+    assert token_metrics(read.roll(1, 0), read, means)[3].value == 0
+    assert token_metrics(read[:1], read[:1])[1:] == (None, None, None)
     with pytest.raises(ValueError, match="class tokens have shape"):
         token_metrics(read[:, :3], read)

@@ -111,7 +111,7 @@ def test_unfinished_parts_of_other_settings_are_refused(old, monkeypatch, capsys
 
 
 def test_finished_samples_are_complete_and_measured(old, monkeypatch, capsys):
-    from evaluations.images import open_images
+    from evaluations.image_sets import open_images
 
     before = (old / "samples/samples.npz").read_bytes()
     program(monkeypatch, "generate.py", *GENERATE, "--out", old / "samples")

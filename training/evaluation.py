@@ -10,7 +10,7 @@ from tqdm import tqdm
 from common.reporting import progress
 from config import UserError
 from evaluations import features
-from evaluations.images import open_images
+from evaluations.image_sets import open_images
 from evaluations.metrics import frechet_distance
 from evaluations.statistics import Moments, Statistics
 from models.autoencoder import Autoencoder

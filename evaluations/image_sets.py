@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -11,14 +10,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from common.crop import center_crop
+from common.files import sha256
+from common.images import BadImage, decode_image, image_size, list_images
+from common.processes import rank
 from common.reporting import progress, say
 from config import MissingFile, UserError
-from evaluations import files as image_files
 from evaluations.npz import Array, members
 from evaluations.statistics import Statistics
 
-_AT_ONCE = 10_000  # headers asked for at once; the sizes of larger folders are found under a bar
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")  # of the files of a folder that are measured
+_AT_ONCE = 10_000  # headers read between two updates of the progress bar, which smaller folders do not have
+
+
+Read = Callable[[int, int], np.ndarray]  # images from number `start` to before `stop`, (stop - start, H, W, 3) uint8
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class ImageSet:
 
     name: str
     shape: tuple[int, int, int, int]
-    read: Callable[[int, int], np.ndarray]
+    read: Read
     digest: Callable[[], str]
     labels: np.ndarray | None = None
     statistics: dict[str, Statistics] | None = None
@@ -50,12 +57,15 @@ class ImageSet:
         """How many of the images are cropped."""
         return 0 if self.sizes is None else int((self.sizes != self.shape[1:3]).any(1).sum())
 
+    @property
+    def enlarged(self) -> int:
+        """How many of the images are enlarged to be cropped."""
+        return 0 if self.sizes is None else int((self.sizes.min(1) < self.shape[1]).sum())
+
     def first(self, count: int) -> "ImageSet":
         """The set of the first `count` images; itself if it has no more."""
         if count >= len(self):
             return self
-        if count < 1:
-            raise UserError(f"the number of images must be at least 1, got {count}")
         return replace(
             self,
             name=f"{self.name} (first {count})",
@@ -66,13 +76,14 @@ class ImageSet:
             sizes=None if self.sizes is None else self.sizes[:count],
         )
 
-    def pick(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8 (len(indices), H, W, 3): single images, in the order asked for."""
-        found = {int(index): self.read(int(index), int(index) + 1)[0] for index in sorted(set(map(int, indices)))}
-        return np.stack([found[int(index)] for index in indices])
+    def pick(self, indices: Iterable[int]) -> np.ndarray:
+        """Single images, uint8 (len(indices), H, W, 3), in the order of the indices."""
+        numbers = [int(index) for index in indices]
+        found = {number: self.read(number, number + 1)[0] for number in sorted(set(numbers))}
+        return np.stack([found[number] for number in numbers])
 
 
-class SeveralSizes(ValueError):
+class SeveralSizes(UserError):
     """A folder holds images of several sizes, and nothing says to which size they are to be cropped."""
 
 
@@ -82,34 +93,27 @@ def open_images(
     """Open one or several npz files, image folders or packed datasets as one set, in the order given.
 
     Args:
-        limit: keep the first so many.
+        paths: at least one.
+        limit: keep only the first `limit` images.
         resolution: crop every image that is not of this size (height and width) as for training; a message says how many.
         fallback: without `resolution`, what a folder of several sizes is cropped to, unless a set beside it is of one size.
 
     Raises:
-        SeveralSizes: if such a folder is found and nothing gives the size. FileNotFoundError or ValueError: with a
-            sentence naming the file.
+        SeveralSizes: there is such a folder and nothing gives the size.
+        UserError: a file cannot be used; the message names it.
     """
     found = [_open(Path(path)) for path in paths]
-    if not found:
-        raise UserError("no images were named")
     beside = {part.shape[1:3] for part in found if part.shape is not None}
     if len(beside) == 1 and len(set(*beside)) == 1:
         fallback = beside.pop()[0]
-    parts = []
-    for part in found:
-        if isinstance(part, ImageSet):
-            parts.append(part if resolution is None else _crop(part, resolution))
-        else:
-            parts.append(part.open(resolution, fallback))
+    parts = [part.open(resolution, fallback) if isinstance(part, Folder) else _crop(part, resolution) for part in found]
     images = parts[0] if len(parts) == 1 else _concatenate(parts)
     images = images if limit is None else images.first(limit)
     if images.cropped:
-        side = images.shape[1]
-        enlarged = int((images.sizes.min(1) < side).sum())
+        enlarged = f" ({images.enlarged:,} of them enlarged)" if images.enlarged else ""
         say(
-            f"{images.cropped:,} of {len(images):,} images of {images.name} are cropped to {side} x {side}, as for training"
-            + (f" ({enlarged:,} of them enlarged)" if enlarged else "")
+            f"{images.cropped:,} of {len(images):,} images of {images.name} are cropped to "
+            f"{images.shape[1]} x {images.shape[2]}, as for training{enlarged}"
         )
     return images
 
@@ -127,14 +131,10 @@ def _open(path: Path) -> "ImageSet | Folder":
         raise UserError(f"{path} cannot be read ({error.strerror}: {error.filename})") from error
 
 
-def _crop(images: ImageSet, size: int) -> ImageSet:
+def _crop(images: ImageSet, size: int | None) -> ImageSet:
     """A set of another size, cropped as it is read; statistics that came with it are not of the crops and are dropped."""
-    if images.shape[1:3] == (size, size):
+    if size is None or images.shape[1:3] == (size, size):
         return images
-    from PIL import Image
-
-    from common.crop import center_crop
-
     return replace(
         images,
         shape=(len(images), size, size, 3),
@@ -152,16 +152,6 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
                 f"{part.name} has images of {part.shape[1]} x {part.shape[2]}, {parts[0].name} of "
                 f"{parts[0].shape[1]} x {parts[0].shape[2]}; they cannot be one set"
             )
-    ends = np.cumsum([len(part) for part in parts])
-
-    def read(start: int, stop: int) -> np.ndarray:
-        pieces = []
-        for part, end in zip(parts, ends, strict=True):
-            first = end - len(part)
-            if start < end and stop > first:
-                pieces.append(part.read(max(start - first, 0), min(stop, end) - first))
-        return np.concatenate(pieces)
-
     labels, sizes = None, None
     if all(part.labels is not None for part in parts):
         labels = np.concatenate([part.labels for part in parts])
@@ -171,14 +161,29 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
         )
     return ImageSet(
         " + ".join(part.name for part in parts),
-        (int(ends[-1]), *parts[0].shape[1:]),
-        read,
+        (sum(map(len, parts)), *parts[0].shape[1:]),
+        _joined([(len(part), part.read) for part in parts]),
         lambda: _sha(*(part.digest() for part in parts)),
         labels,
         sidecar=_common([part.sidecar or {} for part in parts]),
         grouped=any(part.grouped for part in parts),
         sizes=sizes,
     )
+
+
+def _joined(parts: Sequence[tuple[int, Read]]) -> Read:
+    """Read from several sets as from one. parts: number of images and reader of each."""
+    ends = np.cumsum([count for count, _ in parts])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        pieces = []
+        for (count, read_part), end in zip(parts, ends):
+            first = end - count
+            if start < end and stop > first:
+                pieces.append(read_part(max(start - first, 0), min(stop, end) - first))
+        return np.concatenate(pieces)
+
+    return read
 
 
 def open_npz(path: Path) -> ImageSet:
@@ -204,7 +209,7 @@ def open_npz(path: Path) -> ImageSet:
             if values[0].ndim != 1 or values[1].shape != (len(values[0]),) * 2:
                 raise UserError(f"{path}: {mean} {values[0].shape} and {covariance} {values[1].shape} do not fit")
             statistics[space] = Statistics(0, *values)
-    digest = cache(partial(_file_sha, path))
+    digest = cache(partial(sha256, path))
     return ImageSet(path.name, images.shape, images.rows, digest, labels, statistics or None, _sidecar(path))
 
 
@@ -229,7 +234,10 @@ class Folder(NamedTuple):
     def open(self, resolution: int | None, fallback: int | None) -> ImageSet:
         """The images at their one size, or cropped: all to `resolution`, or those of several sizes to `fallback`.
 
-        One level of subfolders gives the labels: 0, 1, ... by name. Raises SeveralSizes.
+        One level of subfolders gives the labels: 0, 1, ... by name.
+
+        Raises:
+            SeveralSizes: there is no size.
         """
         side = resolution or (fallback if self.shape is None else None)
         if side is None and self.shape is None:
@@ -241,25 +249,21 @@ class Folder(NamedTuple):
                 f"{self.path} holds images of several sizes ({', '.join(names)}): give --resolution N, and they are cropped "
                 "to N x N as for training"
             )
-        height, width = (side, side) if side else self.shape[1:3]
+        height, width = (side, side) if side else self.sizes[0].tolist()
         whole = (self.sizes == (height, width)).all()
         path, files = self.path, self.files
 
         def read(start: int, stop: int) -> np.ndarray:
             with ThreadPoolExecutor(8) as pool:  # decoding leaves the interpreter lock
-                decode = partial(image_files.decode, height=height, width=width, side=side)
-                return np.stack(list(pool.map(decode, files[start:stop])))
+                return np.stack(list(pool.map(partial(_decode, size=(width, height), side=side), files[start:stop])))
 
         def digest() -> str:
-            content = [f"{file.relative_to(path)} {_file_sha(file)}" for file in files]
+            content = [f"{file.relative_to(path)} {sha256(file)}" for file in files]
             return _sha(*content, *([] if whole else [f"cropped to {side}"]))
 
-        classes = {
-            name: label for label, name in enumerate(sorted({file.relative_to(path).parts[0] for file in files}))
-        }
-        labels = None
-        if all(len(file.relative_to(path).parts) == 2 for file in files):
-            labels = np.array([classes[file.relative_to(path).parts[0]] for file in files], dtype=np.int64)
+        labels, places = None, [file.relative_to(path).parts for file in files]
+        if all(len(place) == 2 for place in places):
+            labels = np.unique([folder for folder, _ in places], return_inverse=True)[1]
         return ImageSet(
             path.name,
             (len(files), height, width, 3),
@@ -273,44 +277,66 @@ class Folder(NamedTuple):
 
 
 def find_images(path: Path) -> Folder:
-    """All images below a folder; their headers are read for the sizes. Raises ValueError naming the file."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_files.SUFFIXES and file.is_file())
+    """All images below a folder; their headers are read for the sizes.
+
+    Raises:
+        UserError: there are none, or one cannot be read.
+    """
+    files = sorted(path / name for name in list_images(path) if name.lower().endswith(SUFFIXES))
     if not files:
-        raise UserError(f"{path} holds no images ({', '.join(image_files.SUFFIXES)}) and is not a packed dataset")
+        raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}) and is not a packed dataset")
     sizes: list[tuple[int, int]] = []
-    shown = len(files) > _AT_ONCE and os.environ.get("RANK", "0") == "0"
+    shown = len(files) > _AT_ONCE and rank() == 0
     with (
         ThreadPoolExecutor(8) as pool,
         progress(len(files), unit="image", description=f"sizes, {path.name}", shown=shown) as bar,
     ):
         for start in range(0, len(files), _AT_ONCE):
-            sizes += pool.map(image_files.size, files[start : start + _AT_ONCE])
+            sizes += pool.map(_size, files[start : start + _AT_ONCE])
             bar.update(len(sizes) - start)
     return Folder(path, files, np.array(sizes, np.int32))
 
 
+def _size(file: Path) -> tuple[int, int]:
+    try:
+        return image_size(file)
+    except BadImage as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _decode(file: Path, size: tuple[int, int], side: int | None) -> np.ndarray:
+    """(H, W, 3) uint8 of an image of `size` (width, height); one of another size is cropped to a square of `side`."""
+    try:
+        image = decode_image(file, still_8_bit=True)
+    except BadImage as error:
+        raise UserError(f"{file}: {error}") from error
+    if image.size == size:
+        return np.asarray(image)
+    if side is None:
+        raise UserError(f"{file} has changed: it was {size[1]} x {size[0]} and is {image.height} x {image.width}")
+    return center_crop(image, side)
+
+
 def open_packed(path: Path) -> ImageSet:
-    """The pixels of a packed dataset. Raises ValueError for one that holds tokens instead of pixels."""
+    """The pixels of a packed dataset.
+
+    Raises:
+        UserError: it holds tokens instead of pixels.
+    """
     from dataset import PackedDataset
 
     dataset = PackedDataset(path, fields=("pixels", "label"))
-    shards = range(len(dataset.manifest.shards))
-    counts = [shard["count"] for shard in dataset.manifest.shards]
-    starts = np.concatenate([[0], np.cumsum(counts)])
+    shards = dataset.manifest.shards
 
-    def read(start: int, stop: int) -> np.ndarray:
-        pieces = []
-        for number in shards:
-            low, high = max(start, starts[number]) - starts[number], min(stop, starts[number + 1]) - starts[number]
-            if low < high:
-                pieces.append(np.array(dataset.records(number, "pixels")[low:high]))
-        return np.concatenate(pieces)
+    def read(start: int, stop: int, number: int) -> np.ndarray:
+        return np.array(dataset.records(number, "pixels")[start:stop])
 
     def digest() -> str:  # the manifest holds the checksum of every shard
-        return _sha(*(shard["files"]["pixels"]["sha256"] for shard in dataset.manifest.shards))
+        return _sha(*(shard["files"]["pixels"]["sha256"] for shard in shards))
 
     shape = tuple(dataset.manifest.fields["pixels"]["shape"])
-    return ImageSet(path.name, (len(dataset), *shape), read, digest, dataset.labels(), grouped=True)
+    images = _joined([(shard["count"], partial(read, number=number)) for number, shard in enumerate(shards)])
+    return ImageSet(path.name, (len(dataset), *shape), images, digest, dataset.labels(), grouped=True)
 
 
 def _sidecar(path: Path) -> dict | None:
@@ -334,11 +360,6 @@ def _common(sidecars: list[dict]) -> dict | None:
         for key in keys
     }
     return mixed or None
-
-
-def _file_sha(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sha(*parts: str) -> str:

@@ -1,20 +1,20 @@
 """Three small networks, trained in a minute each on the training digits and saved in the formats that `--vae`,
-`--enc-type` and `--classifier` load anywhere: `python -m quickstart.networks vae|encoder|judge IMAGES OUT`.
+`--enc-type` and `--classifier` load anywhere: `python -m quickstart.toy_networks vae|encoder|judge IMAGES OUT`.
 
 vae: an AutoencoderKL, 16 x 16 pixels to 8 x 8 x 4 latents. encoder: a ViT with class token, the stand-in for DINOv2.
 judge: a ResNet that recognises digits and takes no part in generation; it only evaluates.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from common.files import write_json
+from common.reporting import progress, say
 from quickstart.digits import SIZE, read_image_folder
 
 VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 4}
@@ -26,10 +26,12 @@ def batches(images: Tensor, labels: Tensor, steps: int, size: int, shift: int) -
     """Random batches of [-1, 1] images (size, 3, 16, 16), each image moved by up to `shift` pixels, and labels."""
     generator = torch.Generator().manual_seed(0)
     padded = F.pad(images, [shift] * 4, mode="replicate")
-    for _ in tqdm(range(steps), unit="step", mininterval=1.0):
-        rows = torch.randint(len(images), (size,), generator=generator)
-        dx, dy = torch.randint(2 * shift + 1, (2,), generator=generator).tolist()
-        yield padded[rows, :, dy : dy + SIZE, dx : dx + SIZE], labels[rows]
+    with progress(steps, unit="step") as bar:
+        for _ in range(steps):
+            rows = torch.randint(len(images), (size,), generator=generator)
+            dx, dy = torch.randint(2 * shift + 1, (2,), generator=generator).tolist()
+            yield padded[rows, :, dy : dy + SIZE, dx : dx + SIZE], labels[rows]
+            bar.update()
 
 
 def fit(
@@ -114,10 +116,9 @@ def main() -> None:
         figures = train_classifier("vit_tiny_patch16_224", VIT, images, labels, settings.out, steps=600)
     else:
         figures = train_classifier("resnet18", RESNET, images, labels, settings.out, steps=600)
-    (settings.out / "figures.json").write_text(json.dumps(figures, indent=1))
-    print(
-        f"{settings.network}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
-    )
+    write_json(settings.out / "figures.json", figures)
+    figures_text = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
+    say(f"{settings.network}: {figures_text}")
 
 
 if __name__ == "__main__":
