@@ -4,6 +4,13 @@ from collections.abc import Collection
 
 from config import UserError
 
+
+def check(what: str, value: str, known: Collection[str]) -> None:
+    """Raise a UserError that names the words of a choice, unless `value` is one of them."""
+    if value not in known:
+        raise UserError(f"{what} {value!r} is none of {', '.join(known)}")
+
+
 PATHS = ("linear", "cosine")  # of the interpolant
 WEIGHTINGS = ("uniform", "lognormal")  # distributions of t in training
 
@@ -12,9 +19,3 @@ SOLVERS = {"sde": ("euler", "dpmpp"), "ode": ("euler", "heun", "dpmpp", "dopri5"
 GRIDS = ("uniform", "shifted")
 DIFFUSIONS = ("linear", "sigma", "constant")  # coefficients w(t) of the reverse SDE
 LAST_STEPS = ("drift", "ode")  # of Euler-Maruyama
-
-
-def check(what: str, value: str, known: Collection[str]) -> None:
-    """Raise a UserError that names the words of a choice, unless `value` is one of them."""
-    if value not in known:
-        raise UserError(f"{what} {value!r} is none of {', '.join(known)}")
