@@ -1,11 +1,15 @@
 """Values of settings: ranges, roles, words of former versions, and what recorded settings mean today."""
 
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from config import RUN, UserError, differences, identity, parse, setting
+from tests.test_architecture import MODULES, ROOT, module_name
 from tests.test_config import read, recipe
 
 
@@ -111,3 +115,21 @@ def test_what_was_removed_is_named(tmp_path, flags, words):
         flags = ("--config", recipe(tmp_path, flags[1]))
     with pytest.raises(UserError, match=words):
         parse(Renamed, "", flags)
+
+
+def test_help_of_every_program_imports_no_torch():
+    """Whatever calls `parse`: programs, and benchmarks, whose settings are read before torch is there."""
+    starts = re.compile(r"^if __name__ == .__main__.:\n    run\(main\)", re.MULTILINE)
+    modules = [path for path in MODULES if starts.search(path.read_text())]
+    assert len(modules) > 12
+    code = (
+        "import runpy, sys\n"
+        f"for module in {[module_name(path) for path in modules]!r}:\n"
+        "    sys.argv = [module, '--help']\n"
+        "    try: runpy.run_module(module, run_name='__main__')\n"
+        "    except SystemExit as stop: assert not stop.code, module\n"
+        "    assert 'torch' not in sys.modules, module\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage:") == len(modules)
