@@ -4,6 +4,13 @@ from collections.abc import Collection
 
 from config import UserError
 
+
+def check(what: str, value: str, known: Collection[str]) -> None:
+    """Raise a UserError that names the words of a choice, unless `value` is one of them."""
+    if value not in known:
+        raise UserError(f"{what} {value!r} is none of {', '.join(known)}")
+
+
 PATHS = ("linear", "cosine")  # of the interpolant
 WEIGHTINGS = ("uniform", "lognormal")  # distributions of t in training
 
@@ -16,9 +23,3 @@ LAST_STEPS = ("drift", "ode")  # of Euler-Maruyama
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "fp16")  # of networks
 DISTANCE_RULES = ("adm", "fp32")  # arithmetic of the distances of precision and recall
-
-
-def check(what: str, value: str, known: Collection[str]) -> None:
-    """Raise a UserError that names the words of a choice, unless `value` is one of them."""
-    if value not in known:
-        raise UserError(f"{what} {value!r} is none of {', '.join(known)}")

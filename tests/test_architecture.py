@@ -62,6 +62,7 @@ PENDING: dict[str, set[str]] = {
         "tests.test_metrics",
         "tests.test_packing",
         "tests.test_preprocessing",
+        "tests.test_speed",
         "tests.test_train",
     },
     "settings": {"training", "sampling", "preprocessing", "evaluations"},

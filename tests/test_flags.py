@@ -36,16 +36,17 @@ CLASSES = settings_classes()
 
 
 def names_read(paths: list[Path]) -> set[str]:
-    """Attributes that code reads from something called settings, and words in modules that call getattr with a variable."""
+    """Attributes and keys that code reads from something called settings, and words in modules that call getattr."""
     found: set[str] = set()
     for path in paths:
         nodes = list(ast.walk(ast.parse(path.read_text())))
         for node in nodes:
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Load):
                 holder = node.value
                 name = getattr(holder, "id", getattr(holder, "attr", ""))
                 if any(name.endswith(word) for word in CARRIERS) or name == "s":
-                    found.add(node.attr)
+                    key = node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None)
+                    found |= {key} if isinstance(key, str) else set()
         if any(isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "getattr" for n in nodes):
             found |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     return found
@@ -67,8 +68,9 @@ def test_the_settings_of_all_programs_are_found():
 
 
 def test_a_setting_that_nothing_reads_is_found(tmp_path):
-    (tmp_path / "a.py").write_text("def f(settings, other):\n    return settings.width + other.height\n")
-    assert names_read([tmp_path / "a.py"]) == {"width"}
+    text = "def f(settings, other):\n    return settings.width + other.height + self.settings['depth']\n"
+    (tmp_path / "a.py").write_text(text)
+    assert names_read([tmp_path / "a.py"]) == {"width", "depth"}
 
 
 @pytest.fixture(scope="module")
