@@ -6,8 +6,22 @@ after any interruption. Writes samples.npz, samples.json, grid.png and gallery.h
 
 from collections.abc import Sequence
 
+from common.presets import PRESETS
 from common.reporting import run
-from sampling.settings import read
+from config import parse
+from sampling.settings import SampleConfig, check
+
+EXAMPLES = (
+    "python generate.py --checkpoint runs/reg-b2 --out samples/preview --preset preview",
+    "torchrun --nproc_per_node=8 generate.py --checkpoint runs/reg-b2 --out samples/reg-b2 --preset paper",
+)
+
+
+def read(argv: Sequence[str] | None = None) -> SampleConfig:
+    """The settings of a command line. Raises UserError where they contradict each other."""
+    settings = parse(SampleConfig, "Sample images from a model file.", argv, examples=EXAMPLES, presets=PRESETS)
+    check(settings)
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,10 +1,10 @@
-"""What a person looks at: the arrangement of the grid, and the gallery page."""
+"""Pictures of a finished job: the arrangement of the contact sheet, and the gallery page."""
 
 import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ COLUMNS, GRID = 8, 100  # of grid.png: columns, at least; pictures, about
 
 
 class Shown(NamedTuple):
-    """One picture of the gallery. nearest: the class its token names, or None."""
+    """One sample. nearest: the class that its class token is nearest to, if known."""
 
     number: int
     pixels: np.ndarray  # (H, W, 3) uint8
@@ -25,10 +25,14 @@ class Shown(NamedTuple):
 
 
 def arrange(shown: Sequence[Shown], strip: int = 0) -> list[list[Shown]]:
-    """The rows of grid.png, of the first samples.
+    """The rows of grid.png: about 100 of the first samples, at least 8 in a row.
 
-    At least 8 columns. A row for each class where there are few classes with many samples; else about as many rows as
-    columns, in the order of the samples. strip: samples in each row of an interpolation; its rows stay whole.
+    Few classes with many samples have a row each; otherwise there are about as many rows as columns, in the order of the
+    samples.
+
+    Args:
+        shown: the first samples.
+        strip: samples in each row of an interpolation, which stays whole; 0: none.
     """
     few = sorted({picture.label for picture in shown})
     if not strip and 1 < len(few) <= 20 and len(shown) >= COLUMNS * len(few):
@@ -83,7 +87,7 @@ def write_gallery(path: Path, shown: list[Shown], names: tuple[str, ...], sideca
         temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
 
 
-def _figure(picture: Shown, name: Any) -> str:
+def _figure(picture: Shown, name: Callable[[int], str]) -> str:
     from PIL import Image
 
     small = picture.pixels.shape[0] < 144

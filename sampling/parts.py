@@ -70,7 +70,7 @@ class Parts:
         """Keep the arrays of these samples, row for row. Raises WriteError when the disk is full."""
         try:
             with replacing(self._path(samples)) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for allow_pickle
+                np.savez(stream, **arrays)  # type: ignore[arg-type]  # numpy takes the names for those of its options
         except WriteError as error:
             raise WriteError(f"{error}; finished samples are kept, the same command continues") from error
 

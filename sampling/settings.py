@@ -1,17 +1,11 @@
 """Settings of generate.py, and what they mean before a model is known; without torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.presets import GUIDANCE_SCALE, PRESETS
-from config import RUN, UserError, parse, setting
+from config import RUN, UserError, setting
 from models.choices import DEVICES, DIFFUSIONS, GRIDS, LAST_STEPS, MODES, PRECISIONS
-
-EXAMPLES = (
-    "python generate.py --checkpoint runs/reg-b2 --out samples/preview --preset preview",
-    "torchrun --nproc_per_node=8 generate.py --checkpoint runs/reg-b2 --out samples/reg-b2 --preset paper",
-)
 
 
 @dataclass(frozen=True)
@@ -148,9 +142,8 @@ class SampleConfig:
     vae_tiling: bool = setting(False, "decode in tiles: less memory at large sizes", group="machine")
 
 
-def read(argv: Sequence[str] | None = None) -> SampleConfig:
-    """The settings of a command line. Raises UserError where they contradict each other."""
-    s = parse(SampleConfig, "Sample images from a model file.", argv, examples=EXAMPLES, presets=PRESETS)
+def check(s: SampleConfig) -> None:
+    """Raise UserError where settings contradict each other."""
     if s.heun and s.solver not in ("euler", "heun"):
         raise UserError(f"--heun contradicts --solver {s.solver}")
     if s.heun and s.mode == "sde":
@@ -161,7 +154,6 @@ def read(argv: Sequence[str] | None = None) -> SampleConfig:
         raise UserError("--interpolate needs --like with the two tokens to go between")
     if s.best_of > 1 and s.like:
         raise UserError("--best-of chooses by the generated token, --like fixes it: give one of them")
-    return s
 
 
 def resolved(s: SampleConfig, *, null_class: bool = True) -> SampleConfig:

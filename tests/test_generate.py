@@ -13,8 +13,9 @@ import torch
 
 import generate as program
 from config import RESULT, UserError
+from generate import read
 from sampling.sampler import guidance_of
-from sampling.settings import SampleConfig, read, resolved
+from sampling.settings import SampleConfig, resolved
 from tests import toy_model
 from tests.tiny import write_vae
 from tests.toy_model import CONFIG, ROOT, flags, generate, loaded, samples, write_model

@@ -14,13 +14,14 @@ import generate as program
 from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE, PRESETS
 from common.processes import Processes
 from config import as_dict
+from generate import read
 from models import acceleration
 from models.guidance import Guidance
 from sampling import run
 from sampling.job import load
 from sampling.messages import what_it_makes
 from sampling.sampler import guidance_of, solver_of
-from sampling.settings import SampleConfig, read, resolved
+from sampling.settings import SampleConfig, resolved
 from tests import toy_model
 from train import TrainConfig
 from training import runner

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import convert
+from generate import read
 from models import obtain as obtaining
 from models.model_file import read_info
 from models.obtain import describe, obtain
 from models.published import imagenet_classes, read_published, to_published
 from models.sit import SiT, SiTConfig, preset
 from sampling import run
-from sampling.settings import read
 from tests.tiny import PUBLISHED_ARGS, published_weights, sit_weights, write_vae
 
 ROOT = Path(__file__).parents[1]

@@ -133,6 +133,13 @@ def test_two_jobs_in_one_folder(place, unbroken, tmp_path, monkeypatch):
     assert not (out / "parts").exists()
 
 
+def test_a_folder_that_cannot_be_made(place, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match=r"file/s/parts/lock cannot be written: Not a directory"):
+        generate(place, tmp_path / "file" / "s")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_ranks_must_load_the_same(place, tmp_path, monkeypatch):
     """Another file under the same name on one of the machines is found before anything is sampled."""
     monkeypatch.setattr(run, "gather", lambda identity: [identity, {**identity, "checkpoint_sha256": "another"}])

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from common.processes import Processes
+from generate import read
 from models.model_file import ModelInfo, save_model
 from models.sit import SiT, SiTConfig
 from sampling import run
 from sampling.job import load
-from sampling.settings import read
 from tests.tiny import write_vae
 
 ROOT = Path(__file__).parents[1]
