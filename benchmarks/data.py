@@ -109,7 +109,7 @@ def _crops(images: Path | None, rng: Any) -> Any:
     import numpy as np
     from PIL import Image
 
-    from preprocessing.images import crop_file
+    from preprocessing.read import crop_file
 
     if images is not None:
         files = sorted(path for path in images.glob("*/*") if path.is_file())[:64]

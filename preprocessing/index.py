@@ -5,13 +5,12 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from config import UserError
-from preprocessing.images import SUFFIXES
 
 AS_LISTED = ("parquet", "arrow", "published")  # kinds whose order is the source's; others are ordered by class and name
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
@@ -87,12 +86,6 @@ class Entry(NamedTuple):
     name: str
     label: int | None
     place: tuple[int, int, int, int, int]
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name promises an image; hidden files and what macOS adds to archives do not."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and "__MACOSX" not in path.parts
 
 
 def build(

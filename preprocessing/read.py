@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from preprocessing.images import MAX_BYTES, BadImage, crop_file
+from common.crop import center_crop
+from common.images import MAX_BYTES, BadImage, decode_image
 from preprocessing.index import Item
 from preprocessing.sources import LATENT_FOLDER, latent_name
 from preprocessing.tables import Table
@@ -38,20 +39,39 @@ class Crops(NamedTuple):
     enlarged: int
 
 
+class Crop(NamedTuple):
+    """pixels: (size, size, 3) uint8. enlarged: whether the image was smaller than the crop."""
+
+    pixels: np.ndarray
+    enlarged: bool
+
+
+def crop_file(source: bytes | Path, size: int, max_pixels: int) -> Crop:
+    """Decode an image file and cut its centre square. Raises BadImage."""
+    image = decode_image(source, max_pixels)
+    shorter = min(image.size)
+    scale = max(1.0, size / shorter)
+    if image.width * scale * image.height * scale > max_pixels:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels would be enlarged to more than --max-pixels {max_pixels} before the crop"
+        )
+    return Crop(center_crop(image, size), shorter < size)
+
+
 class Reader:
-    """Bytes of items. Files are opened on first use in the process that uses them; the most recent ones stay open."""
+    """Encoded images of items. Archives are opened on first use in the process that uses them, and stay open."""
 
     def __init__(self, kind: str, root: str, files: list[str]) -> None:
         self.kind, self.root, self.files = kind, Path(root), files
         self._open: OrderedDict[int, int | Table] = OrderedDict()
 
-    def read(self, item: Item) -> bytes:
-        """The encoded image. Raises BadImage if it cannot be had."""
+    def read(self, item: Item) -> bytes | Path:
+        """The encoded image, or the file that holds it. Raises BadImage if it cannot be had."""
         try:
             if self.kind in ("parquet", "arrow"):
                 return self._table(item.file).image_bytes(item.offset, item.size) or b""
             if self.kind in ("folder", "published"):
-                return _read_file(self.root / self.files[item.file] / item.name)
+                return self.root / self.files[item.file] / item.name
             if item.size > MAX_BYTES:
                 raise BadImage(f"a member of {item.size} bytes is no image to train on (limit {MAX_BYTES})")
             descriptor = self._descriptor(item.file)
@@ -123,13 +143,6 @@ class CropDataset(Dataset):
 def as_is(crops: Crops) -> Crops:
     """Collate function: a batch is made by the dataset already."""
     return crops
-
-
-def _read_file(path: Path) -> bytes:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise BadImage(f"a file of {size} bytes is no image to train on (limit {MAX_BYTES})")
-    return path.read_bytes()
 
 
 def _read_range(descriptor: int, offset: int, size: int) -> bytes:

@@ -1,15 +1,14 @@
 """What can be packed: a folder of class folders, the published layout, zip, tar, parquet and arrow => an Index."""
 
 import json
-import os
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
+from common.images import is_image, list_images, walk
 from config import UserError
-from preprocessing.index import WHOLE_FILE, Choice, Entry, Index, build, is_image
+from preprocessing.index import WHOLE_FILE, Choice, Entry, Index, build
 
 ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 IMAGE_FOLDERS = ("imagenet_256_vae", "images")  # of the published layout: REG's, REPA's
@@ -48,7 +47,7 @@ def _list_source(source: Path, choice: Choice) -> Index:
 
 def _list_folder(root: Path, choice: Choice) -> Index:
     entries, ignored = [], []
-    for name in _walk(root):
+    for name in walk(root):
         if is_image(name):
             entries.append(Entry(name, None, WHOLE_FILE))
         else:
@@ -59,22 +58,6 @@ def _list_folder(root: Path, choice: Choice) -> Index:
     labels = root / "dataset.json"
     entries = _label(entries, labels.read_bytes() if labels.is_file() else None, str(labels))
     return build("folder", root, [""], entries, None, choice, ignored)
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files below root, relative to it, with "/". Links are followed, but never in a circle."""
-    stack: list[tuple[str, frozenset[str]]] = [("", frozenset((os.path.realpath(root),)))]
-    while stack:
-        below, above = stack.pop()
-        with os.scandir(root / below) as found:
-            for entry in found:
-                name = f"{below}/{entry.name}" if below else entry.name
-                if entry.is_dir():
-                    real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-                    if real not in above and not entry.name.startswith("."):
-                        stack.append((name, above | {real} if entry.is_symlink() else above))
-                elif entry.is_file():
-                    yield name
 
 
 def _label(entries: list[Entry], content: bytes | None, where: str) -> list[Entry]:
@@ -183,8 +166,8 @@ def _list_published(root: Path, choice: Choice) -> Index:
     if images is None:
         wanted = " nor ".join(f"{name}/" for name in IMAGE_FOLDERS)
         raise UserError(f"--source {root}: has {LATENT_FOLDER}/ but neither {wanted}")
-    crops = sorted(name for name in _walk(root / images) if is_image(name))
-    latents = sorted(name for name in _walk(root / LATENT_FOLDER) if name.endswith(".npy"))
+    crops = list_images(root / images)
+    latents = sorted(name for name in walk(root / LATENT_FOLDER) if name.endswith(".npy"))
     labels = _read_published_labels(root / LATENT_FOLDER / "dataset.json")
     unpaired = {latent_name(crop): crop for crop in crops}
     unpaired = {name: unpaired.get(name, name) for name in unpaired.keys() ^ set(latents)}

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from common.crop import center_crop
+from common.images import BadImage, decode_image
 from config import UserError
-from preprocessing.images import BadImage, crop_file, decode
 from preprocessing.index import Choice, Index
-from preprocessing.read import CropDataset, Reader, Request
+from preprocessing.read import CropDataset, Reader, Request, crop_file
 from preprocessing.sources import latent_name, list_source
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -80,13 +80,13 @@ def test_modes_convert_as_pillow_does(mode):
     kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
     data = encoded(image, kind)
     with Image.open(io.BytesIO(data)) as opened:
-        assert np.array_equal(np.asarray(decode(data, LIMIT)), np.asarray(opened.convert("RGB")))
+        assert np.array_equal(np.asarray(decode_image(data, LIMIT)), np.asarray(opened.convert("RGB")))
 
 
 def test_sixteen_bits_do_not_saturate():
     """16-bit grey is scaled to 8 bits; Pillow's own conversion would clip all above 255 to white."""
     values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
-    pixels = np.asarray(decode(encoded(Image.fromarray(values)), LIMIT))
+    pixels = np.asarray(decode_image(encoded(Image.fromarray(values)), LIMIT))
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255] and pixels.shape == (1, 5, 3)
 
 
@@ -94,7 +94,7 @@ def test_palette_transparency_and_first_frame():
     """A transparent palette image is as opaque as in the published code; of an animation the first frame counts."""
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], transparency=0)
-    assert np.asarray(decode(data, LIMIT))[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(decode_image(data, LIMIT))[0, 0].tolist() == [255, 0, 0]
 
 
 def test_exif_orientation_is_ignored():
@@ -102,7 +102,7 @@ def test_exif_orientation_is_ignored():
     image = noise(12, 8)
     exif = Image.Exif()
     exif[274] = 6
-    assert decode(encoded(image, "JPEG", exif=exif), LIMIT).size == (12, 8)
+    assert decode_image(encoded(image, "JPEG", exif=exif), LIMIT).size == (12, 8)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_oversized_header_is_refused_before_it_takes_memory():
 
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
     with pytest.raises(BadImage, match=r"60000 x 60000|too many pixels"):
-        decode(bytes(data), 10**8)
+        decode_image(bytes(data), 10**8)
     with pytest.raises(BadImage, match="--max-pixels 99"):
-        decode(encoded(noise(10, 10)), 99)
+        decode_image(encoded(noise(10, 10)), 99)
 
 
 # ----------------------------------------------------------------------------------------------------------- sources
