@@ -3,6 +3,8 @@
 PATHS = ("linear", "cosine")  # of the interpolant
 WEIGHTINGS = ("uniform", "lognormal")  # distributions of t in training
 
+DISTANCE_RULES = ("adm", "fp32")  # arithmetic of the distances of precision and recall
+
 MODES = ("sde", "ode")
 SOLVERS = {"sde": ("euler", "dpmpp"), "ode": ("euler", "heun", "dpmpp", "dopri5")}
 GRIDS = ("uniform", "shifted")
@@ -10,4 +12,3 @@ DIFFUSIONS = ("linear", "sigma", "constant")  # coefficients w(t) of the reverse
 LAST_STEPS = ("drift", "ode")  # of Euler-Maruyama
 
 DEVICES = ("auto", "cpu", "cuda")
-DISTANCE_RULES = ("adm", "fp32")  # arithmetic of the distances of precision and recall
