@@ -1,7 +1,6 @@
 """Sets of images to evaluate: npz files, image folders, packed datasets; read in pieces, never whole."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from common.processes import rank
 from common.reporting import progress, say
 from config import MissingFile, UserError
 from evaluations.npz import Array, members
+from evaluations.sidecars import common_sidecar, read_sidecar
 from evaluations.statistics import Statistics
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")  # of the files of a folder that are measured
@@ -165,7 +165,7 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
         _joined([(len(part), part.read) for part in parts]),
         lambda: _sha(*(part.digest() for part in parts)),
         labels,
-        sidecar=_common([part.sidecar or {} for part in parts]),
+        sidecar=common_sidecar([part.sidecar or {} for part in parts]),
         grouped=any(part.grouped for part in parts),
         sizes=sizes,
     )
@@ -210,7 +210,7 @@ def open_npz(path: Path) -> ImageSet:
                 raise UserError(f"{path}: {mean} {values[0].shape} and {covariance} {values[1].shape} do not fit")
             statistics[space] = Statistics(0, *values)
     digest = cache(partial(sha256, path))
-    return ImageSet(path.name, images.shape, images.rows, digest, labels, statistics or None, _sidecar(path))
+    return ImageSet(path.name, images.shape, images.rows, digest, labels, statistics or None, read_sidecar(path))
 
 
 def _labels(path: Path, array: Array, count: int) -> np.ndarray:
@@ -270,7 +270,7 @@ class Folder(NamedTuple):
             read,
             cache(digest),
             labels,
-            sidecar=_sidecar(path),
+            sidecar=read_sidecar(path),
             grouped=True,
             sizes=None if whole else self.sizes,
         )
@@ -337,29 +337,6 @@ def open_packed(path: Path) -> ImageSet:
     shape = tuple(dataset.manifest.fields["pixels"]["shape"])
     images = _joined([(shard["count"], partial(read, number=number)) for number, shard in enumerate(shards)])
     return ImageSet(path.name, (len(dataset), *shape), images, digest, dataset.labels(), grouped=True)
-
-
-def _sidecar(path: Path) -> dict | None:
-    file = path.with_suffix(".json") if path.is_file() else path / "samples.json"
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); it should say how {path.name} was made") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object; it should say how {path.name} was made")
-    return content
-
-
-def _common(sidecars: list[dict]) -> dict | None:
-    """What all sidecars agree on; a key on which they differ becomes "mixed"."""
-    keys = sorted(set().union(*sidecars))
-    mixed = {
-        key: sidecars[0].get(key) if all(side.get(key) == sidecars[0].get(key) for side in sidecars) else "mixed"
-        for key in keys
-    }
-    return mixed or None
 
 
 def _sha(*parts: str) -> str:

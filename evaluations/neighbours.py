@@ -65,14 +65,12 @@ def precision_recall(
     return PrecisionRecall(precision, recall, radii_reference, radii_samples)
 
 
-def density_coverage(
-    reference: torch.Tensor, samples: torch.Tensor, *, k: int = 5, rule: str = "fp32"
-) -> DensityCoverage:
+def density_coverage(reference: torch.Tensor, samples: torch.Tensor, *, k: int = 5) -> DensityCoverage:
     """Density: reference balls around a sample, over k; coverage: share of reference balls that hold a sample."""
-    radii = neighbour_radii(reference, k=k, rule=rule)
+    radii = neighbour_radii(reference, k=k, rule="fp32")
     hits = 0
     covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    for tile in _cross_tiles(reference, samples, rule):
+    for tile in _cross_tiles(reference, samples, "fp32"):
         inside = tile.distances() <= radii[tile.rows, None]
         hits += int(inside.sum())
         covered[tile.rows] |= inside.any(1)

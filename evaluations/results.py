@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from common.files import write_text
 from config import MissingFile, UserError
 from evaluations.registry import COLUMNS, Column, Metric
+from evaluations.sidecars import sampler_cells
 
 SCHEMA = 1
 
@@ -117,22 +118,3 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 def markdown(results: Sequence[Results]) -> str:
     """One table, one row for each result, with the settings that define it."""
     return as_markdown(table(results))
-
-
-def sampler_cells(protocol: Mapping[str, Any]) -> tuple[str, str]:
-    """("sde euler 250", "2.3 / 2.3 in [0, 0.85]") from the sidecar's settings; "-" where it does not say."""
-    sampling = protocol.get("sampling", {})
-    sampler = (
-        " ".join(str(sampling[key]) for key in ("mode", "solver", "steps") if sampling.get(key) is not None) or "-"
-    )
-    scale = sampling.get("cfg_scale")
-    if scale is None:
-        return sampler, "-"
-    if scale == 1 and sampling.get("cls_cfg_scale", 1) in (0, 1, None):
-        return sampler, "none"
-    guidance = f"{scale:g}" if isinstance(scale, int | float) else str(scale)
-    if sampling.get("cls_cfg_scale") is not None:
-        guidance += f" / {sampling['cls_cfg_scale']}"
-    if sampling.get("guidance_low") is not None and sampling.get("guidance_high") is not None:
-        guidance += f" in [{sampling['guidance_low']}, {sampling['guidance_high']}]"
-    return sampler, guidance

@@ -14,6 +14,8 @@ def check(what: str, value: str, known: Collection[str]) -> None:
 PATHS = ("linear", "cosine")  # of the interpolant
 WEIGHTINGS = ("uniform", "lognormal")  # distributions of t in training
 
+DISTANCE_RULES = ("adm", "fp32")  # arithmetic of the distances of precision and recall
+
 MODES = ("sde", "ode")
 SOLVERS = {"sde": ("euler", "dpmpp"), "ode": ("euler", "heun", "dpmpp", "dopri5")}
 GRIDS = ("uniform", "shifted")
@@ -22,4 +24,3 @@ LAST_STEPS = ("drift", "ode")  # of Euler-Maruyama
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "fp16")  # of networks
-DISTANCE_RULES = ("adm", "fp32")  # arithmetic of the distances of precision and recall
