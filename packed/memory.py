@@ -19,7 +19,7 @@ def read_record(path: str, offset: int, out: np.ndarray) -> None:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        if os.preadv(descriptor, [out], offset) != out.nbytes:
+        if os.preadv(descriptor, [out.data], offset) != out.nbytes:
             raise EOFError(path)
     finally:
         os.close(descriptor)

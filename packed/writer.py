@@ -65,8 +65,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close and delete what was begun."""
-        unfinished = RuntimeError("the shard was abandoned")
-        self._files.__exit__(RuntimeError, unfinished, None)
+        self._files.__exit__(RuntimeError, RuntimeError("the shard was abandoned"), None)
 
     def _open(self, name: str) -> BinaryIO:
         temporary = self._files.enter_context(replacing(self.directory / shard_file(name, self.number)))

@@ -2,7 +2,6 @@
 
 import os
 import zlib
-from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +62,8 @@ class Reader:
 
     def __init__(self, kind: str, root: str, files: list[str]) -> None:
         self.kind, self.root, self.files = kind, Path(root), files
-        self._open: OrderedDict[int, int | Table] = OrderedDict()
+        self._descriptors: dict[int, int] = {}
+        self._tables: dict[int, Table] = {}
 
     def read(self, item: Item) -> bytes | Path:
         """The encoded image, or the file that holds it. Raises BadImage if it cannot be had."""
@@ -93,19 +93,19 @@ class Reader:
         return moments.astype(np.float32)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_descriptors": {}, "_tables": {}}
 
     def _descriptor(self, number: int) -> int:
-        if number not in self._open:
-            self._open[number] = os.open(self.root / self.files[number], os.O_RDONLY)
-        return self._open[number]
+        if number not in self._descriptors:
+            self._descriptors[number] = os.open(self.root / self.files[number], os.O_RDONLY)
+        return self._descriptors[number]
 
     def _table(self, number: int) -> Table:
-        if number not in self._open:
-            while len(self._open) >= 2:  # a table keeps a group of rows in memory
-                self._open.popitem(last=False)
-            self._open[number] = Table(self.root / self.files[number])
-        return self._open[number]
+        if number not in self._tables:
+            while len(self._tables) >= 2:  # a table keeps a group of rows in memory
+                del self._tables[next(iter(self._tables))]
+            self._tables[number] = Table(self.root / self.files[number])
+        return self._tables[number]
 
 
 class CropDataset(Dataset):

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.files import sha256
-from common.reporting import progress
+from common.reporting import progress, say
 from config import UserError
 from packed.format import CRC, MANIFEST, entry_file, npy_size, read_json, read_manifest
 from preprocessing.extend import joined
-from preprocessing.finish import describe, has_means, means_file
 from preprocessing.index import Index
+from preprocessing.manifest import describe, has_means, means_file
 from preprocessing.plan import PLAN, Plan, index_file, index_is_whole, read_parts, read_plan
 
 _SHOWN = 5  # names of broken records in a line
@@ -30,30 +30,22 @@ class Fault(NamedTuple):
     shard: int | None
 
 
-def verify(out: Path, *, repair: bool) -> None:
-    """Print the faults of a dataset. Without `repair`, raises UserError if there are any; with it, deletes what is broken,
-    so that packing does it again."""
-    if not out.is_dir():
-        raise UserError(f"--out {out}: no such folder")
-    if repair and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--repair: runs as one process; finish with the same command under torchrun without --repair")
+def verify(out: Path) -> None:
+    """Print the faults of a dataset, on rank 0. Raises UserError if there are any."""
     if int(os.environ.get("RANK", "0")):
         return
     faults = find_faults(out)
-    for fault in faults:
-        sys.stdout.write(f"{out / fault.file}: {fault.text}\n")
-    if not faults:
-        sys.stdout.write(f"{out}: every checksum is right\n")
-    elif repair:
-        clear(out, faults)
-    else:
+    if faults:
         raise UserError(f"{out}: {len(faults)} broken files, the first is {faults[0].file}; --repair redoes only those")
 
 
-def clear(out: Path, faults: list[Fault]) -> None:
-    """Delete broken files and the entries of their shards; the manifest first, as there is no dataset until it is whole.
+def repair(out: Path) -> None:
+    """Print the faults of a dataset and delete what is broken, so that packing does it again.
 
-    The manifest of a dataset whose extension is not finished stays if all faults are of the extension."""
+    Broken files go with the entries of their shards; the manifest goes first, as there is no dataset until it is whole.
+    The manifest of a dataset whose extension is not finished stays if all faults are of the extension.
+    """
+    faults = find_faults(out)
     plan = None if any(fault.file == PLAN for fault in faults) else read_plan(out)
     first = plan.parts[-1].first_shard if plan is not None and _is_being_extended(out, plan) else sys.maxsize
     faults = [fault for fault in faults if fault.file != MANIFEST or first == sys.maxsize]
@@ -66,7 +58,16 @@ def clear(out: Path, faults: list[Fault]) -> None:
 
 
 def find_faults(out: Path) -> list[Fault]:
-    """All faults of a packed dataset. Raises UserError if nothing was packed here."""
+    """All faults of a packed dataset, which are said. Raises UserError if nothing was packed here."""
+    faults = _find_faults(out)
+    for fault in faults:
+        say(f"{out / fault.file}: {fault.text}")
+    if not faults:
+        say(f"{out}: every checksum is right")
+    return faults
+
+
+def _find_faults(out: Path) -> list[Fault]:
     if not (out / PLAN).is_file() and not (out / MANIFEST).is_file():
         raise UserError(f"--out {out}: holds neither {MANIFEST} nor {PLAN}; nothing was packed here")
     faults: list[Fault] = []
