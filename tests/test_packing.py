@@ -1,6 +1,7 @@
 """Packing: the same records however it is run or interrupted."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 import train
+from config import UserError
 from dataset import PackedDataset, decode_moments
 from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
-from packed.format import read_manifest
+from packed.format import read_class_means, read_manifest
 from preprocessing import pack
 from tests.packs import (
     SHARED,
@@ -54,6 +56,18 @@ def test_class_means(toys):
     means = np.load(toys / "packed" / manifest.class_means, allow_pickle=False)
     tokens = records(toys / "packed")["class_token.0"].astype(np.float64).reshape(3, 5, 16).mean(1)
     assert means.dtype == np.float32 and np.allclose(means, tokens, atol=1e-6)
+    assert np.array_equal(read_class_means(toys / "packed", manifest), means)
+
+
+def test_changed_class_means_are_refused(toys, tmp_path):
+    """Means that are missing or not those of the manifest are named; a dataset without class tokens has none."""
+    manifest = read_manifest(toys / "packed")
+    with pytest.raises(UserError, match=r"class_means\.npy is missing; repair"):
+        read_class_means(tmp_path, manifest)
+    np.save(tmp_path / "class_means.npy", np.zeros((3, 16), np.float32))
+    with pytest.raises(UserError, match=r"class_means\.npy does not match its checksum"):
+        read_class_means(tmp_path, manifest)
+    assert read_class_means(tmp_path, replace(manifest, class_means=None)) is None
 
 
 @pytest.mark.parametrize(
