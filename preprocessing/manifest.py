@@ -17,7 +17,7 @@ def means_file(plan: Plan) -> str:
     return f"class_means-{len(plan.extends):05d}.npy" if plan.extends else "class_means.npy"
 
 
-def describe(out: Path, plan: Plan, index: Index) -> Manifest:
+def build_manifest(out: Path, plan: Plan, index: Index) -> Manifest:
     """The manifest of finished shards and class means. Raises UserError when no image is left."""
     entries = [read_json(entry_file(out, number)) for number in range(plan.shards)]
     shards = [{"count": entry["count"], "files": entry["files"]} for entry in entries if entry["count"]]

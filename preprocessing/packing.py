@@ -18,7 +18,7 @@ from preprocessing import messages
 from preprocessing.encode import Encoded, Networks, Pending
 from preprocessing.extend import joined
 from preprocessing.index import Index
-from preprocessing.manifest import describe, write_class_means
+from preprocessing.manifest import build_manifest, write_class_means
 from preprocessing.messages import Totals
 from preprocessing.plan import Plan, check_settings, index_source, is_complete, make_plan, read_parts
 from preprocessing.read import CropDataset, Crops, Reader, Request, as_is
@@ -111,7 +111,7 @@ def _pack(settings: PackConfig, processes: Processes) -> None:
 
     def finish() -> None:
         write_class_means(out, plan, index)
-        manifest = describe(out, plan, index)
+        manifest = build_manifest(out, plan, index)
         write_manifest(out, manifest)
         say(messages.summary(out, manifest.source, everyone))
 

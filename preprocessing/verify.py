@@ -16,7 +16,7 @@ from config import UserError
 from packed.format import CRC, MANIFEST, entry_file, npy_size, read_json, read_manifest
 from preprocessing.extend import joined
 from preprocessing.index import Index
-from preprocessing.manifest import describe, has_means, means_file
+from preprocessing.manifest import build_manifest, has_means, means_file
 from preprocessing.plan import PLAN, Plan, index_file, index_is_whole, read_parts, read_plan
 
 _SHOWN = 5  # names of broken records in a line
@@ -182,7 +182,7 @@ def _manifest_faults(out: Path, plan: Plan, index: Index) -> list[Fault]:
     wanted = manifest.files.get(means) if manifest is not None else None
     if has_means(plan) and (not (out / means).is_file() or (wanted and sha256(out / means) != wanted)):
         return [*faults, Fault(means, "is missing or does not match its checksum", None)]
-    if manifest is not None and asdict(manifest) != asdict(describe(out, plan, index)):
+    if manifest is not None and asdict(manifest) != asdict(build_manifest(out, plan, index)):
         faults.append(Fault(MANIFEST, "does not describe the shards that are here", None))
     return faults
 

@@ -86,7 +86,7 @@ def test_describe(toys, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     describe.main(["--data-dir", str(toys / "packed"), "--images", "6", "--sheet", str(sheet)])
     text = capsys.readouterr().out
-    assert "15 records, 3 classes, 8 pixels" in text and "2 c: 5" in text and "images a class: 5 to 5" in text
+    assert "15 records, 3 classes, 8 pixels" in text and "2 c: 5" in text and "images per class: 5 to 5" in text
     assert "left out" in text and "class token of" in text
     with Image.open(sheet) as image:
         assert np.asarray(image).std() > 10
