@@ -11,13 +11,7 @@ from PIL import Image
 from common.crop import center_crop
 from common.images import BadImage, decode_image, image_size, list_images
 from preprocessing.read import crop_file
-from tests.packs import (
-    LIMIT,
-    SHARED,
-    encoded,
-    noise,
-    write_folder,
-)
+from tests.packs import LIMIT, SHARED, encoded, noise, write_folder
 
 
 @pytest.mark.parametrize(

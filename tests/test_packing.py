@@ -15,15 +15,7 @@ from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
 from packed.format import read_class_means, read_manifest
 from preprocessing import pack
-from tests.packs import (
-    SHARED,
-    content,
-    flags,
-    noise,
-    records,
-    torchrun,
-    write_published,
-)
+from tests.packs import SHARED, content, flags, noise, records, torchrun, write_published
 from tests.tiny import write_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,14 +10,7 @@ from config import UserError
 from dataset import PackedDataset
 from packed.format import read_manifest
 from preprocessing import pack
-from tests.packs import (
-    IMAGES,
-    content,
-    flags,
-    records,
-    write_folder,
-    write_zip,
-)
+from tests.packs import IMAGES, content, flags, records, write_folder, write_zip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

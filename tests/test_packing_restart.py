@@ -18,14 +18,7 @@ from config import UserError
 from packed.writer import ShardWriter
 from preprocessing import pack, packing
 from preprocessing.writer import BackgroundWriter
-from tests.packs import (
-    IMAGES,
-    content,
-    flags,
-    killed,
-    torchrun,
-    write_folder,
-)
+from tests.packs import IMAGES, content, flags, killed, torchrun, write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]

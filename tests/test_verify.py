@@ -8,11 +8,7 @@ from PIL import Image
 
 from config import UserError
 from preprocessing import pack
-from tests.packs import (
-    content,
-    flags,
-    flip,
-)
+from tests.packs import content, flags, flip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
