@@ -11,7 +11,6 @@ Record i of shard k is row i of each of its files. Fields:
     patch_tokens.K (T, D_K)   float16   likewise
 """
 
-import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from torch.utils.data import Dataset, Sampler
 from config import MissingFile, UserError
 from models import philox
 from models.noise import Stream
-from packed.format import MANIFEST, MOMENTS_STD_SCALE, REPAIR, npy_header, npy_size, read_manifest
+from packed.format import MANIFEST, MOMENTS_STD_SCALE, REPAIR, Field, read_manifest
 from packed.memory import Buffers, read_record
 
 
@@ -86,11 +85,9 @@ class PackedDataset(Dataset):
         self._starts = self._ends - counts
         if len(self._ends) == 0 or self._ends[-1] != self.manifest.count:
             raise UserError(f"{self.directory / MANIFEST}: the shards do not add up to count {self.manifest.count}")
-        self._specs = {
-            name: (np.dtype(spec["dtype"]), tuple(spec["shape"])) for name, spec in self.manifest.fields.items()
-        }
+        self._specs = {name: Field.of(spec) for name, spec in self.manifest.fields.items()}
         self._paths: dict[tuple[int, str], str] = {}  # of the files whose header was found right
-        self._headers = {name: len(npy_header(*spec, 0)) for name, spec in self._specs.items()}
+        self._headers = {name: len(spec.header(0)) for name, spec in self._specs.items()}
         self._buffers = Buffers()
         self._check_sizes()
 
@@ -140,7 +137,7 @@ class PackedDataset(Dataset):
         else:
             out = self._buffers.take((len(places), *shape), dtype)
             tensor = torch.from_numpy(out)
-        size, header = dtype.itemsize * math.prod(shape), self._headers[name]
+        size, header = self._specs[name].record_bytes, self._headers[name]
         for position, (number, row) in enumerate(places):
             path = self._paths.get((number, name)) or self._checked(number, name)
             read_record(path, header + row * size, out[position : position + 1])
@@ -150,7 +147,7 @@ class PackedDataset(Dataset):
         """Path of a shard file, whose header is compared with the manifest when it is first used."""
         path, count = self._file(number, name), self.manifest.shards[number]["count"]
         if (number, name) not in self._paths:
-            header = npy_header(*self._specs[name], count)
+            header = self._specs[name].header(count)
             with path.open("rb") as stream:
                 if stream.read(len(header)) != header:
                     dtype, shape = self._specs[name]
@@ -171,7 +168,7 @@ class PackedDataset(Dataset):
                     size = os.stat(path).st_size
                 except FileNotFoundError:
                     raise MissingFile(f"shard file {path} is missing; {REPAIR}") from None
-                expected = npy_size(*self._specs[name], shard["count"])
+                expected = self._specs[name].file_bytes(shard["count"])
                 if size != expected:
                     raise UserError(
                         f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {REPAIR}"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ REPAIR = "repair it with `python -m preprocessing.pack --repair` and the flags t
 @dataclass(frozen=True)
 class EncoderInfo:
     """name: what `--enc-type` takes. dim: token width. grid: patch tokens form a grid x grid square. weights: SHA-256 of
-    the network's parameters, or "" where nobody computed it."""
+    the network's parameters, or "" where it was not computed."""
 
     name: str
     dim: int
@@ -62,17 +62,31 @@ def entry_file(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.json"
 
 
-def npy_header(dtype: np.dtype, shape: tuple[int, ...], count: int) -> bytes:
-    """The .npy header of `count` records; equally long for every count, since numpy leaves room for a growing first axis."""
-    stream = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count, *shape)}
-    np.lib.format.write_array_header_1_0(stream, description)
-    return stream.getvalue()
+class Field(NamedTuple):
+    """One field of a dataset: type and shape of a record."""
 
+    dtype: np.dtype
+    shape: tuple[int, ...]
 
-def npy_size(dtype: np.dtype, shape: tuple[int, ...], count: int) -> int:
-    """Bytes of a shard file of `count` records."""
-    return len(npy_header(dtype, shape, count)) + count * dtype.itemsize * math.prod(shape)
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> "Field":
+        """From a value of Manifest.fields."""
+        return cls(np.dtype(spec["dtype"]), tuple(spec["shape"]))
+
+    @property
+    def record_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def header(self, count: int) -> bytes:
+        """The .npy header of `count` records: equally long for all counts: numpy leaves space for a growing first axis."""
+        stream, kind = io.BytesIO(), np.lib.format.dtype_to_descr(self.dtype)
+        shape = (count, *self.shape)
+        np.lib.format.write_array_header_1_0(stream, {"descr": kind, "fortran_order": False, "shape": shape})
+        return stream.getvalue()
+
+    def file_bytes(self, count: int) -> int:
+        """Size of a shard file of `count` records."""
+        return len(self.header(count)) + count * self.record_bytes
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -124,7 +138,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote. Raises UserError if it is no JSON or not what was written."""
+    """Read what `write_json` wrote. Raises UserError if it is missing or is not what was written."""
+    if not path.is_file():
+        raise MissingFile(f"{path} is missing; {REPAIR}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         checksum = content.pop("checksum")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from common.files import check_space
 from common.lock import FolderLock
@@ -29,19 +29,14 @@ from preprocessing.writer import BackgroundWriter
 LOCK = ".packing.lock"
 
 
-class Requests(Sampler):
+def requests(index: Index, plan: Plan, shards: list[int]) -> Iterator[Request]:
     """Batches of the shards, one shard after another."""
-
-    def __init__(self, index: Index, plan: Plan, shards: list[int]) -> None:
-        self.index, self.plan, self.shards = index, plan, shards
-
-    def __iter__(self) -> Iterator[Request]:
-        size = self.plan.settings["batch_size"]
-        for shard in self.shards:
-            start, stop = self.plan.range(shard)
-            for first in range(start, stop, size):
-                last = min(first + size, stop)
-                yield Request(shard, self.index.items(first, last), last == stop)
+    size = plan.settings["batch_size"]
+    for shard in shards:
+        start, stop = plan.range(shard)
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            yield Request(shard, index.items(first, last), last == stop)
 
 
 def pack(settings: PackConfig) -> None:
@@ -138,7 +133,7 @@ def pack_shards(
     reader = Reader(index.kind, index.root, index.files)
     loader = DataLoader(
         CropDataset(reader, plan.settings["resolution"], settings.max_pixels),
-        sampler=Requests(index, plan, shards),
+        sampler=requests(index, plan, shards),
         batch_size=None,
         collate_fn=as_is,
         num_workers=_workers(settings.num_workers),

@@ -6,13 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from common.files import fingerprint, replacing, sha256
+from common.files import fingerprint, sha256, write_bytes
 from common.provenance import versions
 from config import MissingFile, UserError, differences, identity
-from packed.format import MANIFEST, entry_file, npy_size, read_json, read_manifest, write_json
+from packed.format import MANIFEST, Field, entry_file, read_json, read_manifest, write_json
 from preprocessing.encode import Networks
 from preprocessing.extend import merged_classes, new_images, remaining
 from preprocessing.index import Index
@@ -100,18 +99,16 @@ class Plan:
     def bytes(self, shards: list[int]) -> int:
         """Size of the files of shards."""
         counts = [stop - start for start, stop in map(self.range, shards)]
-        specs = [(np.dtype(spec["dtype"]), tuple(spec["shape"])) for spec in self.fields.values()]
-        return sum(npy_size(*spec, count) for spec in specs for count in counts)
+        return sum(Field.of(spec).file_bytes(count) for spec in self.fields.values() for count in counts)
 
     def unfinished(self, out: Path) -> list[int]:
         """Shards that have no valid entry yet."""
         return [number for number in range(self.shards) if not self._is_done(out, number)]
 
     def _is_done(self, out: Path, number: int) -> bool:
-        path = entry_file(out, number)
         try:
-            return path.is_file() and read_json(path)["plan"] == self.part(number).id
-        except (ValueError, KeyError):
+            return read_json(entry_file(out, number)).get("plan") == self.part(number).id
+        except UserError:
             return False
 
 
@@ -189,7 +186,7 @@ def index_source(settings: PackConfig, plan: Plan | None, *, extend: bool) -> li
         return [Index.from_file(index_file(out, k)) for k in range(sum(1 for _ in out.glob("index*.npz")))]
     if plan is None:
         index = list_source(settings.images, settings.classes, settings.allow_one_class)
-        _write(index_file(out, 0), index.to_bytes())
+        write_bytes(index_file(out, 0), index.to_bytes())
         return [index]
     broken = [part.number for part in plan.parts if not index_is_whole(out, part)]
     if broken:
@@ -198,7 +195,7 @@ def index_source(settings: PackConfig, plan: Plan | None, *, extend: bool) -> li
     if extend:
         new = new_images(parts, [index_file(out, part.number).stat().st_mtime_ns for part in plan.parts], settings)
         if len(new):
-            _write(index_file(out, len(parts)), new.to_bytes())
+            write_bytes(index_file(out, len(parts)), new.to_bytes())
             parts.append(new)
     return parts
 
@@ -230,12 +227,7 @@ def _list_again(settings: PackConfig, plan: Plan, broken: list[int]) -> None:
             f"--source {source}: its images are not those that packing into {out} began with; give another --out, or "
             "finish with the images of then and add the new ones by --extend afterwards"
         )
-    _write(index_file(out, number), content)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    write_bytes(index_file(out, number), content)
 
 
 def make_plan(settings: PackConfig, parts: list[Index], networks: Networks, begun: Plan | None) -> Plan:

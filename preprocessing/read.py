@@ -38,15 +38,14 @@ class Crops(NamedTuple):
     enlarged: int
 
 
-class Crop(NamedTuple):
-    """pixels: (size, size, 3) uint8. enlarged: whether the image was smaller than the crop."""
+def crop_file(source: bytes | Path, size: int, max_pixels: int) -> tuple[np.ndarray, bool]:
+    """Decode an image file and cut its centre square.
 
-    pixels: np.ndarray
-    enlarged: bool
+    Returns: the pixels, (size, size, 3) uint8, and whether the image was smaller than that.
 
-
-def crop_file(source: bytes | Path, size: int, max_pixels: int) -> Crop:
-    """Decode an image file and cut its centre square. Raises BadImage."""
+    Raises:
+        BadImage: it cannot be decoded, or is too large.
+    """
     image = decode_image(source, max_pixels)
     shorter = min(image.size)
     scale = max(1.0, size / shorter)
@@ -54,7 +53,7 @@ def crop_file(source: bytes | Path, size: int, max_pixels: int) -> Crop:
         raise BadImage(
             f"{image.width} x {image.height} pixels would be enlarged to more than --max-pixels {max_pixels} before the crop"
         )
-    return Crop(center_crop(image, size), shorter < size)
+    return center_crop(image, size), shorter < size
 
 
 class Reader:
@@ -72,8 +71,8 @@ class Reader:
                 return self._table(item.file).image_bytes(item.offset, item.size) or b""
             if self.kind in ("folder", "published"):
                 return self.root / self.files[item.file] / item.name
-            if item.size > MAX_BYTES:
-                raise BadImage(f"a member of {item.size} bytes is no image to train on (limit {MAX_BYTES})")
+            if max(item.size, item.stored) > MAX_BYTES:
+                raise BadImage(f"a member of {item.size} bytes is too large for an image (limit {MAX_BYTES})")
             descriptor = self._descriptor(item.file)
             if self.kind == "tar":
                 return _read_range(descriptor, item.offset, item.size)
@@ -118,16 +117,16 @@ class CropDataset(Dataset):
         pixels, labels, names, moments, bad, enlarged = [], [], [], [], [], 0
         for item in request.items:
             try:
-                crop = crop_file(self.reader.read(item), self.resolution, self.max_pixels)
+                crop, small = crop_file(self.reader.read(item), self.resolution, self.max_pixels)
                 if self.reader.kind == "published":
                     moments.append(self.reader.moments(item))
             except BadImage as error:
                 bad.append((item.name, str(error)))
                 continue
-            pixels.append(crop.pixels)
+            pixels.append(crop)
             labels.append(item.label)
             names.append(item.name)
-            enlarged += crop.enlarged
+            enlarged += small
         size = (0, self.resolution, self.resolution, 3)
         return Crops(
             request,
@@ -160,8 +159,6 @@ def _read_zip_member(descriptor: int, item: Item) -> bytes:
     start = item.offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     if item.stored < 0:
         data = _read_range(descriptor, start, item.size)
-    elif item.stored > MAX_BYTES:
-        raise BadImage(f"a member of {item.stored} bytes is no image to train on (limit {MAX_BYTES})")
     else:
         try:
             data = zlib.decompressobj(-15).decompress(_read_range(descriptor, start, item.stored), item.size + 1)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from common.files import fingerprint
 from dataset import PackedDataset, StepSampler, decode_moments, encode_moments, read_ahead
-from packed.format import Manifest, npy_header, read_json, read_manifest, write_json, write_manifest
+from packed.format import Field, Manifest, read_json, read_manifest, write_json, write_manifest
 from packed.writer import ShardWriter, write_shard
 from tests.tiny import write_dataset
 
@@ -80,7 +80,7 @@ def test_appended_shard_equals_one_written_at_once(tmp_path):
 
 def test_header_room():
     """The header of a file has the same length for every count: it is written before the count is known."""
-    lengths = {len(npy_header(np.dtype("float16"), (256, 768), count)) for count in (0, 1, 10**6, 10**12)}
+    lengths = {len(Field(np.dtype("float16"), (256, 768)).header(count)) for count in (0, 1, 10**6, 10**12)}
     assert len(lengths) == 1 and lengths.pop() % 64 == 0
 
 
