@@ -1,8 +1,7 @@
-"""The packed dataset: its schema, its reader, and the order in which training reads it.
+"""The packed dataset: its fields, its reader, and the order in which training reads it.
 
-A directory of fixed-size-record `.npy` files and a manifest, `dataset.json`, written
-last (packed/format.py).
-Record i of shard k is row i of each of its files. Fields:
+A folder of `.npy` files of fixed-size records and a manifest, `dataset.json`, written last (packed/format.py). Record i of
+shard k is row i of each of its files. Fields:
 
     moments        (2C, h, w) float16   mean and scaled standard deviation of the VAE posterior (see MOMENTS_STD_SCALE)
     label          ()         int64
@@ -31,9 +30,12 @@ from packed.memory import Buffers, read_record
 
 
 class Batch(NamedTuple):
-    """N records. moments: (N, 2C, h, w) float16 as stored, for `decode_moments`. label: (N,) int64. index: (N,) int64,
-    record numbers. Either pixels: (N, H, W, 3) uint8, or class_token and patch_tokens: one (N, D_k) and one (N, T, D_k)
-    float16 tensor for each cached encoder; what the dataset (or the reader's `fields`) lacks is None or empty."""
+    """N records; what the dataset (or the reader's `fields`) lacks is None or empty.
+
+    moments: (N, 2C, h, w) float16 as stored, for `decode_moments`. label: (N,) int64. index: (N,) int64, record numbers.
+    pixels: (N, H, W, 3) uint8. class_token, patch_tokens: one (N, D_k) and one (N, T, D_k) float16 tensor for each cached
+    encoder.
+    """
 
     moments: Tensor
     label: Tensor
@@ -44,9 +46,10 @@ class Batch(NamedTuple):
 
 
 def encode_moments(moments: np.ndarray) -> np.ndarray:
-    """(N, 2C, h, w) float32 mean and std => the stored float16 form.
+    """(N, 2C, h, w) float32 mean and standard deviation => the stored float16 form.
 
-    Raises ValueError where a value does not fit float16 (|mean| or 1024 std beyond 65504) or is not finite.
+    Raises:
+        UserError: a value does not fit float16 (|mean| or 1024 std beyond 65504) or is not finite.
     """
     scaled = moments.astype(np.float32, copy=True)
     scaled[:, scaled.shape[1] // 2 :] *= MOMENTS_STD_SCALE
@@ -71,7 +74,15 @@ class PackedDataset(Dataset):
     """
 
     def __init__(self, directory: Path | str, fields: Sequence[str] | None = None) -> None:
-        """fields: which ones to read (default: all). Raises FileNotFoundError or ValueError naming the file at fault."""
+        """Read the manifest and check that all files are there, at their full size.
+
+        Args:
+            directory: of the dataset.
+            fields: which ones to read; None: all.
+
+        Raises:
+            UserError: names the file that is missing or damaged.
+        """
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
         self.fields = tuple(fields if fields is not None else self.manifest.fields)
@@ -95,11 +106,11 @@ class PackedDataset(Dataset):
         return self.manifest.count
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Gather records. indices: (N,) integers in [0, count). Raises IndexError outside of it."""
+        """Gather records at `indices`, (N,) integers in [0, count). Raises IndexError outside of it."""
         return self.read(indices)
 
     def read(self, indices: Sequence[int] | np.ndarray, *, pin_memory: bool = False) -> Batch:
-        """`self[indices]`; with pin_memory straight into memory that a GPU can copy from while it computes."""
+        """`self[indices]`; with pin_memory directly into pinned memory, for asynchronous copies to a GPU."""
         indices = np.asarray(indices, dtype=np.int64)
         records = indices.tolist()
         if records and not 0 <= min(records) <= max(records) < len(self):
@@ -159,8 +170,7 @@ class PackedDataset(Dataset):
         return self.directory / self.manifest.shards[number]["files"][name]["file"]
 
     def _check_sizes(self) -> None:
-        """Every shard file must be there and exactly as long as its records: tells truncation at start-up, without
-        opening thousands of files."""
+        """Find missing and truncated files at start-up, without opening thousands of them."""
         for number, shard in enumerate(self.manifest.shards):
             for name in self.fields:
                 path = self._file(number, name)
@@ -182,10 +192,20 @@ def _torch_dtype(dtype: np.dtype) -> torch.dtype:
 def read_ahead(
     dataset: PackedDataset, order: Iterable[np.ndarray], *, threads: int = 2, depth: int = 4, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Batches in the given order, up to `depth` of them read by threads before they are asked for; 0 threads: none.
+    """Read batches by threads before they are needed.
 
-    Threads, not processes: copying leaves the interpreter's lock, so does waiting for the disk, and a batch is where it is
-    needed when it has been read, while one from another process is copied twice more.
+    Threads, not processes: copying and waiting for the disk release the interpreter lock, while a batch of another process
+    is copied twice more.
+
+    Args:
+        dataset: to read.
+        order: record numbers of each batch.
+        threads: that read; 0: each batch is read when it is asked for.
+        depth: batches read ahead at most.
+        pin_memory: as of `PackedDataset.read`.
+
+    Returns:
+        The batches, in the given order.
     """
     if threads == 0:
         for indices in order:
@@ -201,9 +221,8 @@ def read_ahead(
 
         try:
             while True:
-                while (
-                    len(waiting) < depth
-                ):  # the order of an epoch takes a second at ImageNet's size: not in this thread
+                # the order of an epoch takes a second at ImageNet's size: not in this thread
+                while len(waiting) < depth:
                     waiting.append(readers.submit(read, orderer.submit(next, orders, None)))
                 batch = waiting.popleft().result()
                 if batch is None:
@@ -215,12 +234,11 @@ def read_ahead(
 
 
 class StepSampler(Sampler):
-    """The order of training, a function of (seed, epoch, position): yields the record numbers of one micro-batch after
-    another, for one process, for ever.
+    """The order of training, a function of (seed, epoch, position): endless, one micro-batch of one rank at a time.
 
-    Step s consumes positions [s B, (s + 1) B) of the endless row of epochs, each a shuffle of all records; B is the global
-    batch. A process takes contiguous positions of it, micro-batch after micro-batch, so the row is the same for any
-    number of processes and micro-batches, and resuming needs the step alone.
+    Step s consumes positions [s B, (s + 1) B) of the concatenated epochs, each a shuffle of all records; B is the global
+    batch. A rank takes contiguous positions of it, micro-batch after micro-batch, so the order is the same for any number
+    of ranks and micro-batches, and resuming needs the step alone.
     """
 
     def __init__(
@@ -234,7 +252,19 @@ class StepSampler(Sampler):
         micro: int = 1,
         start_step: int = 0,
     ) -> None:
-        """micro: micro-batches a step. Raises ValueError if the batch does not divide evenly."""
+        """Divide the global batch.
+
+        Args:
+            count: records of the dataset.
+            global_batch: records per step, over all ranks.
+            seed: of the shuffles.
+            rank, world: of this process, and the number of processes.
+            micro: micro-batches per step and rank.
+            start_step: where iteration begins.
+
+        Raises:
+            UserError: the dataset is empty, or the batch cannot be divided evenly.
+        """
         if count < 1:
             raise UserError("the dataset is empty")
         if global_batch < 1 or global_batch % (world * micro):
@@ -247,12 +277,12 @@ class StepSampler(Sampler):
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def positions(self, micro_step: int) -> np.ndarray:
-        """(local,) int64 positions within the global batch of this process's micro-batch: the index of its draws."""
+        """(local,) int64 positions within the global batch of this rank's micro-batch: the index of its draws."""
         start = (self.rank * self.micro + micro_step) * self.local
         return np.arange(start, start + self.local, dtype=np.int64)
 
     def indices(self, step: int, micro_step: int) -> np.ndarray:
-        """(local,) int64 record numbers of this process's micro-batch."""
+        """(local,) int64 record numbers of this rank's micro-batch."""
         start = step * self.global_batch + (self.rank * self.micro + micro_step) * self.local
         parts, stop = [], start + self.local
         while start < stop:

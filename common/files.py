@@ -82,7 +82,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(content: Any) -> str:
-    """Hex SHA-256 of JSON content, whatever the order of its keys."""
+    """Hex SHA-256 of JSON content; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ def read_record(path: str, offset: int, out: np.ndarray) -> None:
 
 
 class Buffers:
-    """Memory for batches, used again once nobody holds the batch: fresh pages cost as much as the copy into them."""
+    """Memory for batches, used again once no batch refers to it: fresh pages cost as much as the copy into them."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # run as a file: start again as a module, with the packages in reach
+if __name__ == "__main__" and not __package__:  # run as a file: start again as a module that finds ours
     os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
     os.execv(sys.executable, [sys.executable, "-m", "preprocessing.describe", *sys.argv[1:]])
 

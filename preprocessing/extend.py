@@ -62,7 +62,7 @@ def remaining(fresh: Index, known: Iterable[Index], classes: list[str]) -> Index
     if fresh.kind not in AS_LISTED:
         kept.sort(key=labels.__getitem__)  # by name within a class, as they are listed
     places = fresh.places[kept]
-    used, places[:, 0] = np.unique(places[:, 0], return_inverse=True)  # the same list, whatever files are beside these
+    used, places[:, 0] = np.unique(places[:, 0], return_inverse=True)  # only the files that hold these images
     return Index(
         fresh.kind,
         fresh.root,

@@ -207,7 +207,7 @@ def index_is_whole(out: Path, part: Part) -> bool:
 
 
 def _list_again(settings: PackConfig, plan: Plan, broken: list[int]) -> None:
-    """Make a lost list of images again from the source. Raises UserError if that is no longer possible."""
+    """Make a lost list of images again from the source. Raises UserError if that gives another list."""
     out, source = settings.out, settings.images
     fresh = list_source(source, settings.classes, settings.allow_one_class)
     number, last = broken[0], len(plan.extends)

@@ -1,4 +1,4 @@
-"""The packed dataset: what was written is read back, damage is told at once, the order of training is a function."""
+"""The packed dataset: what was written is read back, damage is found at once, the order of training is a function."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def test_workers_read_the_same(tmp_path):
     ],
     ids=["missing", "truncated", "edited manifest", "truncated manifest", "no manifest", "no object"],
 )
-def test_damage_is_told_at_the_start(tmp_path, harm, message):
+def test_damage_is_found_at_the_start(tmp_path, harm, message):
     """A missing or truncated file, or an edited manifest, is named before any batch is read."""
     folder = write_dataset(tmp_path / "data")
     harm(folder)
@@ -125,7 +125,7 @@ def test_damage_is_told_at_the_start(tmp_path, harm, message):
         PackedDataset(folder)
 
 
-def test_wrong_header_is_told(tmp_path):
+def test_wrong_header_is_named(tmp_path):
     """A file of the right length that holds something else is named when it is first read."""
     folder = write_dataset(tmp_path / "data")
     path = folder / "label-00000.npy"
@@ -153,7 +153,7 @@ def test_absent_field_is_named(tmp_path):
 
 
 def test_json_checks_itself(tmp_path):
-    """JSON files are read back, in any order of keys, and any change of a character is told."""
+    """JSON files are read back, in any order of keys, and any change of a character is found."""
     path = tmp_path / "x.json"
     write_json(path, {"b": [1, 2.5], "a": "text"})
     assert read_json(path) == {"a": "text", "b": [1, 2.5]}
@@ -252,7 +252,7 @@ def test_reading_ahead_raises_and_stops(tmp_path):
 
 
 def test_memory_is_used_again_but_never_while_it_is_held(tmp_path):
-    """A batch that somebody holds, even a part of it, keeps its values; memory that nobody holds is lent again."""
+    """A batch that is referred to, even in part, keeps its values; other memory is used again."""
     folder = tmp_path / "data"
     folder.mkdir()
     arrays = {

@@ -47,14 +47,14 @@ def test_shards_without_a_record(toys, tmp_path):
 
 
 def test_enlarged_images_are_counted(toys, tmp_path, capsys):
-    """Images smaller than the crop are enlarged, as in the published code, counted and told once."""
+    """Images smaller than the crop are enlarged, as in the published code, counted and reported once."""
     pack.main(flags(toys, tmp_path / "out", "--resolution", "12"))
     assert read_manifest(tmp_path / "out").source["enlarged"] == 13
     assert capsys.readouterr().out.count("13 images were smaller than the crop") == 1
 
 
 def test_full_disk(toys, tmp_path, monkeypatch):
-    """Too little room is told before the start; a disk that fills up on the way leaves finished shards intact."""
+    """Too little space is reported before the start; a disk that fills up on the way leaves finished shards intact."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
@@ -196,8 +196,8 @@ def test_out_that_is_something_else(toys, tmp_path):
         pack.main(["--out", str(tmp_path / "out")])
 
 
-def test_values_that_cannot_be_stored_are_told(toys, tmp_path, monkeypatch):
-    """A network that gives NaN for an image is told with the image's name."""
+def test_values_that_cannot_be_stored_are_refused(toys, tmp_path, monkeypatch):
+    """A network that gives NaN for an image is reported with the image's name."""
     from models.autoencoder import Autoencoder
 
     encode = Autoencoder.encode

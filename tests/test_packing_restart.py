@@ -151,7 +151,7 @@ def test_other_flags_are_refused(toys, more, message):
 
 
 def test_changed_weights_and_images_are_refused(toys, tmp_path):
-    """Networks or images that are not those of the first start are told."""
+    """Networks or images that are not those of the first start are refused."""
     out = tmp_path / "out"
     shutil.copytree(toys / "vae", tmp_path / "vae")
     arguments = flags(toys, out, "--vae", str(tmp_path / "vae"), source=write_folder(tmp_path / "images", IMAGES))

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         "dataset.json",
     ],
 )
-def test_a_flipped_byte_is_found_and_mended(toys, tmp_path, capsys, name):
+def test_a_flipped_byte_is_found_and_repaired(toys, tmp_path, capsys, name):
     """One changed byte in any kind of file is found by --verify, and --repair restores the folder to the byte."""
     out = tmp_path / "out"
     for place in ("last", "first"):
