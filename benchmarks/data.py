@@ -217,12 +217,15 @@ def _bare(folder: Path, size: int) -> Callable[[], Any]:
     from dataset import PackedDataset
 
     dataset = PackedDataset(folder)
+    shards = [
+        [dataset.records(number, name) for name in dataset.fields] for number in range(len(dataset.manifest.shards))
+    ]
     rng = np.random.default_rng(0)
 
     def read() -> list[np.ndarray]:
-        number = int(rng.integers(len(dataset.manifest.shards)))
-        rows = rng.integers(0, dataset.manifest.shards[number]["count"], size)
-        return [dataset.records(number, name)[rows] for name in dataset.fields]
+        fields = shards[int(rng.integers(len(shards)))]
+        rows = rng.integers(0, len(fields[0]), size)
+        return [records[rows] for records in fields]
 
     return read
 
