@@ -54,10 +54,15 @@ def write_error(path: Path, error: OSError) -> WriteError:
     return WriteError(f"{path} cannot be written: {error.strerror or error}")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text as `replacing` does."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -81,7 +86,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(content: Any) -> str:
-    """Hex SHA-256 of JSON content, whatever the order of its keys."""
+    """Hex SHA-256 of JSON content; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -6,7 +6,7 @@ Tensors are exchanged over the group's own backends; everything in this module g
 import datetime
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -115,6 +115,11 @@ def on_first(action: Callable[[], T]) -> T | None:
             raise SystemExit(2)
         raise error
     return result
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on every rank; a UserError ends every rank, as in `on_first`."""
+    return cast(T, share(on_first(action)))
 
 
 def in_turn(load: Callable[[], T]) -> T:

@@ -59,3 +59,30 @@ def measurement(judge, tmp_path):
         return EvaluateConfig(**(given | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory):
+    """A folder with images, a VAE and an encoder, and one finished packing of them."""
+    from preprocessing import pack
+    from tests.packs import IMAGES, flags, write_folder
+    from tests.tiny import write_encoder, write_vae
+
+    folder = tmp_path_factory.mktemp("toys")
+    write_folder(folder / "images", IMAGES)
+    write_vae(folder / "vae")
+    write_encoder(folder / "encoder")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pack.main(flags(folder, folder / "packed"))
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The last bit of a convolution depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -96,7 +96,8 @@ def program(words: list[str]) -> tuple[str | None, list[str]]:
         from torch.distributed.run import get_args_parser
 
         launched = get_args_parser().parse_args(rest)
-        return module_of(launched.training_script), launched.training_script_args
+        script = launched.training_script
+        return script if launched.module else module_of(script), launched.training_script_args
     if name == "accelerate":
         from accelerate.commands.launch import launch_command_parser
 

@@ -1,12 +1,11 @@
 """Finished shards => manifest and class means; a function of the files alone, so the same after any interruption."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.files import sha256
+from common.files import replacing, sha256
 from config import UserError
 from packed.format import EncoderInfo, Manifest, entry_file, read_json
 from preprocessing.index import Index
@@ -18,7 +17,7 @@ def means_file(plan: Plan) -> str:
     return f"class_means-{len(plan.extends):05d}.npy" if plan.extends else "class_means.npy"
 
 
-def describe(out: Path, plan: Plan, index: Index) -> Manifest:
+def build_manifest(out: Path, plan: Plan, index: Index) -> Manifest:
     """The manifest of finished shards and class means. Raises UserError when no image is left."""
     entries = [read_json(entry_file(out, number)) for number in range(plan.shards)]
     shards = [{"count": entry["count"], "files": entry["files"]} for entry in entries if entry["count"]]
@@ -80,10 +79,5 @@ def write_class_means(out: Path, plan: Plan, index: Index) -> None:
             )
             np.add.at(sums, labels, tokens.astype(np.float64))
             counts += np.bincount(labels, minlength=len(counts))
-    means = out / means_file(plan)
-    temporary = means.with_name(means.name + ".tmp")
-    with temporary.open("wb") as stream:
+    with replacing(out / means_file(plan)) as temporary, temporary.open("wb") as stream:
         np.save(stream, (sums / np.maximum(counts, 1)[:, None]).astype(np.float32), allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(means)
