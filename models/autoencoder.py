@@ -81,11 +81,17 @@ class Autoencoder(nn.Module):
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, batch: int | None = None) -> Tensor:
         """Normalised latents (N, C, h, w) => uint8 pixels (N, 3, H, W).
 
         255 (x + 1) / 2 is clamped and truncated, not rounded, as in the published sampler and in ADM's.
+
+        Args:
+            latent: on the VAE's device.
+            batch: latents decoded at a time, which bounds the memory; None: all at once.
         """
+        if batch is not None and batch < len(latent):
+            return torch.cat([self.decode(part) for part in latent.split(batch)])
         raw = self.normalization.denormalize(latent.float())
         image = self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float()
         return (255 * (image + 1) / 2).clamp(0, 255).to(torch.uint8)
