@@ -14,7 +14,7 @@ Record i of shard k is row i of each of its files. Fields:
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,7 +186,7 @@ def _torch_dtype(dtype: np.dtype) -> torch.dtype:
 
 def read_ahead(
     dataset: PackedDataset, order: Iterable[np.ndarray], *, threads: int = 2, depth: int = 4, pin_memory: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches in the given order, up to `depth` of them read by threads before they are asked for; 0 threads: none.
 
     Threads, not processes: copying leaves the interpreter's lock, so does waiting for the disk, and a batch is where it is

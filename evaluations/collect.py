@@ -4,7 +4,7 @@ Process r of w takes the r-th of w equal stretches of the set; sums are reduced 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -134,6 +134,24 @@ def collect(
         score,
         gather_rows(torch.cat(predictions)) if predictions else None,
     )
+
+
+def collect_batches(batches: Iterable[torch.Tensor], extractor: Extractor) -> Statistics:
+    """Statistics of the pooled features of the images of all ranks.
+
+    Args:
+        batches: uint8 pixels (N, 3, H, W) of this rank, at least one batch.
+        extractor: gives the features.
+    """
+    moments = None
+    for pixels in batches:
+        pooled = extractor(pixels).pooled.double()
+        moments = moments or Moments(pooled.shape[1], pooled.device)
+        moments.update(pooled)
+    assert moments is not None
+    if dist.is_initialized():
+        moments.all_reduce()
+    return moments.statistics()
 
 
 def kept_rows(images: ImageSet, keep: int | None, rows: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """What a network costs: parameters, operations and memory, counted on the real module without memory for it, and the time
 a training step should take on a named GPU."""
 
-import copy
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,11 +8,11 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.encoder import PUBLISHED
+from models.encoder import VisionEncoder, load_encoder
 from models.sit import SiT, SiTConfig
 
 
@@ -166,20 +165,13 @@ def training_memory(config: SiTConfig, *, half: bool = True, recompute: bool = F
 
 def encoder_macs(name: str, grid: int) -> int:
     """Multiply-adds of a vision encoder (published or timm name) for one image on a grid x grid of patches."""
-    import timm
-
-    name = PUBLISHED.get(name, name)
-    with torch.device("meta"):
-        patch = timm.create_model(name, pretrained=False, num_classes=0).patch_embed.patch_size[0]
-        vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=grid * patch)
-    return vit_macs(vit, grid * patch)
+    return vit_macs(load_encoder(name, grid, weights=False))
 
 
-def vit_macs(vit: nn.Module, size: int) -> int:
-    """Multiply-adds of a timm network's features for one image of size x size pixels; nothing is computed."""
-    copied = copy.deepcopy(vit).to("meta").eval()
+def vit_macs(encoder: VisionEncoder) -> int:
+    """Multiply-adds of an encoder without weights (`load_encoder(..., weights=False)`) for one image; none is computed."""
     with FlopCounterMode(display=False) as counter:
-        copied.forward_features(torch.empty(1, 3, size, size, device="meta"))
+        encoder.vit.forward_features(torch.empty(1, 3, encoder.input_size, encoder.input_size, device="meta"))
     return counter.get_total_flops() // 2
 
 

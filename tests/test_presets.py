@@ -22,7 +22,7 @@ from sampling.messages import what_it_makes
 from sampling.processes import Process
 from tests import test_generate as sampled
 from train import TrainConfig
-from training import runner
+from training import previews
 
 ROOT = Path(__file__).parents[1]
 place = sampled.place  # a folder with a VAE and a model file m
@@ -77,7 +77,7 @@ def test_preview_is_what_training_shows(monkeypatch):
     """As many pictures, steps and the same guidance as the previews of a run."""
     train = {field.name: field.default for field in fields(TrainConfig)}
     preview = requested(read(["--checkpoint", "c", "--out", "o", "--preset", "preview"]))
-    assert preview["count"] == runner.PREVIEWS and preview["solver"].num_steps == train["preview_steps"]
+    assert preview["count"] == previews.PREVIEWS and preview["solver"].num_steps == train["preview_steps"]
     training = Guidance(train["preview_scale"], high=GUIDANCE_HIGH)
     assert all(preview["guidance"].scales(t) == training.scales(t) for t in torch.linspace(0, 1, 101))
 

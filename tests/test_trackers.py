@@ -15,6 +15,7 @@ import train
 from config import UserError
 from tests.test_tracking import flags, lines
 from tests.tiny import write_dataset, write_vae
+from training.settings import TrainConfig
 from training.tracking import Tracker
 
 
@@ -198,7 +199,7 @@ def test_a_full_disk_at_the_end(tmp_path):
         def close(self):
             raise OSError(28, "No space left on device")
 
-    tracker = Tracker(tmp_path, "none", "", {}, 0)
+    tracker = Tracker(tmp_path, TrainConfig(), 0)
     closed = []
     tracker._stream.close()
     tracker._stream, tracker._external = Full(), SimpleNamespace(close=lambda: closed.append(True))

@@ -111,9 +111,9 @@ def test_a_quiet_step_says_nothing(tools, tmp_path, monkeypatch):
     for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
         watch(torch.Tensor, name)
     watch(Tracker, "log")
-    from training.runner import Runner
+    from training.run import Run
 
-    original = Runner.advance
+    original = Run.advance
 
     def advance(self):
         batches = self.batches
@@ -125,7 +125,7 @@ def test_a_quiet_step_says_nothing(tools, tmp_path, monkeypatch):
         inside["quiet"] = False
         self.batches = batches
 
-    monkeypatch.setattr(Runner, "advance", advance)
+    monkeypatch.setattr(Run, "advance", advance)
     train.main(flags(tools["data"], tmp_path, "--log-every", "100", steps=5))
     assert waits == []
     assert [line["step"] for line in lines(tmp_path)] == [5]
@@ -252,7 +252,8 @@ def test_a_full_disk_does_not_end_the_log(tools, tmp_path, capsys, monkeypatch):
 def test_utilization_is_the_share_of_the_peak(monkeypatch):
     """An H200's dense bf16 peak is 989.5 TFLOP/s: two of them at 500 do a good half of it; float32 runs at the TF32 rate."""
     processes = Processes.__new__(Processes)
-    processes.device, processes.world, processes.precision = torch.device("cuda"), 2, "bf16"
+    processes.device, processes.precision = torch.device("cuda"), "bf16"
+    monkeypatch.setattr(Processes, "world", 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     assert processes.utilization(1e15) == pytest.approx(1000 / (2 * GPUS["H200"].tflops))
     assert GPUS["H200"].tflops == pytest.approx(989, abs=1)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from common.lock import FolderLock
 from config import UserError, parse
 from dataset import PackedDataset, StepSampler, decode_moments
 from loss import Objective, alignment, draw
@@ -25,7 +26,6 @@ from models.interpolant import Interpolant
 from models.sit import SiT, SiTConfig
 from tests.tiny import FLAGS, write_dataset, write_encoder, write_vae
 from train import TrainConfig
-from training.folder import FREE
 from training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
@@ -308,17 +308,16 @@ def test_the_cosine_is_taken_in_float32(dtype):
         ),
         (("--model", "SiT-M/2"), r"model 'SiT-M/2' is none of"),
         (("--encoder-depth", "3"), r"alignment after block 3, but the network has blocks 1 to 2"),
-        (("--learning-rate", "0"), r"--learning-rate must be positive"),
-        (("--cfg-prob", "1.5"), r"must be in \[0, 1\], got 1.5"),
+        (("--learning-rate", "0"), r"--learning-rate must be above 0, got 0.0"),
+        (("--cfg-prob", "1.5"), r"--cfg-prob must be at most 1, got 1.5"),
         (("--exp-name", "a/b"), r"--exp-name 'a/b' must be the name of a folder"),
         (("--eval-every", "2"), r"--eval-every needs --eval-reference"),
-        (("--adam-beta1", "1.5"), r"--adam-beta1 must be at least 0 and less than 1, got 1.5"),
-        (("--ema-decay", "2"), r"--ema-decay must be at least 0 and less than 1 .*, got 2.0"),
-        (("--ema-decay", "1"), r"--ema-decay must be .*\(at 1 the average never moves\)"),
-        (("--seed", str(10**20)), r"--seed must fit 64 bits, got 100000000000000000000"),
-        (("--learning-rate", "inf"), r"--learning-rate must be a finite number"),
-        (("--adam-epsilon", "nan"), r"--adam-epsilon must not be negative, got nan"),
-        (("--projector-dim", "0"), r"--projector-dim must be positive"),
+        (("--adam-beta1", "1.5"), r"--adam-beta1 must be below 1, got 1.5"),
+        (("--ema-decay", "1"), r"--ema-decay must be below 1, got 1.0"),
+        (("--seed", str(10**20)), r"--seed must be below 18446744073709551616, got 100000000000000000000"),
+        (("--learning-rate", "inf"), r"--learning-rate must be below inf, got inf"),
+        (("--adam-epsilon", "nan"), r"--adam-epsilon must be at least 0, got nan"),
+        (("--projector-dim", "0"), r"--projector-dim must be above 0"),
         (("--sampling-steps", "2", "--vae", "VAE-FOLDER"), r"--vae VAE-FOLDER"),
     ],
 )
@@ -357,9 +356,7 @@ def test_another_config_says_what_differs(tools, tmp_path, capsys):
 
 def test_one_run_a_folder(tools, tmp_path):
     """A second run in the same folder is refused and told who has it; afterwards it may."""
-    from training.folder import RunLock
-
-    lock = RunLock(tmp_path / "run")
+    lock = FolderLock(tmp_path / "run", "run.lock", "")
     with pytest.raises(
         UserError, match=rf"run is in use by process {os.getpid()} on .*; wait for it, or choose another"
     ):
@@ -369,7 +366,7 @@ def test_one_run_a_folder(tools, tmp_path):
 
 
 def test_every_setting_is_read():
-    """Each field of TrainConfig is read somewhere, and those that are free to change on resume exist."""
+    """Each field of TrainConfig is read somewhere in the program."""
     source = "".join(p.read_text() for p in [ROOT / "train.py", *(ROOT / "training").glob("*.py")])
     for field in fields(TrainConfig):
         by_name = field.name in (
@@ -379,7 +376,6 @@ def test_every_setting_is_read():
             "patch_size",
         )  # read in a loop of training/plan.py
         assert by_name or re.search(rf"\b(settings|s)\.{field.name}\b", source), field.name
-    assert {f.name for f in fields(TrainConfig)} >= FREE
 
 
 def test_help_is_quick_and_complete():

@@ -16,9 +16,9 @@ from tests.test_train import flags, lines
 from tests.tiny import write_dataset, write_encoder, write_vae
 from train import TrainConfig
 from training.assumed import ASSUMED, assumed_manifest, record_bytes
+from training.dry_run import Machine, duration, needed_memory, start_text
 from training.launch import asked_precision, check_launcher
 from training.plan import make_plan
-from training.report import Machine, duration, needed_memory, start_text
 from training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
@@ -220,7 +220,7 @@ def test_examples_are_commands(example, monkeypatch):
         ),
         (
             ("--dry-run", "--assume", "imagenet256", "--enc-type", "./mine"),
-            "--enc-type ./mine: --assume knows published",
+            "encoder folder ./mine does not exist",
         ),
         (
             ("--dry-run", "--assume", "imagenet256", "--resolution", "512"),

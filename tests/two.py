@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from common.processes import leave
 from config import parse
 from tests.tiny import FLAGS
 from train import TrainConfig, train
-from training.launch import leave
 from training.step import TrainStep
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from config import UserError
+from common.files import write_text
+from config import UserError, as_dict
 from models.hub import first_line
-from training.folder import replace_text
+from training.settings import TrainConfig
 
 WANDB_ID = "wandb-id.txt"
 _WITHOUT = "or choose --report-to none (metrics.jsonl has the same numbers)"
@@ -28,7 +29,8 @@ class External(Protocol):
 def check(report_to: str) -> None:
     """Find out in seconds whether a tracker will work: package, and for wandb network and API key.
 
-    Raises UserError with what to do.
+    Raises:
+        UserError: it will not; the message says what to do.
     """
     if report_to == "wandb":
         _check_wandb()
@@ -39,36 +41,43 @@ def check(report_to: str) -> None:
             raise UserError(f"--report-to tensorboard: {_missing('tensorboard')}") from error
 
 
-def open_tracker(
-    report_to: str, folder: Path, project: str, settings: Mapping[str, Any], start_step: int
-) -> External | None:
-    """The tracker of a run that starts or resumes at start_step; None for "none". settings: shown as the run's config.
+def open_tracker(folder: Path, settings: TrainConfig, start_step: int) -> External | None:
+    """Open the tracker that --report-to asks for; None for "none".
 
-    Raises UserError where wandb refuses to start.
+    Args:
+        folder: of the run.
+        settings: shown as the run's config.
+        start_step: step at which the run starts or resumes.
+
+    Raises:
+        UserError: wandb refuses to start.
     """
-    if report_to == "wandb":
-        return Wandb(folder, project, settings)
-    return TensorBoard(folder, start_step) if report_to == "tensorboard" else None
+    if settings.report_to == "wandb":
+        return Wandb(folder, settings)
+    return TensorBoard(folder, start_step) if settings.report_to == "tensorboard" else None
 
 
 class Wandb:
-    """A wandb run that keeps its id over resumes. `step` is the x axis of all curves: wandb's own step only grows, and
-    would drop what a run logs that resumed from a checkpoint older than its last line."""
+    """A wandb run that keeps its id over resumes.
 
-    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
+    `step` is the x axis of all curves: wandb's own step only grows, and lines of a run that resumed from a checkpoint older
+    than its last line would be lost.
+    """
+
+    def __init__(self, folder: Path, settings: TrainConfig) -> None:
         import wandb
 
         file = folder / WANDB_ID
         if not file.is_file() or not file.read_text().strip():  # empty after a full disk
-            replace_text(file, secrets.token_hex(4))
+            write_text(file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
-                project=project,
-                name=settings["exp_name"],
+                project=settings.wandb_project,
+                name=settings.exp_name,
                 id=file.read_text().strip(),
                 resume="allow",
                 dir=folder,
-                config=dict(settings),
+                config=as_dict(settings),
             )
         except wandb.Error as error:
             raise UserError(f"--report-to wandb: {_cause(error)}: set WANDB_MODE=offline, {_WITHOUT}") from error

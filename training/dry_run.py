@@ -3,7 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -14,14 +14,21 @@ from packed.format import read_manifest
 from training.assumed import assumed_manifest, record_bytes
 from training.launch import Processes, asked_precision, check_launcher
 from training.plan import Plan, make_plan
+from training.settings import TrainConfig
 
 USUAL_GPUS = ("A100", "H100", "H200")  # whose time is predicted where no GPU is named
 GIB = 2**30
 
 
 class Machine(NamedTuple):
-    """What a run has. world: processes. precision: "fp32", "fp16", "bf16", or "auto" where the GPU is not known. gpus:
-    keys of models.cost.GPUS to predict the time for. name, memory: of the GPU to compare with, in bytes; None: none."""
+    """What a run has.
+
+    Attributes:
+        world: processes.
+        precision: "fp32", "fp16", "bf16", or "auto" where the GPU is not known.
+        gpus: keys of models.cost.GPUS to predict the time for.
+        name, memory: of the GPU to compare with, in bytes; None: there is nothing to compare with.
+    """
 
     world: int
     precision: str
@@ -30,10 +37,11 @@ class Machine(NamedTuple):
     memory: float | None = None
 
 
-def dry_run(settings: Any) -> str:
+def dry_run(settings: TrainConfig) -> str:
     """The plan in words, for --dry-run.
 
-    Raises what a real start would raise for settings and dataset, and UserError for a --gpu that is not in the table.
+    Raises:
+        UserError: a real start would be refused for its settings or dataset, or --gpu is not in the table.
     """
     precision = asked_precision(settings.mixed_precision)
     check_launcher(settings.gradient_accumulation_steps)
@@ -44,11 +52,12 @@ def dry_run(settings: Any) -> str:
             raise UserError(f"--gpu {settings.gpu} is not in the table, choose from {', '.join(GPUS)}")
         if precision == "auto":
             precision = "bf16" if GPUS[name].bf16 else "fp16"
-    if settings.assume is None:
-        manifest = read_manifest(settings.data_dir)
-    else:
+    if settings.assume is not None:
         manifest = assumed_manifest(settings)
         settings = replace(settings, data_dir=Path(settings.assume))  # names it in messages
+    else:
+        assert settings.data_dir is not None
+        manifest = read_manifest(settings.data_dir)
     plan = make_plan(settings, manifest)
     world = int(os.environ.get("WORLD_SIZE", 1))
     StepSampler(
@@ -60,7 +69,7 @@ def dry_run(settings: Any) -> str:
     return _lines(_rows(settings, plan, machine))
 
 
-def start_text(settings: Any, plan: Plan, processes: Processes, folder: Path) -> str:
+def start_text(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path) -> str:
     """The same plan for a run that starts now, with what it runs on and where it writes."""
     cuda = processes.device.type == "cuda"
     device = torch.cuda.get_device_name(processes.device) if cuda else "CPU"
@@ -83,7 +92,7 @@ def _lines(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 
-def _rows(settings: Any, plan: Plan, machine: Machine) -> list[tuple[str, str]]:
+def _rows(settings: TrainConfig, plan: Plan, machine: Machine) -> list[tuple[str, str]]:
     config, manifest, counted = plan.network, plan.manifest, cost(plan.network)
     images = settings.max_train_steps * settings.batch_size
     local = settings.batch_size // (machine.world * settings.gradient_accumulation_steps)
@@ -125,21 +134,21 @@ def _rows(settings: Any, plan: Plan, machine: Machine) -> list[tuple[str, str]]:
         ("memory", _memory_text(settings, plan, machine, local)),
     ]
     if machine.memory is not None:
-        rows.append(("GPU", _comparison(settings, plan, machine)))
+        rows.append(("GPU", _comparison(settings, plan, machine, machine.memory)))
     rows.append(("time", _time_text(settings, plan, machine)))
     rows.append(("disk", f"{_size(checkpoint)} per checkpoint, {_size(checkpoint * kept)} for the {kept} kept"))
     return rows
 
 
-def _precision(settings: Any, machine: Machine) -> str:
+def _precision(settings: TrainConfig, machine: Machine) -> str:
     if machine.precision == "auto":
-        return "auto: bf16 where the GPU has it, else fp16; no on the CPU"
+        return "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU"
     if settings.mixed_precision == "auto" and asked_precision("auto") != "auto":
         return f"{machine.precision}, as accelerate's launcher asks"
     return machine.precision
 
 
-def needed_memory(settings: Any, plan: Plan, machine: Machine, *, accumulation: int, recompute: bool) -> float:
+def needed_memory(settings: TrainConfig, plan: Plan, machine: Machine, *, accumulation: int, recompute: bool) -> float:
     """Bytes that one process needs on its GPU, without allocator slack and the CUDA context.
 
     accumulation: micro-batches per step. recompute: gradient checkpointing.
@@ -153,7 +162,7 @@ def _encoder_bytes(plan: Plan) -> int:
     return sum(4 * p.numel() for encoder in plan.online for p in encoder.parameters())
 
 
-def _memory_text(settings: Any, plan: Plan, machine: Machine, local: int) -> str:
+def _memory_text(settings: TrainConfig, plan: Plan, machine: Machine, local: int) -> str:
     recompute = settings.gradient_checkpointing
     memory = training_memory(plan.network, half=machine.precision != "fp32", recompute=recompute)
     total = needed_memory(
@@ -168,16 +177,16 @@ def _memory_text(settings: Any, plan: Plan, machine: Machine, local: int) -> str
     )
 
 
-def _comparison(settings: Any, plan: Plan, machine: Machine) -> str:
+def _comparison(settings: TrainConfig, plan: Plan, machine: Machine, memory: float) -> str:
     """Whether a step fits the GPU, and if not, the settings that make it fit."""
-    usable = USABLE * machine.memory
+    usable = USABLE * memory
 
     def need(accumulation: int, recompute: bool) -> float:
         return needed_memory(settings, plan, machine, accumulation=accumulation, recompute=recompute)
 
     now, recompute = settings.gradient_accumulation_steps, settings.gradient_checkpointing
     needed = need(now, recompute)
-    text = f"{machine.name}, {_size(machine.memory)}, of which {_size(usable)} are for tensors: {_size(needed)} "
+    text = f"{machine.name}, {_size(memory)}, of which {_size(usable)} are for tensors: {_size(needed)} "
     if needed <= usable:
         return text + "fit"
     per_process = settings.batch_size // machine.world
@@ -196,7 +205,7 @@ def _comparison(settings: Any, plan: Plan, machine: Machine) -> str:
     return text + "do not fit: use " + ", or ".join(f"{flags} ({_size(bytes_)})" for flags, bytes_ in found.items())
 
 
-def _time_text(settings: Any, plan: Plan, machine: Machine) -> str:
+def _time_text(settings: TrainConfig, plan: Plan, machine: Machine) -> str:
     predicted = {name: _hours(settings, plan, machine, name) for name in machine.gpus}
     known = [f"{duration(hours)} on {machine.world} {name}" for name, hours in predicted.items() if hours is not None]
     if not known:
@@ -205,20 +214,20 @@ def _time_text(settings: Any, plan: Plan, machine: Machine) -> str:
     return f"predicted {', '.join(known)}, by the roofline without data loading and gradient exchange"
 
 
-def _hours(settings: Any, plan: Plan, machine: Machine, name: str) -> float | None:
+def _hours(settings: TrainConfig, plan: Plan, machine: Machine, name: str) -> float | None:
     """Expected hours of the whole run on a kind of GPU; None for float32 without TF32: its rate is not in the table."""
     gpu = GPUS[name]
     if machine.precision == "fp32":
         if not (settings.allow_tf32 and gpu.bf16):
             return None
         gpu = gpu._replace(tflops=gpu.tflops / 2)  # TF32
-    macs = sum(vit_macs(encoder.vit, encoder.input_size) for encoder in plan.online)
+    macs = sum(vit_macs(encoder) for encoder in plan.online)
     batch = settings.batch_size // machine.world
     step = step_cost(plan.network, batch, gpu, encoder_macs=macs, recompute=settings.gradient_checkpointing)
     return settings.max_train_steps * step.expected / 3600
 
 
-def _checkpoints_kept(settings: Any) -> int:
+def _checkpoints_kept(settings: TrainConfig) -> int:
     """How many checkpoints a whole run leaves."""
     saved = sorted(
         {
