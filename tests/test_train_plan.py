@@ -16,7 +16,7 @@ from tests.test_train import flags, lines
 from tests.tiny import write_dataset, write_encoder, write_vae
 from train import TrainConfig
 from training.assumed import ASSUMED, assumed_manifest, record_bytes
-from training.dry_run import Machine, duration, needed_memory, start_text
+from training.dry_run import Forecast, duration, start_text
 from training.launch import asked_precision, check_launcher
 from training.plan import make_plan
 from training.step import TrainStep
@@ -172,8 +172,7 @@ def test_encoders_count(tmp_path, capsys):
     weights = 4 * sum(p.numel() for p in plan.online[0].parameters())
 
     def needed(world):
-        machine = Machine(world, "fp32", ())
-        return needed_memory(settings, plan, machine, accumulation=1, recompute=False)
+        return Forecast(settings, plan, world, "fp32").needed_memory(1, recompute=False)
 
     counted = training_memory(plan.network, half=False)
     assert needed(2) == counted.total(4) + weights

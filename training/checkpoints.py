@@ -8,7 +8,7 @@ checkpoints/0000100/
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tenso
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    final, temporary = folder / name(state.step), folder / (_TEMPORARY + name(state.step))
+    final = folder / f"{state.step:07d}"
+    temporary = folder / (_TEMPORARY + final.name)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -184,8 +185,8 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """
     for leftover in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_DELETED}*")]:
         _remove_own_files(leftover)
-    candidates = list(reversed(listed(folder)))
-    for checkpoint in candidates:
+    candidates = _by_step(folder).values()
+    for checkpoint in reversed(candidates):
         try:
             verify(checkpoint)
             return checkpoint
@@ -198,26 +199,32 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def listed(folder: Path) -> list[Path]:
+def _by_step(folder: Path) -> dict[int, Path]:
     """The checkpoint folders of a run by their names, oldest first, intact or not."""
-    return sorted(path for path in folder.glob("[0-9]" * 7 + "*") if path.name.isdigit() and path.is_dir())
-
-
-def name(step: int) -> str:
-    return f"{step:07d}"
+    found = (path for path in folder.glob("[0-9]" * 7 + "*") if path.name.isdigit() and path.is_dir())
+    return {int(path.name): path for path in sorted(found)}
 
 
 def rotate(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all checkpoints but the newest `keep_last` (0: keep all) and those at multiples of `keep_every` (0: none).
+    """Delete the checkpoints that are superseded; call it after `save` has read the new one back.
 
-    Folders with anything in them that this code did not write stay. Call it after `save` has read the new one back.
+    Folders with anything in them that this code did not write stay.
     """
-    if not keep_last:
-        return
-    for checkpoint in listed(folder)[:-keep_last]:
-        step = int(checkpoint.name)
-        if not (keep_every and step % keep_every == 0):
-            _delete(checkpoint)
+    checkpoints = _by_step(folder)
+    for step in superseded(list(checkpoints), keep_last, keep_every):
+        _delete(checkpoints[step])
+
+
+def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
+    """Which of the saved steps, oldest first, need not be kept.
+
+    Args:
+        steps: with a checkpoint.
+        keep_last: how many of the newest stay; 0: all.
+        keep_every: its multiples stay too; 0: none.
+    """
+    older = steps[:-keep_last] if keep_last else ()
+    return [step for step in older if not (keep_every and step % keep_every == 0)]
 
 
 def _delete(checkpoint: Path) -> None:

@@ -11,10 +11,9 @@ from common.processes import rank, world
 from common.reporting import progress
 from config import UserError
 from evaluations import features
-from evaluations.collect import collect_batches
+from evaluations.collect import collect, collect_batches
 from evaluations.images import open_images
 from evaluations.metrics import frechet_distance
-from evaluations.statistics import Statistics
 from models.autoencoder import Autoencoder
 from models.guidance import Guidance
 from models.interpolant import Interpolant
@@ -53,13 +52,21 @@ class FrechetProbe:
         """
         self.autoencoder, self.device, self.count = autoencoder, device, count
         self.extractor = features.load(space, device=device)
-        self.reference = self._reference_statistics(reference, resolution)
+        images = open_images([reference], fallback=resolution)
+        if count < world():
+            raise UserError(f"--eval-samples {count}: fewer images than the {world()} processes that share them")
+        if images.statistics and "pooled" in images.statistics and self.extractor.space == "inception":
+            self.reference = images.statistics["pooled"]
+        else:
+            words = f"reference {reference}"
+            found = collect(images, self.extractor, batch_size=BATCH, keep=0, progress=words)
+            self.reference = found.statistics("pooled")
 
     @torch.no_grad()
     def measure(self, network: SiT, interpolant: Interpolant, *, seed: int, steps: int) -> float:
         """The Frechet distance, in every process."""
         labels = previews.preview_labels(network.config.num_classes, self.count).to(self.device)
-        batches = _own_rows(self.count)
+        batches = torch.arange(self.count).tensor_split(world())[rank()].split(BATCH)
 
         def sampled(bar: tqdm) -> Iterator[Tensor]:
             for rows in batches:
@@ -76,32 +83,7 @@ class FrechetProbe:
                 )
                 yield self.autoencoder.decode(state.latent)
 
+        # the bar shows rank 0's part of the work; the others' parts are as large
         words = f"sampling {self.count} images for the Frechet distance"
-        with _bar(len(batches) * steps, "step", words) as bar:
+        with progress(len(batches) * steps, unit="step", description=words, shown=rank() == 0) as bar:
             return frechet_distance(self.reference, collect_batches(sampled(bar), self.extractor))
-
-    def _reference_statistics(self, path: Path, resolution: int | None) -> Statistics:
-        images = open_images([path], fallback=resolution)
-        if images.statistics and "pooled" in images.statistics and self.extractor.space == "inception":
-            return images.statistics["pooled"]
-        batches = _own_rows(len(images))
-
-        def read(bar: tqdm) -> Iterator[Tensor]:
-            for rows in batches:
-                yield torch.from_numpy(images.read(int(rows[0]), int(rows[-1]) + 1).copy()).permute(0, 3, 1, 2)
-                bar.update(len(rows))
-
-        with _bar(sum(map(len, batches)), "image", f"reference {path}") as bar:
-            return collect_batches(read(bar), self.extractor)
-
-
-def _bar(total: int, unit: str, description: str) -> tqdm:
-    """Of rank 0's part of the work; the others' parts are as large."""
-    return progress(total, unit=unit, description=description, shown=rank() == 0)
-
-
-def _own_rows(count: int) -> tuple[Tensor, ...]:
-    """Batches of this rank's stretch of the numbers below `count`."""
-    if count < world():
-        raise UserError(f"there are {count} images to compare, fewer than the {world()} processes that share them")
-    return torch.arange(count).tensor_split(world())[rank()].split(BATCH)

@@ -2,175 +2,128 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.presets import GUIDANCE_SCALE
 from config import RUN, UserError, setting
 from models.choices import PATHS, WEIGHTINGS
 
+_run = partial(setting, group="run")
+_model = partial(setting, group="model")
+_data = partial(setting, group="data")
+_loss = partial(setting, group="loss")
+_optimisation = partial(setting, group="optimisation")
+_speed = partial(setting, group="speed")
+_watching = partial(setting, group="watching", role=RUN)
+_checkpoints = partial(setting, group="checkpoints", role=RUN)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    data_dir: Path | None = setting(
-        None,
-        "packed dataset (preprocessing/pack.py); required without --assume",
-        group="run",
-        also=("data", "data_path"),
-        role=RUN,
+    data_dir: Path | None = _run(
+        None, "packed dataset (preprocessing/pack.py); required without --assume", also=("data", "data_path"), role=RUN
     )
-    exp_name: str | None = setting(
+    exp_name: str | None = _run(
         None,
         "name of the run: its folder is OUTPUT_DIR/EXP_NAME; required without --assume",
-        group="run",
         also=("name", "run"),
         role=RUN,
     )
-    output_dir: Path = setting(
-        Path("runs"), "where run folders are", group="run", also=("out", "output", "results_dir"), role=RUN
-    )
-    seed: int = setting(
-        0, "of weights, data order and all noise", group="run", also=("global_seed",), at_least=-(2**63), below=2**64
-    )
-    dry_run: bool = setting(False, "print the plan and stop: network, memory, time, disk", group="run", role=RUN)
-    assume: str | None = setting(
+    output_dir: Path = _run(Path("runs"), "where run folders are", also=("out", "output", "results_dir"), role=RUN)
+    seed: int = _run(0, "of weights, data order and all noise", also=("global_seed",), at_least=-(2**63), below=2**64)
+    dry_run: bool = _run(False, "print the plan and stop: network, memory, time, disk", role=RUN)
+    assume: str | None = _run(
         None,
         "with --dry-run: plan for a dataset that is not packed yet",
-        group="run",
         choices=("imagenet256", "imagenet512"),
         role=RUN,
     )
-    gpu: str | None = setting(
-        None, "with --dry-run: does the run fit this GPU, e.g. RTX4090, and its time", group="run", role=RUN
-    )
-    accept_changes: bool = setting(False, "resume although settings differ from the run's", group="run", role=RUN)
+    gpu: str | None = _run(None, "with --dry-run: does the run fit this GPU, e.g. RTX4090, and its time", role=RUN)
+    accept_changes: bool = _run(False, "resume although settings differ from the run's", role=RUN)
 
-    model: str = setting("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}", group="model")
-    depth: int | None = setting(None, "blocks; default: the model's", group="model")
-    hidden_size: int | None = setting(None, "width; default: the model's", group="model")
-    num_heads: int | None = setting(None, "attention heads; default: the model's", group="model")
-    patch_size: int | None = setting(None, "latent pixels per patch side; default: the model's", group="model")
-    qk_norm: bool = setting(False, "normalise queries and keys", group="model")
-    class_token: bool = setting(True, "denoise the encoder's class token too (REG)", group="model")
+    model: str = _model("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}")
+    depth: int | None = _model(None, "blocks; default: the model's")
+    hidden_size: int | None = _model(None, "width; default: the model's")
+    num_heads: int | None = _model(None, "attention heads; default: the model's")
+    patch_size: int | None = _model(None, "latent pixels per patch side; default: the model's")
+    qk_norm: bool = _model(False, "normalise queries and keys")
+    class_token: bool = _model(True, "denoise the encoder's class token too (REG)")
 
-    resolution: int | None = setting(None, "check that the dataset has this resolution", group="data")
-    num_classes: int | None = setting(None, "check that the dataset has this number of classes", group="data")
-    vae: str | None = setting(
-        None, "decodes previews: ema, mse, hub id or folder; default: the dataset's", group="data", role=RUN
-    )
-    num_workers: int = setting(2, "threads that read batches ahead; 0: none", group="data", at_least=0, role=RUN)
+    resolution: int | None = _data(None, "check that the dataset has this resolution")
+    num_classes: int | None = _data(None, "check that the dataset has this number of classes")
+    vae: str | None = _data(None, "decodes previews: ema, mse, hub id or folder; default: the dataset's", role=RUN)
+    num_workers: int = _data(2, "threads that read batches ahead; 0: none", at_least=0, role=RUN)
 
-    enc_type: tuple[str, ...] = setting((), "encoders; default: the dataset's, or dinov2-vit-b on pixels", group="loss")
-    proj_coeff: float = setting(
-        0.5, "lambda, weight of the alignment; 0: no projectors", group="loss", at_least=0, below=math.inf
+    enc_type: tuple[str, ...] = _loss((), "encoders; default: the dataset's, or dinov2-vit-b on pixels")
+    proj_coeff: float = _loss(0.5, "lambda, weight of the alignment; 0: no projectors", at_least=0, below=math.inf)
+    class_coeff: float = _loss(
+        0.03, "beta, weight of the class token's velocity (published: --cls)", at_least=0, below=math.inf
     )
-    class_coeff: float = setting(
-        0.03, "beta, weight of the class token's velocity (published: --cls)", group="loss", at_least=0, below=math.inf
-    )
-    projector_dim: int = setting(2048, "hidden width of the projectors", group="loss", above=0)
-    encoder_depth: int | None = setting(None, "align after this block; default: S, B 4, L, XL 8", group="loss")
-    path_type: str = setting("linear", "interpolant", group="loss", choices=PATHS)
-    weighting: str = setting("uniform", "distribution of t", group="loss", choices=WEIGHTINGS)
-    cfg_prob: float = setting(0.1, "label dropout", group="loss", at_least=0, at_most=1)
+    projector_dim: int = _loss(2048, "hidden width of the projectors", above=0)
+    encoder_depth: int | None = _loss(None, "align after this block; default: S, B 4, L, XL 8")
+    path_type: str = _loss("linear", "interpolant", choices=PATHS)
+    weighting: str = _loss("uniform", "distribution of t", choices=WEIGHTINGS)
+    cfg_prob: float = _loss(0.1, "label dropout", at_least=0, at_most=1)
 
-    batch_size: int = setting(
-        256,
-        "images per optimiser step, over all processes",
-        group="optimisation",
-        also=("bs", "b", "global_batch_size"),
-        above=0,
+    batch_size: int = _optimisation(
+        256, "images per optimiser step, over all processes", also=("bs", "b", "global_batch_size"), above=0
     )
-    max_train_steps: int = setting(
+    max_train_steps: int = _optimisation(
         400_000,
         "optimiser steps in all; an epoch is as many as the images divided by the batch size",
-        group="optimisation",
         also=("epochs", "epoch", "num_epochs", "steps", "max_steps", "iterations"),
         above=0,
         role=RUN,
     )
-    gradient_accumulation_steps: int = setting(
-        1,
-        "micro-batches per step",
-        group="optimisation",
-        also=("grad_accum", "accumulation_steps", "accum"),
-        above=0,
-        role=RUN,
+    gradient_accumulation_steps: int = _optimisation(
+        1, "micro-batches per step", also=("grad_accum", "accumulation_steps", "accum"), above=0, role=RUN
     )
-    learning_rate: float = setting(
-        1e-4, "of AdamW, constant", group="optimisation", also=("lr",), above=0, below=math.inf
+    learning_rate: float = _optimisation(1e-4, "of AdamW, constant", also=("lr",), above=0, below=math.inf)
+    adam_beta1: float = _optimisation(0.9, "decay of AdamW's mean of the gradient", at_least=0, below=1)
+    adam_beta2: float = _optimisation(0.999, "decay of AdamW's mean of the squared gradient", at_least=0, below=1)
+    adam_weight_decay: float = _optimisation(0.0, "of AdamW", also=("wd", "weight_decay"), at_least=0, below=math.inf)
+    adam_epsilon: float = _optimisation(1e-8, "added to AdamW's denominator", at_least=0, below=math.inf)
+    max_grad_norm: float = _optimisation(
+        1.0, "clip the gradient to this norm", also=("clip", "grad_clip", "clip_grad"), above=0
     )
-    adam_beta1: float = setting(0.9, "", group="optimisation", at_least=0, below=1)
-    adam_beta2: float = setting(0.999, "", group="optimisation", at_least=0, below=1)
-    adam_weight_decay: float = setting(
-        0.0, "of AdamW", group="optimisation", also=("wd", "weight_decay"), at_least=0, below=math.inf
-    )
-    adam_epsilon: float = setting(1e-8, "", group="optimisation", at_least=0, below=math.inf)
-    max_grad_norm: float = setting(
-        1.0, "clip the gradient to this norm", group="optimisation", also=("clip", "grad_clip", "clip_grad"), above=0
-    )
-    ema_decay: float = setting(
-        0.9999, "of the averaged weights", group="optimisation", also=("ema", "decay"), at_least=0, below=1
-    )
+    ema_decay: float = _optimisation(0.9999, "of the averaged weights", also=("ema", "decay"), at_least=0, below=1)
 
-    mixed_precision: str = setting(
+    mixed_precision: str = _speed(
         "auto",
         "over float32 weights; auto: what accelerate launch asks for, or bf16 where the GPU has it, else fp16, "
         "fp32 on the CPU (published: fp16)",
-        group="speed",
         choices=("auto", "fp32", "fp16", "bf16"),
     )
-    allow_tf32: bool = setting(True, "TF32 matrix products", group="speed", role=RUN)
-    compile: bool = setting(False, "torch.compile network and encoders, block by block", group="speed", role=RUN)
-    gradient_checkpointing: bool = setting(
-        False, "recompute blocks in the backward pass: less memory", group="speed", role=RUN
-    )
+    allow_tf32: bool = _speed(True, "TF32 matrix products", role=RUN)
+    compile: bool = _speed(False, "torch.compile network and encoders, block by block", role=RUN)
+    gradient_checkpointing: bool = _speed(False, "recompute blocks in the backward pass: less memory", role=RUN)
 
-    report_to: str = setting(
+    report_to: str = _watching(
         "none",
         "tracker beside metrics.jsonl (WANDB_MODE=offline for wandb without network)",
-        group="watching",
         choices=("none", "wandb", "tensorboard"),
-        role=RUN,
     )
-    wandb_project: str = setting("REG", "wandb project", group="watching", role=RUN)
-    log_every: int = setting(100, "steps per log line", group="watching", above=0, role=RUN)
-    sampling_steps: int = setting(
-        10_000, "steps between preview grids; 0: none", group="watching", at_least=0, role=RUN
-    )
-    preview_steps: int = setting(50, "SDE steps of a preview", group="watching", above=0, role=RUN)
-    preview_scale: float = setting(
-        GUIDANCE_SCALE, "guidance scale of a preview", group="watching", above=-math.inf, below=math.inf, role=RUN
-    )
-    eval_every: int = setting(
-        0, "steps between measurements of the Frechet distance; 0: none", group="watching", at_least=0, role=RUN
-    )
-    eval_samples: int = setting(2048, "samples of such a measurement, unguided", group="watching", above=0, role=RUN)
-    eval_reference: Path | None = setting(
-        None, "npz, image folder or packed dataset to compare with", group="watching", role=RUN
-    )
-    eval_features: str = setting(
-        "inception", "feature space, as for evaluate.py --features", group="watching", role=RUN
-    )
+    wandb_project: str = _watching("REG", "wandb project")
+    log_every: int = _watching(100, "steps per log line", above=0)
+    sampling_steps: int = _watching(10_000, "steps between preview grids; 0: none", at_least=0)
+    preview_steps: int = _watching(50, "SDE steps of a preview", above=0)
+    preview_scale: float = _watching(GUIDANCE_SCALE, "guidance scale of a preview", above=-math.inf, below=math.inf)
+    eval_every: int = _watching(0, "steps between measurements of the Frechet distance; 0: none", at_least=0)
+    eval_samples: int = _watching(2048, "samples of such a measurement, unguided", above=0)
+    eval_reference: Path | None = _watching(None, "npz, image folder or packed dataset to compare with")
+    eval_features: str = _watching("inception", "feature space, as for evaluate.py --features")
 
-    checkpointing_steps: int = setting(10_000, "steps between checkpoints", group="checkpoints", above=0, role=RUN)
-    keep_last: int = setting(3, "newest checkpoints to keep; 0: all", group="checkpoints", at_least=0, role=RUN)
-    keep_every: int = setting(
-        50_000, "keep those at multiples of this too; 0: none", group="checkpoints", at_least=0, role=RUN
+    checkpointing_steps: int = _checkpoints(10_000, "steps between checkpoints", above=0)
+    keep_last: int = _checkpoints(3, "newest checkpoints to keep; 0: all", at_least=0)
+    keep_every: int = _checkpoints(50_000, "keep those at multiples of this too; 0: none", at_least=0)
+    on_save_error: str = _checkpoints("continue", "when the disk fails during a save", choices=("continue", "stop"))
+    on_nonfinite: str = _checkpoints(
+        "stop", "when a loss or gradient is not finite; the weights never take part", choices=("stop", "skip")
     )
-    on_save_error: str = setting(
-        "continue", "when the disk fails during a save", group="checkpoints", choices=("continue", "stop"), role=RUN
-    )
-    on_nonfinite: str = setting(
-        "stop",
-        "when a loss or gradient is not finite; the weights never take part",
-        group="checkpoints",
-        choices=("stop", "skip"),
-        role=RUN,
-    )
-    max_hours: float | None = setting(
-        None, "save and stop after this time, exit status 143", group="checkpoints", above=0, role=RUN
-    )
-    requeue_command: str | None = setting(
-        None, "run after a stop by SIGUSR1, e.g. 'scontrol requeue $SLURM_JOB_ID'", group="checkpoints", role=RUN
+    max_hours: float | None = _checkpoints(None, "save and stop after this time, exit status 143", above=0)
+    requeue_command: str | None = _checkpoints(
+        None, "run after a stop by SIGUSR1, e.g. 'scontrol requeue $SLURM_JOB_ID'"
     )
 
 
