@@ -6,6 +6,7 @@ import socket
 import time
 from pathlib import Path
 
+from common.files import write_error
 from config import UserError
 
 
@@ -21,10 +22,13 @@ class FolderLock:
             advice: what to do when another process holds it, half a sentence.
 
         Raises:
-            UserError: names the holder.
+            UserError: another process holds it, whose name the message says, or the folder cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._stream = (folder / name).open("a+", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._stream = (folder / name).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise write_error(folder, error) from error
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -13,16 +13,10 @@ import pytest
 
 import train
 from config import UserError
-from tests.test_tracking import flags, lines
-from tests.tiny import write_dataset, write_vae
+from tests.tiny import log_lines as lines
+from tests.tiny import train_flags as flags
 from training.settings import TrainConfig
 from training.tracking import Tracker
-
-
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tools")
-    return {"data": write_dataset(folder / "data", vae=write_vae(folder / "vae"))}
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Training metrics: metrics.jsonl, previews, the Frechet distance, and no synchronisation between log lines."""
 
-import json
 import re
 
 import numpy as np
@@ -11,37 +10,12 @@ import train
 from loss import LossTerms, Objective
 from models.class_token import nearest_class
 from models.cost import GPUS, named_gpu
-from tests.tiny import FLAGS, write_dataset, write_encoder, write_vae
+from tests.tiny import log_lines as lines
+from tests.tiny import train_flags as flags
 from training.launch import Processes
 from training.previews import preview_labels
 from training.step import StepResult
 from training.tracking import Tracker, Window, averages, first_fault, merge_windows
-
-
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tools")
-    vae = write_vae(folder / "vae")
-    return {"vae": vae, "encoder": write_encoder(folder / "encoder"), "data": write_dataset(folder / "data", vae=vae)}
-
-
-def flags(data, out, *extra, steps=4, name="run"):
-    return [
-        *FLAGS,
-        "--data-dir",
-        str(data),
-        "--output-dir",
-        str(out),
-        "--exp-name",
-        name,
-        "--max-train-steps",
-        str(steps),
-        *extra,
-    ]
-
-
-def lines(out, name="run"):
-    return [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def result(n, seed, parameters=3):

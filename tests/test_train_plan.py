@@ -12,8 +12,9 @@ from config import UserError, parse
 from dataset import PackedDataset
 from models.cost import USABLE, _by_depth, _count, training_memory
 from models.sit import preset
-from tests.test_train import flags, lines
-from tests.tiny import write_dataset, write_encoder, write_vae
+from tests.tiny import log_lines as lines
+from tests.tiny import train_flags as flags
+from tests.tiny import write_dataset, write_encoder
 from train import TrainConfig
 from training.assumed import ASSUMED, assumed_manifest, record_bytes
 from training.dry_run import Forecast, duration, start_text
@@ -22,12 +23,6 @@ from training.plan import make_plan
 from training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tools")
-    return {"data": write_dataset(folder / "data", vae=write_vae(folder / "vae"))}
 
 
 # ------------------------------------------------------------------------------------------------------ what is printed

@@ -1,4 +1,4 @@
-"""What two processes must do together, run by torchrun; prints one line a check. See test_train.py."""
+"""What two processes must do together, run by torchrun; prints one line a check. See test_train_ranks.py."""
 
 import os
 import signal
