@@ -139,7 +139,7 @@ def test_roofline_reads_recipes(results):
 
 
 def test_wrong_flags_are_one_sentence(results):
-    """An indivisible batch, or a folder that is no clone of the published code, is named."""
+    """An indivisible batch, or a folder that is not a clone of the published code, is named."""
     with pytest.raises(UserError, match="--gpus 3"):
         roofline.main(["--gpus", "3"])
     with pytest.raises(FileNotFoundError, match="--published"):

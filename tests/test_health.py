@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("field", ["moments", "class_token.0", "patch_tokens.0"])
 def test_nan_in_the_data_names_the_record(tmp_path, field):
-    """Stop: one sentence with step, process, tensor and record; the former checkpoint stands. Skip: the step is left out,
+    """Stop: one sentence with step, process, tensor and record; the former checkpoint stays. Skip: the step is left out,
     weights stay finite, the log counts it."""
     data = write_dataset(tmp_path / "data")
     spoil(data, field, 17)
@@ -61,7 +61,7 @@ def test_gradients_that_are_not_finite_name_the_parameter(tools, tmp_path, monke
 
 
 def test_a_non_finite_ema_is_never_written(tools, tmp_path, monkeypatch):
-    """However it came about: the save refuses and names it, the checkpoint before stands."""
+    """However it came about: the save refuses and names it, the checkpoint before stays."""
     original = TrainStep.__call__
 
     def call(self, step, batches):

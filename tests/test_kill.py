@@ -1,4 +1,4 @@
-"""A run survives kill -9 at any instant, a failing disk, and being told to stop."""
+"""A run survives kill -9 at any instant, a failing disk, and signals to stop."""
 
 import errno
 import json
@@ -146,7 +146,7 @@ FAULTS = {
 @pytest.mark.parametrize(
     "fault", [f if "fsync" not in f and "torch" not in f else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS]
 )
-def test_failing_disk_is_told_and_training_goes_on(data, tmp_path, capsys, monkeypatch, fault):
+def test_failing_disk_is_reported_and_training_goes_on(data, tmp_path, capsys, monkeypatch, fault):
     """--on-save-error continue: the run says what happened, the former checkpoint is intact, and once the disk works again
     the next save succeeds."""
     place, name, error = FAULTS[fault]
@@ -194,7 +194,7 @@ def test_failing_disk_can_stop_the_run(data, tmp_path, monkeypatch):
 
 def test_a_real_limit_of_the_file_system(data, tmp_path):
     """Beyond a file-size limit of the operating system (EFBIG, as from a full quota) the writers fail in their own ways:
-    told in one line, training goes on, no half-written checkpoint."""
+    reported in one line, training goes on, no half-written checkpoint."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

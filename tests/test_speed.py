@@ -142,7 +142,7 @@ def test_bf16_loss_follows_fp32_on_digits():
 
 
 def test_training_flops_of_the_largest_network():
-    """XL/2: about 712 GFLOP an image and 15 for its projectors; DINOv2-B about 46."""
+    """XL/2: about 712 GFLOP per image and 15 for its projectors; DINOv2-B about 46."""
     assert cost(preset("SiT-XL/2")).train_flops == pytest.approx(727e9, rel=0.01)
     assert 2 * encoder_macs("dinov2-vit-b", 16) == pytest.approx(46.3e9, rel=0.01)
 

@@ -15,7 +15,7 @@ from tests.tiny import train_flags as flags
 from training.launch import Processes
 from training.previews import preview_labels
 from training.step import StepResult
-from training.tracking import Tracker, Window, averages, first_fault, merge_windows
+from training.tracking import TERMS, Tracker, Window, averages, first_fault, merge_windows
 
 
 def result(n, seed, parameters=3):
@@ -62,7 +62,7 @@ def test_window_remembers_the_first_fault():
         good.add(step, r, torch.arange(4))
         bad.add(step, s, torch.arange(4) + 4)
     fault = first_fault(torch.stack([good.values, bad.values]))
-    assert fault == (1, 1, 6, "alignment", 0)
+    assert fault == (1, 1, 6, TERMS.index("alignment"), 0)
     values = averages(torch.stack([good.values, bad.values]), Objective())
     assert values["skipped_steps"] == 2 and np.isfinite(values["loss"])
 
@@ -209,7 +209,7 @@ def test_preview_labels_and_nearest_classes():
 
 
 def test_a_full_disk_does_not_end_the_log(tools, tmp_path, capsys, monkeypatch):
-    """A line that cannot be written is told once; training goes on."""
+    """A line that cannot be written is reported once; training goes on."""
     failing = {"count": 0}
 
     def write(self, line):

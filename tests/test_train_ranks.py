@@ -25,7 +25,7 @@ def torchrun(*command, nodes=None):
 
 def test_two_processes_agree(tools, tmp_path):
     """A signal to one stops both after the same step; drifted weights and the bad record of one are named with its rank;
-    errors are told once."""
+    errors are reported once."""
     bad = write_dataset(tmp_path / "bad", vae=tools["vae"])
     first = StepSampler(20, 8, seed=0).indices(0, 0)
     spoil(bad, "moments", int(first[6]))  # the second process's half of the first batch
@@ -80,7 +80,7 @@ def test_two_nodes(tools, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(tools, tmp_path):
+def test_a_mistake_is_reported_once(tools, tmp_path):
     """Two processes find the same wrong flag: one line on stderr, and the launcher's own report."""
     command, options = torchrun(
         "--nproc_per_node",

@@ -81,7 +81,7 @@ def test_another_config_says_what_differs(tools, tmp_path, capsys):
 
 
 def test_one_run_a_folder(tools, tmp_path):
-    """A second run in the same folder is refused and told who has it; afterwards it may."""
+    """A second run in the same folder is refused, naming the process that has it; afterwards it may."""
     lock = FolderLock(tmp_path / "run", "run.lock", "")
     with pytest.raises(
         UserError, match=rf"run is in use by process {os.getpid()} on .*; wait for it, or choose another"

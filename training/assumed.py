@@ -13,7 +13,7 @@ from training.settings import TrainConfig
 
 
 class Assumed(NamedTuple):
-    """images: records. classes: number of them. resolution: pixels per side; the VAE's latents have an eighth of it."""
+    """Size of a dataset; resolution in pixels per side, of which the VAE's latents have an eighth."""
 
     images: int
     classes: int

@@ -10,7 +10,7 @@ from models.ema import EMA
 from training.launch import gather_row
 from training.settings import TrainConfig
 from training.step import TrainStep
-from training.tracking import Fault, first_fault
+from training.tracking import TERMS, Fault, first_fault
 
 
 def check_window(rows: Tensor, train_step: TrainStep, dataset: PackedDataset, settings: TrainConfig) -> None:
@@ -50,7 +50,8 @@ def _describe(fault: Fault, network: nn.Module, dataset: PackedDataset, settings
     bad = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
     if bad:
         return f"{where}: {bad[0]} of record {record} are not finite in the dataset; pack it again"
-    return f"{where}: the {fault.term} loss of record {record} is not finite, though what is stored of the record is"
+    term = "" if fault.term is None else TERMS[fault.term]
+    return f"{where}: the {term} loss of record {record} is not finite, though what is stored of the record is"
 
 
 def check_weights(network: nn.Module, ema: EMA, step: int) -> None:

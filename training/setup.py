@@ -5,7 +5,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -128,14 +128,8 @@ def _load_judges(
     return autoencoder, probe
 
 
-class _Built(NamedTuple):
-    train_step: TrainStep
-    window: Window
-    step: int
-
-
-def _build(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path) -> _Built:
-    """Networks, optimiser and log window on the device, as in the newest intact checkpoint if there is one."""
+def _build(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path) -> tuple[TrainStep, Window, int]:
+    """Step, log window and number of steps taken, as in the newest intact checkpoint if there is one."""
     allow_tf32(settings.allow_tf32)
     encoders = [in_turn(partial(load_encoder, e.name, e.grid)).to(processes.device) for e in plan.online]
     torch.manual_seed(settings.seed)
@@ -187,4 +181,4 @@ def _build(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path
         scaler=scaler,
         max_grad_norm=settings.max_grad_norm,
     )
-    return _Built(train_step, window, loaded.step if loaded else 0)
+    return train_step, window, loaded.step if loaded else 0

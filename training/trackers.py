@@ -1,11 +1,14 @@
-"""Weights & Biases and TensorBoard, behind one interface; imported when they are asked for."""
+"""Weights & Biases and TensorBoard: trackers beside metrics.jsonl, imported when they are asked for.
+
+Their methods log, picture and close may raise errors of any type.
+"""
 
 import os
 import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlparse
 
 from common.files import write_text
@@ -16,14 +19,6 @@ from training.settings import TrainConfig
 WANDB_ID = "wandb-id.txt"
 _WITHOUT = "or choose --report-to none (metrics.jsonl has the same numbers)"
 _SECONDS = 5.0  # to wait for an answer of the server
-
-
-class External(Protocol):
-    """A tracker beside metrics.jsonl. Its methods may raise anything."""
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
-    def picture(self, step: int, file: Path) -> None: ...
-    def close(self) -> None: ...
 
 
 def check(report_to: str) -> None:
@@ -41,7 +36,7 @@ def check(report_to: str) -> None:
             raise UserError(f"--report-to tensorboard: {_missing('tensorboard')}") from error
 
 
-def open_tracker(folder: Path, settings: TrainConfig, start_step: int) -> External | None:
+def open_tracker(folder: Path, settings: TrainConfig, start_step: int) -> "Wandb | TensorBoard | None":
     """Open the tracker that --report-to asks for; None for "none".
 
     Args:

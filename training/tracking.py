@@ -46,9 +46,7 @@ class Window:
             result: what the step returned.
             positions: (N,) of the samples in result.terms, in the global batch.
         """
-        terms = torch.stack(
-            [result.terms.velocity, result.terms.class_velocity, result.terms.alignment], dim=1
-        ).double()
+        terms = torch.stack([getattr(result.terms, name) for name in TERMS], dim=1).double()  # (N, 3)
         quartile = (result.terms.t * QUARTILES).long().clamp(0, QUARTILES - 1)
         one_hot = (quartile[:, None] == torch.arange(QUARTILES, device=quartile.device)).double()  # (N, 4)
         finite = terms.isfinite()
@@ -88,32 +86,21 @@ class Fault(NamedTuple):
         step: number of the step, from 0.
         rank: process that saw it.
         position: of the sample in the global batch; None if the losses were finite.
-        term: which loss term; None if the losses were finite.
+        term: index in TERMS; None if the losses were finite.
         parameter: number; None if all gradients were finite.
     """
 
     step: int
     rank: int
     position: int | None
-    term: str | None
+    term: int | None
     parameter: int | None
 
 
 def first_fault(rows: Tensor) -> Fault | None:
     """Windows of all ranks (world, WINDOW) => the earliest fault, of the first rank that saw a bad sample, or None."""
-    found = []
-    for rank, row in enumerate(rows[:, _SUMS + 3 :].long().tolist()):
-        step, position, term, parameter = row
-        if step:
-            found.append(
-                Fault(
-                    step - 1,
-                    rank,
-                    position - 1 if position else None,
-                    TERMS[term - 1] if term else None,
-                    parameter - 1 if parameter else None,
-                )
-            )
+    faults = enumerate(rows[:, _SUMS + 3 :].long().tolist())  # each number is one too large, 0 where there is none
+    found = [Fault(step - 1, rank, *(n - 1 if n else None for n in more)) for rank, (step, *more) in faults if step]
     return min(found, key=lambda f: (f.step, f.position is None, f.rank), default=None)
 
 
@@ -123,7 +110,7 @@ def averages(rows: Tensor, objective: Objective) -> dict[str, float | None]:
     sums = rows[:, :_SUMS].sum(0).view(QUARTILES, 1 + len(TERMS)).cpu()
     count = sums[:, 0].sum()
     means = sums[:, 1:].sum(0) / count
-    velocity, class_velocity, alignment = means.tolist()
+    velocity, class_velocity, alignment = means.tolist()  # TERMS
     steps, norm, skipped = rows[0, _SUMS : _SUMS + 3].tolist()  # of the gradient: every rank counts the same
     values: dict[str, float | None] = {
         "loss": velocity + objective.class_coeff * class_velocity + objective.proj_coeff * alignment,
