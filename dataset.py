@@ -27,10 +27,8 @@ from torch.utils.data import Dataset, Sampler
 from config import MissingFile, UserError
 from models import philox
 from models.noise import Stream
-from packed.format import MANIFEST, MOMENTS_STD_SCALE, npy_header, npy_size, read_manifest
+from packed.format import MANIFEST, MOMENTS_STD_SCALE, REPAIR, npy_header, npy_size, read_manifest
 from packed.memory import Buffers, read_record
-
-_REPAIR = "redo this shard with preprocessing/pack.py --repair"
 
 
 class Batch(NamedTuple):
@@ -156,7 +154,7 @@ class PackedDataset(Dataset):
             with path.open("rb") as stream:
                 if stream.read(len(header)) != header:
                     dtype, shape = self._specs[name]
-                    raise UserError(f"shard file {path} does not hold {count} records of {dtype} {shape}; {_REPAIR}")
+                    raise UserError(f"shard file {path} does not hold {count} records of {dtype} {shape}; {REPAIR}")
             self._paths[number, name] = str(path)
         return self._paths[number, name]
 
@@ -172,11 +170,11 @@ class PackedDataset(Dataset):
                 try:
                     size = os.stat(path).st_size
                 except FileNotFoundError:
-                    raise MissingFile(f"shard file {path} is missing; {_REPAIR}") from None
+                    raise MissingFile(f"shard file {path} is missing; {REPAIR}") from None
                 expected = npy_size(*self._specs[name], shard["count"])
                 if size != expected:
                     raise UserError(
-                        f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {_REPAIR}"
+                        f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {REPAIR}"
                     )
 
 

@@ -23,6 +23,7 @@ CRC = "crc"  # the file of a shard that holds (records, fields) CRC-32, fields i
 # SD-VAE's standard deviations go down to exp(-15) = 3e-7, below float16's smallest normal number (6e-5). Stored times
 # 2**10 they keep all 11 bits between 6e-8 and 64. The writer measures the error and puts it in the manifest.
 MOMENTS_STD_SCALE = 1024.0
+REPAIR = "repair it with `python -m preprocessing.pack --repair` and the flags that it was packed with"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,23 @@ def read_manifest(directory: Path | str) -> Manifest:
         content["encoders"] = [EncoderInfo(**encoder) for encoder in content["encoders"]]
         return Manifest(**content)
     except (TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); repair it with preprocessing/pack.py --repair") from error
+        raise UserError(f"{path} is damaged ({error}); {REPAIR}") from error
+
+
+def read_class_means(directory: Path, manifest: Manifest) -> np.ndarray | None:
+    """Mean class token of each class, (classes, D) float32, of encoder 0; None where the dataset has no class tokens.
+
+    Raises:
+        UserError: the file is missing, or is not the one that the manifest describes.
+    """
+    if manifest.class_means is None:
+        return None
+    path = directory / manifest.class_means
+    if not path.is_file():
+        raise MissingFile(f"{path} is missing; {REPAIR}")
+    if files.sha256(path) != manifest.files.get(path.name, files.sha256(path)):
+        raise UserError(f"{path} does not match its checksum; {REPAIR}")
+    return np.load(path, allow_pickle=False)
 
 
 def shard_file(field: str, number: int) -> str:
@@ -112,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); repair it with preprocessing/pack.py --repair") from error
+        raise UserError(f"{path} is damaged ({error}); {REPAIR}") from error
     if checksum != files.fingerprint(content):
-        raise UserError(f"{path} was edited or damaged: its checksum does not match; repair it with --repair")
+        raise UserError(f"{path} was edited or damaged: its checksum does not match; {REPAIR}")
     return content
