@@ -136,19 +136,26 @@ def collect(
     )
 
 
-def collect_batches(batches: Iterable[torch.Tensor], extractor: Extractor) -> Statistics:
-    """Statistics of the pooled features of the images of all ranks.
+def statistics_of(batches: Iterable[torch.Tensor], extractor: Extractor) -> Statistics:
+    """Statistics of the pooled features of images that are not an ImageSet, such as those of a sampler.
 
     Args:
-        batches: uint8 pixels (N, 3, H, W) of this rank, at least one batch.
-        extractor: gives the features.
+        batches: the uint8 images of this rank, (B, 3, H, W) each.
+        extractor: a network of evaluations/features.py.
+
+    Returns:
+        The statistics over all ranks, on every rank.
+
+    Raises:
+        UserError: this rank has no images, or all ranks together have fewer than 2.
     """
     moments = None
     for pixels in batches:
-        pooled = extractor(pixels).pooled.double()
+        pooled = extractor(pixels).pooled
         moments = moments or Moments(pooled.shape[1], pooled.device)
         moments.update(pooled)
-    assert moments is not None
+    if moments is None:
+        raise UserError("there are fewer images than ranks that share them")
     if dist.is_initialized():
         moments.all_reduce()
     return moments.statistics()

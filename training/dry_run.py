@@ -40,10 +40,11 @@ def dry_run(settings: TrainConfig) -> str:
     if settings.assume is not None:
         manifest = assumed_manifest(settings)
         settings = replace(settings, data_dir=Path(settings.assume))  # names it in messages
-    else:
-        assert settings.data_dir is not None
+    assert settings.data_dir is not None
+    if settings.assume is None:
         manifest = read_manifest(settings.data_dir)
     plan, world = make_plan(settings, manifest), int(os.environ.get("WORLD_SIZE", 1))
+    plan.class_means(settings.data_dir)  # there is none where the dataset is assumed
     micro = settings.gradient_accumulation_steps
     StepSampler(manifest.count, settings.batch_size, seed=settings.seed, world=world, micro=micro)
     return _lines(Forecast(settings, plan, world, precision, gpus, name, memory).rows())

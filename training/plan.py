@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +12,9 @@ from loss import Objective
 from models.autoencoder import LatentNormalization
 from models.checkpoint import ModelInfo
 from models.encoder import VisionEncoder, load_encoder
-from models.hub import first_line
 from models.interpolant import Interpolant
 from models.sit import SiTConfig, preset
-from packed.format import Manifest
+from packed.format import Manifest, read_class_means
 from training.settings import TrainConfig
 
 DEFAULT_ENCODER = "dinov2-vit-b"  # of the paper
@@ -32,7 +30,6 @@ class Plan:
         online: encoders that run in the step instead, without their weights.
         encoders: names of either.
         vae: decodes the previews.
-        class_means: (classes, E) mean class tokens, if the network makes class tokens of the dataset's first encoder.
     """
 
     manifest: Manifest
@@ -44,7 +41,17 @@ class Plan:
     encoders: tuple[str, ...]
     normalization: LatentNormalization
     vae: str
-    class_means: Tensor | None
+
+    def class_means(self, data_dir: Path) -> Tensor | None:
+        """(classes, E) mean class tokens, for a network that makes class tokens of the dataset's first encoder.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        if not self.network.class_token_dim or self.cached[:1] != (0,):
+            return None
+        means = read_class_means(data_dir, self.manifest)
+        return None if means is None else torch.from_numpy(means).float()
 
     def model_info(self, step: int, seed: int) -> ModelInfo:
         """The header of a model file that is written after `step` steps."""
@@ -66,7 +73,7 @@ def make_plan(settings: TrainConfig, manifest: Manifest) -> Plan:
     """Check the settings against the dataset and derive the network. Weights are neither read nor downloaded.
 
     Raises:
-        UserError: a flag contradicts the dataset, a file of the dataset is missing, or an encoder is not known.
+        UserError: a flag contradicts the dataset, or an encoder is not known.
     """
     _, latent_size, _ = manifest.fields["moments"]["shape"]
     _check_against(settings, manifest)
@@ -135,23 +142,7 @@ def make_plan(settings: TrainConfig, manifest: Manifest) -> Plan:
         encoders=names,
         normalization=LatentNormalization(**manifest.vae["normalization"]),
         vae=settings.vae or manifest.vae["name"],
-        class_means=_class_means(settings, manifest, token_dim) if token_dim and cached[:1] == (0,) else None,
     )
-
-
-def _class_means(settings: TrainConfig, manifest: Manifest, dim: int) -> Tensor | None:
-    """(classes, dim) float32, as packing wrote them; None for a dataset without them."""
-    if manifest.class_means is None or settings.data_dir is None:
-        return None
-    path, shape = settings.data_dir / manifest.class_means, (len(manifest.classes), dim)
-    way = "`python preprocessing/pack.py --repair` with the flags it was packed with makes it again"
-    try:
-        means = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): {way}") from error
-    if means.shape != shape:
-        raise UserError(f"{path} has shape {means.shape} instead of {shape}: {way}")
-    return torch.from_numpy(means).float()
 
 
 def _check_against(settings: TrainConfig, manifest: Manifest) -> None:

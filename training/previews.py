@@ -49,7 +49,9 @@ def sample(
     return euler_maruyama(velocity, noise(-1), sde_times(steps), interpolant, noise, progress=progress)
 
 
-def draw(file: Path, network: SiT, plan: Plan, autoencoder: Autoencoder, settings: TrainConfig) -> None:
+def draw(
+    file: Path, network: SiT, plan: Plan, autoencoder: Autoencoder, class_means: Tensor | None, settings: TrainConfig
+) -> None:
     """Write a contact sheet of guided samples, each over its label and the class that its class token is nearest to.
 
     Args:
@@ -57,6 +59,7 @@ def draw(file: Path, network: SiT, plan: Plan, autoencoder: Autoencoder, setting
         network: the EMA.
         plan: of the run.
         autoencoder: on the network's device.
+        class_means: (classes, E) mean class tokens, or None.
         settings: seed, steps and guidance scale.
 
     Raises:
@@ -76,8 +79,8 @@ def draw(file: Path, network: SiT, plan: Plan, autoencoder: Autoencoder, setting
             progress=lambda done: bar.update(),
         )
     nearest: list[int | None] = [None] * PREVIEWS
-    if plan.class_means is not None and sampled.class_token is not None:
-        nearest = nearest_class(sampled.class_token, plan.class_means).tolist()
+    if class_means is not None and sampled.class_token is not None:
+        nearest = nearest_class(sampled.class_token, class_means).tolist()
     pixels = autoencoder.decode(sampled.latent).permute(0, 2, 3, 1).cpu().numpy()
     cells = [
         Cell(picture, class_caption(label, token, plan.manifest.classes))

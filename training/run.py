@@ -41,6 +41,7 @@ class Run:
         tracker: on rank 0 alone.
         autoencoder: for previews and the probe, on the ranks that need it.
         probe: where --eval-every asks for it.
+        class_means: (classes, E) of the dataset, for the model file and the captions of previews.
     """
 
     settings: TrainConfig
@@ -59,6 +60,7 @@ class Run:
     interrupt: Interrupt
     autoencoder: Autoencoder | None
     probe: FrechetProbe | None
+    class_means: Tensor | None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     started: float = field(default_factory=time.monotonic)
     last: dict[str, float | None] = field(default_factory=dict)  # values of the newest log line
@@ -115,8 +117,8 @@ class Run:
             )
             info = self.plan.model_info(self.step, self.settings.seed)
             write = checkpoints.save_and_rotate
-            means = self.plan.class_means
-            if share(on_first(lambda: write(self.folder / "checkpoints", state, info, means, self.settings))):
+            folder, means = self.folder / "checkpoints", self.class_means
+            if share(on_first(lambda: write(folder, state, info, means, self.settings))):
                 self.saved_step = self.step
 
     def preview(self) -> None:
@@ -126,7 +128,9 @@ class Run:
         with self.stopwatch.pause():
             file = self.folder / "previews" / f"step_{self.step:07d}.png"
             try:
-                previews.draw(file, self.train_step.ema.average, self.plan, self.autoencoder, self.settings)
+                previews.draw(
+                    file, self.train_step.ema.average, self.plan, self.autoencoder, self.class_means, self.settings
+                )
                 self.tracker.picture(self.step, file)
             except OSError as error:
                 say(f"preview {file} could not be written: {error}")

@@ -59,6 +59,7 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
         world=processes.world,
         micro=micro_batches,
     )
+    class_means = plan.class_means(settings.data_dir)
     folder = settings.output_dir / settings.exp_name
     with ExitStack() as stack:
         on_first(lambda: _claim(folder, settings, plan, stack))
@@ -89,6 +90,7 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
             interrupt=stack.enter_context(Interrupt(processes.world, settings.max_hours)),
             autoencoder=autoencoder,
             probe=probe,
+            class_means=class_means,
         )
 
 
