@@ -22,20 +22,19 @@ class FolderLock:
             advice: what to do when another process holds it, half a sentence.
 
         Raises:
-            UserError: another process holds it, whose name the message says, or the folder cannot be written.
+            UserError: names the holder, or the file that cannot be written.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._stream = (folder / name).open("a+", encoding="utf-8")
-        except OSError as error:
-            raise write_error(folder, error) from error
-        try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._stream.seek(0)
             holder = self._stream.read().strip() or "another process"
             self._stream.close()
             raise UserError(f"{folder} is in use by {holder}; {advice}") from error
+        except OSError as error:
+            raise write_error(folder / name, error) from error
         self._stream.truncate(0)
         self._stream.write(
             f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"

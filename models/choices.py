@@ -8,3 +8,6 @@ SOLVERS = {"sde": ("euler", "dpmpp"), "ode": ("euler", "heun", "dpmpp", "dopri5"
 GRIDS = ("uniform", "shifted")
 DIFFUSIONS = ("linear", "sigma", "constant")  # coefficients w(t) of the reverse SDE
 LAST_STEPS = ("drift", "ode")  # of Euler-Maruyama
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "bf16", "fp16")  # of networks

@@ -138,5 +138,5 @@ def test_class_means_are_read_before_the_first_step(tmp_path):
 def test_a_folder_that_cannot_be_made(tools, tmp_path):
     """One sentence with its name."""
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"file/run/run.lock cannot be written: Not a directory"):
         train.main(flags(tools["data"], tmp_path / "file"))

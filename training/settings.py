@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.presets import GUIDANCE_SCALE
 from config import RUN, UserError, setting
-from models.choices import PATHS, WEIGHTINGS
+from models.choices import PATHS, PRECISIONS, WEIGHTINGS
 
 _run = partial(setting, group="run")
 _model = partial(setting, group="model")
@@ -93,7 +93,7 @@ class TrainConfig:
         "auto",
         "over float32 weights; auto: what accelerate launch asks for, or bf16 where the GPU has it, else fp16, "
         "fp32 on the CPU (published: fp16)",
-        choices=("auto", "fp32", "fp16", "bf16"),
+        choices=("auto", *PRECISIONS),
     )
     allow_tf32: bool = _speed(True, "TF32 matrix products", role=RUN)
     compile: bool = _speed(False, "torch.compile network and encoders, block by block", role=RUN)

@@ -65,7 +65,7 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
         on_first(lambda: _claim(folder, settings, plan, stack))
         if processes.first:
             say(start_text(settings, plan, processes, folder))
-        autoencoder, probe = _load_judges(settings, plan, processes)
+        autoencoder, probe = _load_viewers(settings, plan, processes)
         train_step, window, step = _build(settings, plan, processes, folder / "checkpoints")
         sampler.start_step = step
         pin = processes.device.type == "cuda"
@@ -110,10 +110,10 @@ def _claim(folder: Path, settings: TrainConfig, plan: Plan, stack: ExitStack) ->
         say(f"continuing with another setting: {change}")
 
 
-def _load_judges(
+def _load_viewers(
     settings: TrainConfig, plan: Plan, processes: Processes
 ) -> tuple[Autoencoder | None, FrechetProbe | None]:
-    """What shows how good the EMA is: the VAE of the previews, and the Frechet probe with its reference."""
+    """The VAE of the previews and the Frechet probe with its reference, where the settings ask for them."""
     load = lambda: load_autoencoder(plan.vae).to(processes.device)  # noqa: E731
     if not settings.eval_every:
         return (on_first(load) if settings.sampling_steps else None), None
