@@ -8,7 +8,6 @@ import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 from common.files import write_text
@@ -131,7 +130,8 @@ def _check_wandb() -> None:
                 f"--report-to wandb: {server.hostname} cannot be reached: set WANDB_MODE=offline and upload later with "
                 f"`wandb sync`, {_WITHOUT}"
             ) from error
-    if not _has_credentials(settings):  # before wandb asks for a key at the terminal, where other processes would wait
+    # before wandb asks for a key at the terminal, where other ranks would wait
+    if not _has_credentials(settings.api_key, settings.base_url):
         raise UserError(
             "--report-to wandb: no API key: run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline, "
             f"{_WITHOUT}"
@@ -144,11 +144,11 @@ def _check_wandb() -> None:
         ) from error
 
 
-def _has_credentials(settings: Any) -> bool:
+def _has_credentials(api_key: str | None, base_url: str) -> bool:
     from requests.utils import get_netrc_auth
 
-    known = settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    return bool(known or get_netrc_auth(settings.base_url))
+    known = api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    return bool(known or get_netrc_auth(base_url))
 
 
 def _missing(package: str) -> str:
