@@ -12,7 +12,7 @@ shard k is row i of each of its files. Fields:
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,7 +191,7 @@ def _torch_dtype(dtype: np.dtype) -> torch.dtype:
 
 def read_ahead(
     dataset: PackedDataset, order: Iterable[np.ndarray], *, threads: int = 2, depth: int = 4, pin_memory: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Read batches by threads before they are needed.
 
     Threads, not processes: copying and waiting for the disk release the interpreter lock, while a batch of another process

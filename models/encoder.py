@@ -1,5 +1,6 @@
 """Frozen vision encoders over timm: uint8 pixels => class token and patch tokens (REG section 3)."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,13 +53,14 @@ class VisionEncoder(nn.Module):
         return x
 
 
-def load_encoder(name: str, grid: int) -> VisionEncoder:
+def load_encoder(name: str, grid: int, *, weights: bool = True) -> VisionEncoder:
     """Load a frozen encoder; its position embedding is resampled to the grid by timm, with antialias, as published.
 
     Args:
         name: a published name (dinov2-vit-b, dinov2reg-vit-l, ...), any timm ViT with a class token, a local folder in
             timm's format (config.json + model.safetensors), or NAME=FILE for a checkpoint file of a named architecture.
         grid: patch tokens per side: 16 at 256 px and 32 at 512 px in the paper.
+        weights: False for the architecture alone, on the meta device: nothing is read or downloaded.
 
     Raises:
         MissingFile: the weights are not available; one sentence with the cause.
@@ -81,12 +83,13 @@ def load_encoder(name: str, grid: int) -> VisionEncoder:
         source = PUBLISHED.get(architecture, architecture)
         if "/" in source and not source.startswith("hf-hub:"):
             raise MissingFile(f"encoder folder {architecture} does not exist (hub models: hf-hub:OWNER/NAME)")
-        if not file:
+        if not file and (weights or "/" in source):
             hub.go_offline_if_unreachable()
     try:
         with torch.device("meta"):
             patch_size = _patch_size(timm.create_model(source, pretrained=False, num_classes=0), name)
-        vit = timm.create_model(source, pretrained=True, img_size=grid * patch_size, **arguments)
+        with nullcontext() if weights else torch.device("meta"):
+            vit = timm.create_model(source, pretrained=weights, img_size=grid * patch_size, **arguments)
     except OSError as error:
         if folder.is_dir():
             raise MissingFile(f"encoder folder {folder} cannot be read: {hub.first_line(error)}") from error

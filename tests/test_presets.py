@@ -24,7 +24,7 @@ from sampling.sampler import guidance_of, solver_of
 from sampling.settings import SampleConfig, resolved
 from tests import toy_model
 from train import TrainConfig
-from training import runner
+from training import previews
 
 ROOT = Path(__file__).parents[1]
 place = toy_model.place  # a fixture
@@ -79,7 +79,7 @@ def test_preview_is_what_training_shows(monkeypatch):
     """As many pictures, steps and the same guidance as the previews of a run."""
     train = {field.name: field.default for field in fields(TrainConfig)}
     preview = resolved(read(["--checkpoint", "c", "--out", "o", "--preset", "preview"]))
-    assert preview.num_fid_samples == runner.PREVIEWS and preview.num_steps == train["preview_steps"]
+    assert preview.num_fid_samples == previews.PREVIEWS and preview.num_steps == train["preview_steps"]
     training = Guidance(train["preview_scale"], high=GUIDANCE_HIGH)
     assert all(guidance_of(preview).scales(t) == training.scales(t) for t in torch.linspace(0, 1, 101))
 

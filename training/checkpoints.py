@@ -1,16 +1,14 @@
-"""Training state on disk: written whole or not at all, read back before it gets its name, rotated only then.
+"""Checkpoints: written whole or not at all, read back before they get their name, rotated only then.
 
 checkpoints/0000100/
     model.safetensors  the weights            optimizer.pt  AdamW, gradient scaler, open log window (weights_only)
     ema.safetensors    the model file         state.json    step, settings, and size and SHA-256 of the others; written last
 """
 
-import hashlib
 import json
-import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.files import sha256, sync, write_json
+from common.reporting import say
 from config import UserError
 from models.model_file import MODEL_FILE, ModelInfo, save_model
+from training.settings import TrainConfig
 
 SCHEMA = 1
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
@@ -27,18 +28,21 @@ FILES = (WEIGHTS, MODEL_FILE, OPTIMIZER, STATE)
 _TEMPORARY, _DELETED = ".writing-", ".deleting-"
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(UserError):
     """A checkpoint that is incomplete, altered or unreadable; the message names the file."""
-
-
-class FutureCheckpoint(ValueError):
-    """A checkpoint of a later version of this code."""
 
 
 @dataclass
 class TrainingState:
-    """Everything a run needs to continue. model, ema: state dicts. optimizer: AdamW's. scaler: GradScaler's or {}.
-    window: (world, K) float64, the open log window of each process. settings: of the run, for people."""
+    """Everything a run needs to continue.
+
+    Attributes:
+        model, ema: state dicts.
+        optimizer: AdamW's state dict.
+        scaler: GradScaler's state dict, or {}.
+        window: (world, K) float64, the open log window of each rank.
+        settings: of the run, for people.
+    """
 
     step: int
     model: dict[str, Tensor]
@@ -49,37 +53,63 @@ class TrainingState:
     settings: dict[str, Any]
 
 
-def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tensor | None = None) -> Path:
-    """Write folder/0000100 for step 100: into a hidden folder, fsync, re-read, rename. Returns its path.
+def save_and_rotate(
+    folder: Path, state: TrainingState, info: ModelInfo, class_means: Tensor | None, settings: TrainConfig
+) -> bool:
+    """Save, then delete the checkpoints that need not be kept; returns whether the checkpoint is on the disk.
 
-    Raises OSError when the disk fails, DamagedCheckpoint when what was written does not read back; either way earlier
-    checkpoints are untouched and nothing half-written has a valid name.
+    Raises:
+        UserError: the disk fails, and --on-save-error stop was given or it was the last save of the run.
+    """
+    try:
+        save(folder, state, info, class_means)
+        rotate(folder, settings.keep_last, settings.keep_every)
+    except (OSError, DamagedCheckpoint) as error:
+        if settings.on_save_error == "stop" or state.step >= settings.max_train_steps:
+            raise UserError(f"step {state.step} could not be saved: {error}") from error
+        say(f"step {state.step} could not be saved, training goes on: {error}")
+        return False
+    return True
+
+
+def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tensor | None = None) -> Path:
+    """Write folder/0000100 for step 100: into a hidden folder, fsync, re-read, rename.
+
+    Args:
+        folder: of all checkpoints of the run.
+        state: what resuming needs.
+        info: header of the model file.
+        class_means: (classes, E), stored in the model file.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: the disk fails.
+        DamagedCheckpoint: what was written does not read back. Either way earlier checkpoints are untouched and nothing
+            half-written has a valid name.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    final, temporary = folder / name(state.step), folder / (_TEMPORARY + name(state.step))
+    final = folder / f"{state.step:07d}"
+    temporary = folder / (_TEMPORARY + final.name)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         save_file({key: t.detach().contiguous().cpu() for key, t in state.model.items()}, temporary / WEIGHTS)
         save_model(temporary / MODEL_FILE, state.ema, info, class_means)
-        content = {"optimizer": state.optimizer, "scaler": state.scaler, "window": state.window.cpu()}
-        torch.save(content, temporary / OPTIMIZER)
+        rest = {"optimizer": state.optimizer, "scaler": state.scaler, "window": state.window.cpu()}
+        torch.save(rest, temporary / OPTIMIZER)
         files = {}
         for file in (WEIGHTS, MODEL_FILE, OPTIMIZER):
-            _sync(temporary / file)
-            files[file] = {"bytes": (temporary / file).stat().st_size, "sha256": _sha256(temporary / file)}
+            sync(temporary / file)
+            files[file] = {"bytes": (temporary / file).stat().st_size, "sha256": sha256(temporary / file)}
         content = {"schema": SCHEMA, "step": state.step, "files": files, "settings": state.settings}
-        (temporary / STATE).write_text(json.dumps(content, indent=1))
-        _sync(temporary / STATE)
-        _sync(temporary)
+        write_json(temporary / STATE, content)
         verify(temporary)
-        if final.exists():  # a damaged one of the same step: resume fell back to the one before
-            _delete(final)
-        temporary.rename(final)
-        _sync(folder)
+        _publish(temporary, final)
     except (RuntimeError, SafetensorError) as error:  # the writers wrap the operating system's error
         raise OSError(f"{temporary}: {str(error).splitlines()[0]}") from error
     finally:
@@ -87,18 +117,26 @@ def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tenso
     return final
 
 
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a whole checkpoint its name."""
+    if final.exists():  # a damaged one of the same step: resume fell back to the one before
+        _delete(final)
+    temporary.rename(final)
+    sync(final.parent)
+
+
 def verify(checkpoint: Path) -> dict[str, Any]:
     """Read every byte and compare with state.json; returns its content.
 
-    Raises DamagedCheckpoint naming the first file at fault, FutureCheckpoint for a later schema.
+    Raises:
+        DamagedCheckpoint: the message names the first file at fault.
+        UserError: the checkpoint is of a later version of this code.
     """
     path = checkpoint / STATE
     try:
         content = json.loads(path.read_text())
         if content["schema"] > SCHEMA:
-            raise FutureCheckpoint(
-                f"{path} has schema {content['schema']}, this code reads up to {SCHEMA}: update the code"
-            )
+            raise UserError(f"{path} has schema {content['schema']}, this code reads up to {SCHEMA}: update the code")
         if checkpoint.name.isdigit() and content["step"] != int(checkpoint.name):
             raise DamagedCheckpoint(f"{path} says step {content['step']}")
         for file, expected in content["files"].items():
@@ -107,7 +145,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
                 raise DamagedCheckpoint(f"{part} is missing")
             if part.stat().st_size != expected["bytes"]:
                 raise DamagedCheckpoint(f"{part} has {part.stat().st_size} bytes instead of {expected['bytes']}")
-            if _sha256(part) != expected["sha256"]:
+            if sha256(part) != expected["sha256"]:
                 raise DamagedCheckpoint(f"{part} has changed since it was written (SHA-256 differs)")
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({type(error).__name__}: {error})") from error
@@ -140,18 +178,20 @@ def load(checkpoint: Path) -> TrainingState:
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest intact checkpoint of a run, None if it has none at all. Clears what a killed save left behind.
 
-    A damaged one is passed over with a warning. Raises ValueError when there are checkpoints and every one is damaged:
-    starting anew then has to be the user's decision.
+    A damaged one is skipped with a warning.
+
+    Raises:
+        UserError: every checkpoint is damaged; starting anew then has to be the user's decision.
     """
     for leftover in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_DELETED}*")]:
         _remove_own_files(leftover)
-    candidates = list(reversed(listed(folder)))
-    for checkpoint in candidates:
+    candidates = _by_step(folder).values()
+    for checkpoint in reversed(candidates):
         try:
             verify(checkpoint)
             return checkpoint
         except DamagedCheckpoint as error:
-            warn(f"checkpoint {checkpoint} is damaged and passed over: {error}")
+            warn(f"checkpoint {checkpoint} is damaged and skipped: {error}")
     if candidates:
         raise UserError(
             f"every checkpoint in {folder} is damaged ({len(candidates)} of them); move the folder away to start from step 0"
@@ -159,26 +199,32 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def listed(folder: Path) -> list[Path]:
+def _by_step(folder: Path) -> dict[int, Path]:
     """The checkpoint folders of a run by their names, oldest first, intact or not."""
-    return sorted(path for path in folder.glob("[0-9]" * 7 + "*") if path.name.isdigit() and path.is_dir())
-
-
-def name(step: int) -> str:
-    return f"{step:07d}"
+    found = (path for path in folder.glob("[0-9]" * 7 + "*") if path.name.isdigit() and path.is_dir())
+    return {int(path.name): path for path in sorted(found)}
 
 
 def rotate(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all checkpoints but the newest `keep_last` (0: keep all) and those at multiples of `keep_every` (0: none).
+    """Delete the checkpoints that are superseded; call it after `save` has read the new one back.
 
-    Folders with anything in them that this code did not write stay. Call it after `save` has read the new one back.
+    Folders with anything in them that this code did not write stay.
     """
-    if not keep_last:
-        return
-    for checkpoint in listed(folder)[:-keep_last]:
-        step = int(checkpoint.name)
-        if not (keep_every and step % keep_every == 0):
-            _delete(checkpoint)
+    checkpoints = _by_step(folder)
+    for step in superseded(list(checkpoints), keep_last, keep_every):
+        _delete(checkpoints[step])
+
+
+def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
+    """Which of the saved steps, oldest first, need not be kept.
+
+    Args:
+        steps: with a checkpoint.
+        keep_last: how many of the newest stay; 0: all.
+        keep_every: its multiples stay too; 0: none.
+    """
+    older = steps[:-keep_last] if keep_last else ()
+    return [step for step in older if not (keep_every and step % keep_every == 0)]
 
 
 def _delete(checkpoint: Path) -> None:
@@ -195,17 +241,3 @@ def _remove_own_files(folder: Path) -> None:
         (folder / f"{file}.tmp").unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
