@@ -111,7 +111,7 @@ def _converted(source: Source) -> Path:
                     shutil.rmtree(abandoned, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix="converting-", dir=file.parent) as own:  # others may convert it too
                 save_model(Path(own) / file.name, state_dict, info)
-                (Path(own) / file.name).replace(file)
+                shutil.move(Path(own) / file.name, file)
             return file
         except OSError as error:
             problem = error

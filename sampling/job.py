@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,19 +30,48 @@ from sampling.tokens import read_tokens
 class Job:
     """What `load` makes of the settings.
 
-    settings: all decided. tokens: (K, D) of --like. identity: all that the samples depend on. left_unguided: the settings
-    left guidance to the model, which has no null class.
+    settings: all decided. guide: for autoguidance. tokens: (K, D) of --like. left_unguided: the settings left guidance to
+    the model, which has no null class.
     """
 
     settings: SampleConfig
     process: Processes
     model: Model
+    guide: Model | None
     sampler: Sampler
     autoencoder: Autoencoder
     labels: Labels
     tokens: Tensor | None
-    identity: dict[str, Any]
     left_unguided: bool
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the samples depend on, as JSON: two jobs with the same identity make the same samples."""
+        settings = self.settings
+        plain = identity(settings)
+        plain["steps"] = plain.pop("num_steps")
+        tokens_given = label_values = None
+        if self.tokens is not None:
+            digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+            tokens_given = {"sources": list(settings.like), "sha256": digest}
+        if self.labels.kind in ("list", "spread") or settings.classes:
+            label_values = hashlib.sha256(self.labels.values.tobytes()).hexdigest()
+        return {
+            "checkpoint_sha256": self.model.sha256,
+            "guide_sha256": self.guide.sha256 if self.guide else None,
+            "step": self.model.info.step,
+            **plain,
+            "labels": self.labels.kind,
+            "classes": list(settings.classes),
+            "label_values_sha256": label_values,
+            "like": tokens_given,
+            "vae_sha256": weights_sha256(self.autoencoder.vae),
+            "uint8_rule": "truncate",
+            # An adaptive solver's steps depend on who shares the batch.
+            "batches": [settings.per_proc_batch_size, settings.num_fid_samples]
+            if settings.solver == "dopri5"
+            else None,
+        }
 
     def noise_index(self, index: Tensor) -> Tensor:
         """Which noise sample i starts from: its own, or that of its row of an interpolation."""
@@ -105,7 +135,6 @@ def load(settings: SampleConfig, process: Processes) -> Job:
     if tokens is not None and settings.interpolate and len(tokens) != 2:
         raise UserError(f"--interpolate goes between two tokens, --like gives {len(tokens)}")
     autoencoder = load_decoder(info, settings.vae, device, settings.vae_dtype, tiling=settings.vae_tiling)
-    recorded = describe(settings, model, guide, autoencoder, labels, tokens)
     sampler = Sampler(
         prepare(model.network, settings.dtype, compiled=settings.compile),
         Interpolant(info.path),
@@ -117,7 +146,8 @@ def load(settings: SampleConfig, process: Processes) -> Job:
         settings.best_of,
         model.class_means,
     )
-    return Job(settings, process, model, sampler, autoencoder, labels, tokens, recorded, optional and guidance.off)
+    left_unguided = optional and guidance.off
+    return Job(settings, process, model, guide, sampler, autoencoder, labels, tokens, left_unguided)
 
 
 def _check(settings: SampleConfig, model: Model, guide: Model | None, guidance: Guidance, labels: Labels) -> None:
@@ -143,36 +173,3 @@ def _check(settings: SampleConfig, model: Model, guide: Model | None, guidance: 
         )
     if settings.best_of > 1 and labels.kind == "null":
         raise UserError("--best-of compares tokens with labels; it cannot choose among samples of the null class")
-
-
-def describe(
-    settings: SampleConfig,
-    model: Model,
-    guide: Model | None,
-    autoencoder: Autoencoder,
-    labels: Labels,
-    tokens: Tensor | None,
-) -> dict[str, Any]:
-    """Everything that the samples depend on, as JSON: two jobs with the same description make the same samples."""
-    plain = identity(settings)
-    plain["steps"] = plain.pop("num_steps")
-    tokens_given = label_values = None
-    if tokens is not None:
-        digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-        tokens_given = {"sources": list(settings.like), "sha256": digest}
-    if labels.kind in ("list", "spread") or settings.classes:
-        label_values = hashlib.sha256(labels.values.tobytes()).hexdigest()
-    return {
-        "checkpoint_sha256": model.sha256,
-        "guide_sha256": guide.sha256 if guide else None,
-        "step": model.info.step,
-        **plain,
-        "labels": labels.kind,
-        "classes": list(settings.classes),
-        "label_values_sha256": label_values,
-        "like": tokens_given,
-        "vae_sha256": weights_sha256(autoencoder.vae),
-        "uint8_rule": "truncate",
-        # An adaptive solver's steps depend on who shares the batch.
-        "batches": [settings.per_proc_batch_size, settings.num_fid_samples] if settings.solver == "dopri5" else None,
-    }
