@@ -6,7 +6,7 @@ class token with the encoder's class token; also the denoised class token with t
 """
 
 if not __package__:  # run as a file
-    import script  # noqa: F401
+    __import__("script")  # starts it again as a module
 
 from common.reporting import run, say
 from config import parse

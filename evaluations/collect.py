@@ -123,7 +123,7 @@ def collect(
     return Collected(moments, gather_rows(pooled), score, classes)
 
 
-def collect_batches(batches: Iterable[Tensor], extractor: Extractor) -> Statistics:
+def statistics_of(batches: Iterable[Tensor], extractor: Extractor) -> Statistics:
     """Statistics of the pooled features of images that are not an ImageSet, such as those of a sampler.
 
     Args:

@@ -1,7 +1,7 @@
 """Results side by side: `python -m evaluations.compare A.json B.json ...`. Only results of one protocol are ranked."""
 
 if not __package__:  # run as a file
-    import script  # noqa: F401
+    __import__("script")  # starts it again as a module
 
 import json
 import sys

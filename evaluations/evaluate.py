@@ -4,7 +4,7 @@ FID, sFID, IS, precision and recall as the ADM evaluator computes them, and more
 """
 
 if not __package__:  # run as a file
-    import script  # noqa: F401
+    __import__("script")  # starts it again as a module
 
 from common.reporting import run, say
 from config import parse

@@ -5,7 +5,7 @@ results*.json of each run folder.
 """
 
 if not __package__:  # run as a file
-    import script  # noqa: F401
+    __import__("script")  # starts it again as a module
 
 import base64
 import html

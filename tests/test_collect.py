@@ -10,7 +10,7 @@ from PIL import Image
 from config import UserError
 from evaluations import measure
 from evaluations.audit import Auditor, set_warnings, sorted_share
-from evaluations.collect import collect, collect_batches
+from evaluations.collect import collect, statistics_of
 from evaluations.image_sets import ImageSet, open_images
 from evaluations.metrics import frechet_distance
 from evaluations.statistics import compute_statistics
@@ -59,17 +59,17 @@ def test_auditor_counts_copies_and_flat_images(tmp_path):
     assert auditor.warnings()[-1] == f"pixels span {images.min() // 4 + 60} to {images.max() // 4 + 60} of 0 to 255"
 
 
-def test_collect_batches_batches_equal_those_of_a_set(tmp_path):
+def test_statistics_of_batches_equal_those_of_a_set(tmp_path):
     """Images that come as batches, such as a sampler's, give the numbers of the same images in a file."""
     np.savez(tmp_path / "s.npz", pixels(50))
     batches = torch.from_numpy(pixels(50)).permute(0, 3, 1, 2).split(7)
     found, whole = (
-        collect_batches(batches, averages()),
+        statistics_of(batches, averages()),
         collect(open_images([tmp_path / "s.npz"]), averages(), batch_size=16),
     )
     assert np.array_equal(found.covariance, whole.statistics("pooled").covariance) and found.n == 50
     with pytest.raises(UserError, match="fewer images than"):
-        collect_batches([], averages())
+        statistics_of([], averages())
 
 
 def test_sorted_share():
