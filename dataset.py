@@ -26,7 +26,7 @@ from config import MissingFile, UserError
 from models import philox
 from models.noise import Stream
 from packed.format import MANIFEST, MOMENTS_STD_SCALE, REPAIR, Field, read_manifest
-from packed.memory import Buffers, read_record
+from packed.memory import Buffers, read_records
 
 
 class Batch(NamedTuple):
@@ -149,9 +149,8 @@ class PackedDataset(Dataset):
             out = self._buffers.take((len(places), *shape), dtype)
             tensor = torch.from_numpy(out)
         size, header = self._specs[name].record_bytes, self._headers[name]
-        for position, (number, row) in enumerate(places):
-            path = self._paths.get((number, name)) or self._checked(number, name)
-            read_record(path, header + row * size, out[position : position + 1])
+        paths = [self._paths.get((number, name)) or self._checked(number, name) for number, _ in places]
+        read_records([(path, header + row * size) for path, (_, row) in zip(paths, places)], out)
         return tensor
 
     def _checked(self, number: int, name: str) -> str:

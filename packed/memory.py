@@ -2,27 +2,41 @@
 
 import os
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 
+_AT_ONCE = 32  # records asked for before they are read: few enough for the limit of open files
 _KEPT = 8  # buffers of one shape that wait to be used again
 
 
-def read_record(path: str, offset: int, out: np.ndarray) -> None:
-    """Fill `out`, which is contiguous, with the bytes of a file from `offset` on.
+def read_records(places: Sequence[tuple[str, int]], out: np.ndarray) -> None:
+    """Fill the rows of a contiguous array with bytes of files.
 
-    By pread and not by a memory map: as fast where the file is in the page cache, one large read where it is not, and
-    neither page tables nor descriptors add up over thousands of files.
+    By pread: it takes about twice the CPU time of a copy from a memory map, but neither page tables nor descriptors add up
+    over thousands of files. The kernel is first asked for several records, which it then reads from a disk side by side.
+
+    Args:
+        places: (path, offset) of each row.
+        out: (len(places), ...).
 
     Raises:
-        EOFError: the file ends before.
+        EOFError: a file ends before its record does.
     """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if os.preadv(descriptor, [out.data], offset) != out.nbytes:
-            raise EOFError(path)
-    finally:
-        os.close(descriptor)
+    size = out[:1].nbytes
+    for start in range(0, len(places), _AT_ONCE):
+        group = places[start : start + _AT_ONCE]
+        descriptors: list[int] = []
+        try:
+            for path, offset in group:
+                descriptors.append(os.open(path, os.O_RDONLY))
+                os.posix_fadvise(descriptors[-1], offset, size, os.POSIX_FADV_WILLNEED)
+            for row, (descriptor, (path, offset)) in enumerate(zip(descriptors, group), start):
+                if os.preadv(descriptor, [out[row : row + 1].data], offset) != size:
+                    raise EOFError(path)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
 
 class Buffers:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from common.files import fingerprint
 from dataset import PackedDataset, StepSampler, decode_moments, encode_moments, read_ahead
 from packed.format import Field, Manifest, read_json, read_manifest, write_json, write_manifest
+from packed.memory import read_records
 from packed.writer import ShardWriter, write_shard
 from tests.tiny import write_dataset
 
@@ -288,6 +289,17 @@ def test_no_descriptors_and_little_memory_per_file(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert _own_memory() - memory < 40  # a buffer of 3.7 MB or two, and what Python fancies
     assert np.array_equal(dataset[[1199]].pixels[0], rows[299, 3])
+
+
+def test_a_file_that_ends_early_is_an_error(tmp_path):
+    """Records that a file no longer holds are not read as what the memory held before; no file stays open."""
+    (tmp_path / "x").write_bytes(bytes(range(10)))
+    before, out = len(os.listdir("/proc/self/fd")), np.zeros((40, 4), np.uint8)
+    read_records([(str(tmp_path / "x"), row % 7) for row in range(40)], out)
+    assert out[[0, 33, 39]].tolist() == [[0, 1, 2, 3], [5, 6, 7, 8], [4, 5, 6, 7]]
+    with pytest.raises(EOFError, match="x"):
+        read_records([(str(tmp_path / "x"), 0), (str(tmp_path / "x"), 8)], out[:2])
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def _own_memory():
