@@ -35,61 +35,6 @@ def module_name(path: Path) -> str:
 
 LIBRARY = [path for path in MODULES if module_name(path).split(".")[0] not in ("benchmarks", "quickstart")]
 TESTS = sorted((ROOT / "tests").glob("*.py"))
-# Laws that a module does not keep yet.
-PENDING: dict[str, set[str]] = {
-    "cycles": {"evaluations.evaluate"},
-    "map": {
-        "common/images.py",
-        "evaluations/kernel_alignment.py",
-        "evaluations/registry.py",
-        "evaluations/settings.py",
-        "models/model_file.py",
-        "models/published.py",
-        "preprocessing/settings.py",
-        "sampling/labels.py",
-        "sampling/settings.py",
-        "training/checkpoints.py",
-        "training/dry_run.py",
-        "training/probe.py",
-        "training/settings.py",
-        "training/setup.py",
-    },
-    "length": {
-        "evaluations.cknna",
-        "training.runner",
-        "tests.test_evaluate",
-        "tests.test_generate",
-        "tests.test_metrics",
-        "tests.test_packing",
-        "tests.test_preprocessing",
-        "tests.test_speed",
-        "tests.test_train",
-    },
-    "settings": {"training", "sampling", "preprocessing", "evaluations"},
-    "typed settings": {
-        "preprocessing.extend",
-        "preprocessing.networks",
-        "preprocessing.packing",
-        "preprocessing.plan",
-        "training.assumed",
-        "training.plan",
-        "training.report",
-        "training.runner",
-        "training.trackers",
-    },
-    "writers": {
-        "evaluations.reference",
-        "evaluations.results",
-        "models.model_file",
-        "models.published",
-        "preprocessing.finish",
-        "preprocessing.plan",
-        "sampling.parts",
-        "sampling.pictures",
-        "training.folder",
-        "training.state",
-    },
-}
 NAMES = {module_name(path) for path in MODULES}
 
 
@@ -131,7 +76,6 @@ def test_nothing_imports_upward(module):
         assert top == own or HEIGHT[top] < HEIGHT[own], f"{module} imports {other}"
 
 
-@pytest.mark.xfail(bool(PENDING["cycles"]), strict=True, reason="see PENDING")
 def test_no_import_cycles():
     done: set[str] = set()
 
@@ -146,15 +90,6 @@ def test_no_import_cycles():
         visit(module, ())
 
 
-def cases(paths: list[Path], law: str) -> list:
-    """Test cases, one per file; those of PENDING must still fail."""
-    return [
-        pytest.param(path, id=name, marks=[pytest.mark.xfail(strict=True)] if name in PENDING[law] else [])
-        for path in paths
-        for name in [module_name(path)]
-    ]
-
-
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_habits(path):
     """No sys.path edits, exit(), unsafe unpickling, to-do notes, or argparse namespaces below the programs."""
@@ -167,7 +102,7 @@ def test_habits(path):
         assert not re.search(r"\bargs\.", text)
 
 
-@pytest.mark.parametrize("path", cases(MODULES + TESTS, "length"))
+@pytest.mark.parametrize("path", MODULES + TESTS, ids=module_name)
 def test_files_are_short(path):
     assert path.read_text().count("\n") <= 350, f"{path.name} has {path.read_text().count(chr(10))} lines"
 
@@ -180,11 +115,9 @@ def test_the_formatter_is_rarely_switched_off():
 
 
 @pytest.mark.parametrize("folder", ["training", "sampling", "preprocessing", "evaluations"])
-def test_settings_import_no_more_than_their_words(folder, request):
+def test_settings_import_no_more_than_their_words(folder):
     """A program's settings are read, and its --help printed, without torch: from config, the tables of words, and Python."""
     path = ROOT / folder / "settings.py"
-    if folder in PENDING["settings"]:
-        request.applymarker(pytest.mark.xfail(strict=True, raises=FileNotFoundError))
     allowed = {"config", "models.choices", "common.presets"}
     assert GRAPH.get(f"{folder}.settings", set()) <= allowed
     for node in ast.walk(ast.parse(path.read_text())):
@@ -196,7 +129,7 @@ def test_settings_import_no_more_than_their_words(folder, request):
             assert top in sys.stdlib_module_names or top in HEIGHT, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", cases(LIBRARY, "typed settings"))
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
 def test_settings_are_typed(path):
     """A parameter that carries settings has the type of its dataclass, so that a typing error is found by mypy."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -207,7 +140,7 @@ def test_settings_are_typed(path):
                     assert kind not in ("nothing", "Any"), f"{path.name}, {node.name}: {argument.arg} is {kind}"
 
 
-@pytest.mark.parametrize("path", cases([path for path in LIBRARY if path.stem != "files"], "writers"))
+@pytest.mark.parametrize("path", [path for path in LIBRARY if path.stem != "files"], ids=module_name)
 def test_files_are_written_in_one_place(path):
     """Temporary name, fsync, rename: common/files.py alone. A checkpoint is a folder and renamed as one."""
     if module_name(path) == "training.checkpoints":

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.test_architecture import LAYERS, PENDING, ROOT
+from tests.test_architecture import LAYERS, ROOT
 
 TEXT = (ROOT / "docs" / "code.md").read_text()
 ROWS = re.findall(r"^\| .+ \| `([\w/.]+\.py)` \| (.*)\|$", TEXT, re.MULTILINE)
@@ -25,7 +25,6 @@ def names_of(path) -> set[str]:
     return names
 
 
-@pytest.mark.xfail(bool(PENDING["map"]), strict=True, reason="files that are renamed at present")
 def test_every_file_of_the_page_exists():
     named = set(re.findall(r"`((?:[\w]+/)*\w+\.py)`", TEXT))
     missing = sorted(file for file in named if not (ROOT / file).is_file())
@@ -34,8 +33,6 @@ def test_every_file_of_the_page_exists():
 
 @pytest.mark.parametrize(("file", "names"), ROWS, ids=[f"{file}-{number}" for number, (file, _) in enumerate(ROWS)])
 def test_names_are_where_the_page_says(file, names):
-    if file in PENDING["map"]:
-        pytest.skip(f"{file} is renamed at present")
     missing = set(re.findall(r"`([\w.]+)`", names)) - names_of(ROOT / file)
     assert not missing, f"{file}: {missing}"
 

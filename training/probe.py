@@ -11,7 +11,7 @@ from common.processes import rank, world
 from common.reporting import progress
 from config import UserError
 from evaluations import features
-from evaluations.collect import collect, collect_batches
+from evaluations.collect import collect, statistics_of
 from evaluations.image_sets import open_images
 from evaluations.metrics import frechet_distance
 from models.autoencoder import Autoencoder
@@ -86,4 +86,4 @@ class FrechetProbe:
         # the bar shows rank 0's part of the work; the others' parts are as large
         words = f"sampling {self.count} images for the Frechet distance"
         with progress(len(batches) * steps, unit="step", description=words, shown=rank() == 0) as bar:
-            return frechet_distance(self.reference, collect_batches(sampled(bar), self.extractor))
+            return frechet_distance(self.reference, statistics_of(sampled(bar), self.extractor))
