@@ -12,7 +12,7 @@ from common.lock import FolderLock
 from config import UserError
 from tests.tiny import log_lines as lines
 from tests.tiny import train_flags as flags
-from tests.tiny import write_dataset
+from tests.tiny import write_dataset, write_encoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,6 +133,16 @@ def test_class_means_are_read_before_the_first_step(tmp_path):
             train.main(flags(data, tmp_path, *dry))
     assert not (tmp_path / "run").exists()
     train.main(flags(data, tmp_path, "--no-class-token", name="without", steps=1))  # which does not use them
+
+
+def test_a_start_that_failed_binds_nobody(tools, tmp_path):
+    """Before the first checkpoint the settings may change: here those of an encoder whose weights were missing."""
+    broken = write_encoder(tmp_path / "broken")
+    for weights in broken.glob("*model*"):
+        weights.unlink()
+    with pytest.raises(UserError, match="broken"):
+        train.main(flags(tools["pixels"], tmp_path, "--enc-type", str(broken)))
+    train.main(flags(tools["pixels"], tmp_path, "--enc-type", str(tools["encoder"]), steps=1))
 
 
 def test_a_folder_that_cannot_be_made(tools, tmp_path):

@@ -28,7 +28,7 @@ def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) 
     path, recorded, facts = folder / CONFIG, as_dict(settings), json.loads(json.dumps(facts))
     free = recorded.keys() - identity(settings).keys()
     changes: list[str] = []
-    if path.is_file():
+    if path.is_file() and any(folder.glob("checkpoints/[0-9]*")):  # before the first one there is nothing to continue
         try:
             former = json.loads(path.read_text())
             former_settings, former_facts = former["settings"], former["facts"]
