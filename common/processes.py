@@ -22,11 +22,12 @@ PATIENCE = datetime.timedelta(days=7)  # a rank may work for hours before it joi
 class Processes:
     """Rank, number of ranks and device of this process."""
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", patience: datetime.timedelta = PATIENCE) -> None:
         """Join the group if a launcher started several processes.
 
         Args:
             device: cpu, cuda, or auto (CUDA where there is a GPU).
+            patience: how long an exchange may take before it is an error.
 
         Raises:
             UserError: cuda was asked for and torch sees no device.
@@ -41,7 +42,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE)
+            dist.init_process_group(backend, timeout=patience)
 
     @property
     def rank(self) -> int:

@@ -123,7 +123,7 @@ def test_epoch_benchmark_runs(results, tmp_path):
         ]
     )
     (row,) = json.loads((results / "epoch-toy.json").read_text())["rows"]
-    assert row["steps"] == 5 and row["ms a step"]["median"] > 0 and 0 <= row["waiting for data %"]["median"] < 100
+    assert row["steps"] == 5 and row["ms per step"]["median"] > 0 and 0 <= row["waiting for data %"]["median"] < 100
 
 
 def test_roofline_reads_recipes(results):

@@ -1,5 +1,6 @@
 """The processes of a training run and the settings of accelerate's launcher."""
 
+import datetime
 import os
 import warnings
 from collections.abc import Mapping
@@ -69,6 +70,10 @@ def check_launcher(accumulation: int, environment: Mapping[str, str] = os.enviro
             )
 
 
+# Longer than rank 0 takes for a download or a checkpoint; a broken link between GPUs must not hold a node for days.
+_PATIENCE = datetime.timedelta(hours=2)
+
+
 class Processes(processes.Processes):
     """The ranks of a training run: also precision ("fp32", "fp16" or "bf16") and gradient exchange, over accelerate."""
 
@@ -84,7 +89,8 @@ class Processes(processes.Processes):
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         asked = asked_precision(precision)
-        super().__init__("cpu" if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" else "auto")
+        cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        super().__init__("cpu" if cpu else "auto", _PATIENCE)
         self.precision = best_precision(self.device) if asked == "auto" else asked
         # Autocast and the gradient scaler are the training step's own.
         self._accelerator = Accelerator(
