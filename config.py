@@ -15,7 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+
+class Settings(typing.Protocol):
+    """Any dataclass whose fields are made by `setting`."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field]]
+
+
+T = TypeVar("T", bound=Settings)
 
 
 class UserError(ValueError):
@@ -76,54 +83,67 @@ def parse(
         examples: whole commands, shown at the end of `--help`.
         presets: values of other settings by the value of the setting `preset`; a flag or the recipe overrides each one.
 
-    Raises: SystemExit(2) from argparse for a malformed flag, UserError for a bad recipe or a missing required flag.
+    Raises: UserError for a flag or recipe that cannot be read, a value out of its range, or a missing required flag.
     """
-    hints = typing.get_type_hints(cls)
-    parser = argparse.ArgumentParser(
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    given, unknown = _parser(fields, hints, description, examples).parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0].removeprefix("--no-").lstrip("-").replace("-", "_")
+        if name in REMOVED:
+            raise UserError(f"{unknown[0]} {_REMOVED_TEXT}")
+        raise UserError(f"unknown argument {unknown[0]!r}{_closest(name, fields, _flag)}; see --help")
+    flags = vars(given)
+    recipe = flags.pop("config", None)
+    values = {} if recipe is None else _read_recipe(fields, hints, Path(recipe))
+    values |= {name: _value(fields[name], hints[name], text, _flag(name)) for name, text in flags.items()}
+    values = {**presets.get(values.get("preset", ""), {}), **values}
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{_flag(name)} is required: {field.metadata['help']}")
+    settings = cls(**values)
+    for name, field in fields.items():
+        _check_bounds(field, getattr(settings, name))
+    return settings
+
+
+Fields = Mapping[str, dataclasses.Field]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """One sentence in place of argparse's list of all flags."""
+        raise UserError(f"{message.removeprefix('argument ')}; see --help")
+
+
+def _parser(fields: Fields, hints: Mapping[str, Any], description: str, examples: Sequence[str]) -> _Parser:
+    """Reads the words of each flag as they are; `_value` gives them their meaning."""
+    parser = _Parser(
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         epilog="\n  ".join(["examples:", *examples]) if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="recipe: any of the settings below, by name")
+    parser.add_argument("--config", metavar="FILE.yaml", help="recipe: any of the settings below, by name")
     groups: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        name = field.metadata["group"]
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        kind, nargs = _kind(hints[field.name])
+    for name, field in fields.items():
+        heading = field.metadata["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        kind, many = _kind(hints[name])
         text = field.metadata["help"].replace("%", "%%")
         if field.default is dataclasses.MISSING:
             text += " (required)"
         elif field.default not in (None, "", ()):
-            text += f" (default: {_show(field.default)})"
-        flag = _flag(field.name)
+            default = field.default if isinstance(field.default, tuple) else (field.default,)
+            text += f" (default: {' '.join(map(str, default))})"
         if kind is bool:
-            groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            choices = field.metadata["choices"]
-            metavar = None if choices else kind.__name__.upper()
-            read = _reader(field, kind)
-            groups[name].add_argument(flag, type=read, nargs=nargs, choices=choices, help=text, metavar=metavar)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0].removeprefix("--no-").lstrip("-").replace("-", "_")
-        if name in REMOVED:
-            raise UserError(f"{unknown[0]}: {_removed(name)}")
-        raise UserError(f"unknown argument {unknown[0]!r}{_closest(name, cls, _flag)}; see --help")
-    values = vars(given)
-    recipe = values.pop("config", None)
-    if recipe is not None:
-        values = {**_read_recipe(cls, hints, recipe), **values}
-    values = {**presets.get(values.get("preset"), {}), **values}
-    for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"{_flag(field.name)} is required: {field.metadata['help']}")
-    settings = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    for field in dataclasses.fields(cls):
-        _check_bounds(field, getattr(settings, field.name))
-    return settings
+            groups[heading].add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+            continue
+        choices = field.metadata["choices"]
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper()
+        groups[heading].add_argument(_flag(name), nargs="+" if many else None, help=text, metavar=metavar)
+    return parser
 
 
 _HOLDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -136,16 +156,13 @@ def _check_bounds(field: dataclasses.Field, value: Any) -> None:
                 raise UserError(f"{_flag(field.name)} must be {name.replace('_', ' ')} {bound}, got {number}")
 
 
-def as_dict(settings: Any) -> dict[str, Any]:
+def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain values that JSON and YAML can hold."""
-    plain = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        plain[field.name] = str(value) if isinstance(value, Path) else value
-    return plain
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def identity(settings: Any) -> dict[str, Any]:
+def identity(settings: Settings) -> dict[str, Any]:
     """The settings that results depend on (role RESULT), as `as_dict` gives them."""
     plain = as_dict(settings)
     return {field.name: plain[field.name] for field in dataclasses.fields(settings) if field.metadata["role"] == RESULT}
@@ -153,21 +170,14 @@ def identity(settings: Any) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------- files of former versions
 
-LAST_WITH_REMOVED = "83daf46"  # the newest commit that had what is listed here
+_REMOVED_TEXT = "was removed; commit 83daf46 is the last one that has it"
 REMOVED = {  # settings that are gone => the value that their absence means
     "ema_device": "same",
     "guidance_schedule": "constant",
 }
 REMOVED_CHOICES = {"solver": ("ab2", "ab3"), "time_grid": ("quadratic", "cosine")}
-_DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-FORMER_WORDS = {  # names of precisions before all programs had the same ones
-    "mixed_precision": {"no": "fp32"},
-    "precision": {"no": "fp32"},
-    "dtypes": _DTYPES,
-    "dtype": _DTYPES,
-    "vae_dtype": _DTYPES,
-    "pr_dtype": _DTYPES,
-}
+PRECISIONS = frozenset({"mixed_precision", "precision", "dtype", "dtypes", "vae_dtype", "pr_dtype"})  # settings
+FORMER_WORDS = {"no": "fp32", "float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # for them
 NEUTRAL = frozenset({"compile"})  # was recorded, but changes no result
 
 
@@ -190,46 +200,26 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
 
 
 def _present_word(name: str, value: Any) -> Any:
-    return FORMER_WORDS.get(name, {}).get(value, value) if isinstance(value, str) else value
-
-
-def _removed(name: str) -> str:
-    return f"was removed; the last version that had it is commit {LAST_WITH_REMOVED}"
-
-
-def _reader(field: dataclasses.Field, kind: type) -> Callable[[str], Any]:
-    """Text => value for argparse, former words included."""
-    gone = REMOVED_CHOICES.get(field.name, ())
-
-    def read(text: str) -> Any:
-        if text in gone:
-            raise UserError(f"{_flag(field.name)} {text}: {_removed(field.name)}")
-        return kind(_present_word(field.name, text))
-
-    read.__name__ = kind.__name__  # argparse names it in its errors
-    return read
+    if isinstance(value, list):
+        return [_present_word(name, one) for one in value]
+    return FORMER_WORDS.get(value, value) if name in PRECISIONS and isinstance(value, str) else value
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _kind(hint: Any) -> tuple[type, str | None]:
-    """Annotation => (type of one value, argparse nargs)."""
+def _kind(hint: Any) -> tuple[type, bool]:
+    """Annotation => (type of one value, whether there may be several)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], "+"
-    return hint, None
+        return typing.get_args(hint)[0], True
+    return hint, False
 
 
-def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _closest(name: str, cls: type, flag: Callable[[str], str] = str) -> str:
+def _closest(name: str, fields: Fields, flag: Callable[[str], str] = str) -> str:
     """What may have been meant by an unknown name: a setting that other projects call so, or one spelled alike."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     for field in fields.values():
         if name in field.metadata["also"]:
             return f": here it is {flag(field.name)!r}, {field.metadata['help']}"
@@ -237,55 +227,62 @@ def _closest(name: str, cls: type, flag: Callable[[str], str] = str) -> str:
     return f" (did you mean {flag(match[0])!r}?)" if match else ""
 
 
-def _read_recipe(cls: type, hints: dict[str, Any], path: Path) -> dict[str, Any]:
+def _read_recipe(fields: Fields, hints: Mapping[str, Any], path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected `name: value` lines, found {type(content).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    values = {}
+    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(tree, yaml.MappingNode)  # as the content is a dict
+    lines: dict[str, int] = {}
+    for key, _ in tree.value:  # YAML itself lets the last one win
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        if name in lines:
+            raise UserError(f"--config {path}: {name} is given twice, in lines {lines[name]} and {line}")
+        lines[name] = line
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name in REMOVED:
             if value == REMOVED[name]:
                 continue
-            raise UserError(f"--config {path}: {key}: {value}: {_removed(name)}")
+            raise UserError(f"--config {path}: {key}: {value} {_REMOVED_TEXT}")
         if name not in fields:
-            raise UserError(f"--config {path}: unknown key {key!r}{_closest(name, cls)}")
-        if value is False and name in FORMER_WORDS:
-            value = "no"  # YAML reads the former word for fp32 as a boolean
-        if isinstance(value, str):
-            if value in REMOVED_CHOICES.get(name, ()):
-                raise UserError(f"--config {path}: {key}: {value}: {_removed(name)}")
-            value = _present_word(name, value)
-        kind, nargs = _kind(hints[name])
-        try:
-            values[name] = _convert(value, kind, nargs, optional=type(None) in typing.get_args(hints[name]))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--config {path}: {key}: {value!r} is not a {kind.__name__}") from error
-        choices = fields[name].metadata["choices"]
-        if choices and values[name] is not None and values[name] not in choices:
-            raise UserError(f"--config {path}: {key}: {value!r} is none of {', '.join(map(str, choices))}")
+            raise UserError(f"--config {path}: unknown key {key!r}{_closest(name, fields)}")
+        values[name] = _value(fields[name], hints[name], value, f"--config {path}: {key}")
     return values
 
 
-def _convert(value: Any, kind: type, nargs: str | None, *, optional: bool) -> Any:
-    if value is None and optional:
+_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", str: "text"}
+
+
+def _value(field: dataclasses.Field, hint: Any, raw: Any, where: str) -> Any:
+    """What a setting holds, from the words of a flag or the value in a recipe; former words mean the present ones."""
+    kind, many = _kind(hint)
+    if raw is None and type(None) in typing.get_args(hint):
         return None
-    if nargs:
-        return tuple(_convert(v, kind, None, optional=False) for v in (value if isinstance(value, list) else [value]))
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-    if isinstance(value, bool | list | dict) or value is None:
-        raise TypeError
-    if kind is int and float(value) != int(value):
-        raise ValueError
-    return kind(value)
+    if many:
+        return tuple(_value(field, kind, one, where) for one in (raw if isinstance(raw, list) else [raw]))
+    if raw is False and field.name in PRECISIONS:
+        raw = "no"  # YAML reads the former word for fp32 as a boolean
+    raw = _present_word(field.name, raw)
+    if isinstance(raw, str) and raw in REMOVED_CHOICES.get(field.name, ()):
+        raise UserError(f"{where}: {raw} {_REMOVED_TEXT}")
+    unfit = isinstance(raw, list | dict | None) or isinstance(raw, bool) != (kind is bool)
+    try:
+        if unfit or (kind is int and isinstance(raw, float) and not raw.is_integer()):
+            raise ValueError
+        value = Path(raw).expanduser() if kind is Path else kind(raw)
+    except (ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: ~ without a home folder
+        raise UserError(f"{where}: {raw!r} is not {_IN_WORDS[kind]}") from error
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, choices))}")
+    return value

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from common.reporting import run, say
 from config import parse, setting
+from models.choices import PATHS
+
+LACKING = "what the .pt lacks"  # a heading of --help
 
 
 @dataclass(frozen=True)
@@ -18,20 +21,16 @@ class ConvertConfig:
         group="files",
     )
     out: Path = setting(help="file to write", group="files")
-    to: str = setting("ours", "direction", group="files", choices=("ours", "published"))
-    weights: str = setting("ema", "which weights of a .pt", group="files", choices=("ema", "model"))
+    to: str = setting("ours", "direction of the conversion", group="files", choices=("ours", "published"))
+    weights: str = setting("ema", "which weights of a .pt are taken", group="files", choices=("ema", "model"))
 
-    num_heads: int | None = setting(None, "attention heads; default: by args or width", group="what the .pt lacks")
-    encoder_depth: int | None = setting(
-        None, "aligned block; default: args', or the model's", group="what the .pt lacks"
-    )
-    path_type: str | None = setting(
-        None, "interpolant; default: args', or linear", group="what the .pt lacks", choices=("linear", "cosine")
-    )
-    cfg_prob: float | None = setting(None, "label dropout; default: 0.1", group="what the .pt lacks")
-    resolution: int | None = setting(None, "pixels; default: args', or 8 a latent pixel", group="what the .pt lacks")
-    vae: str = setting("ema", "VAE of the latents: ema, mse, hub id or folder", group="what the .pt lacks")
-    enc_type: tuple[str, ...] = setting((), "encoders; default: args'", group="what the .pt lacks")
+    num_heads: int | None = setting(None, "attention heads; default: by its args or width", at_least=1, group=LACKING)
+    encoder_depth: int | None = setting(None, "aligned block; default: by its args or depth", group=LACKING)
+    path_type: str | None = setting(None, "interpolant; default: by its args, or linear", group=LACKING, choices=PATHS)
+    cfg_prob: float | None = setting(None, "label dropout; default: 0.1", group=LACKING, at_least=0, at_most=1)
+    resolution: int | None = setting(None, "pixels; default: by its args, or 8 per latent pixel", group=LACKING)
+    vae: str = setting("ema", "VAE of the latents: ema, mse, hub id or folder", group=LACKING)
+    enc_type: tuple[str, ...] = setting((), "encoders; default: by its args", group=LACKING)
 
 
 EXAMPLES = (
@@ -42,8 +41,8 @@ EXAMPLES = (
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ConvertConfig, "Convert published checkpoints to model files and back.", argv, examples=EXAMPLES)
-    from models.convert import Given, export_published, import_published
-    from models.published import describe, locate, obtain
+    from models.obtain import describe, locate, obtain
+    from models.published import Given, export_published, import_published
 
     if settings.to == "published":
         info = export_published(obtain(settings.source), settings.out)

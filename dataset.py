@@ -1,8 +1,7 @@
-"""The packed dataset: its schema, its reader, and the order in which training reads it.
+"""The packed dataset: its fields, its reader, and the order in which training reads it.
 
-A directory of fixed-size-record `.npy` files and a manifest, `dataset.json`, written
-last (packed/format.py).
-Record i of shard k is row i of each of its files. Fields:
+A folder of `.npy` files of fixed-size records and a manifest, `dataset.json`, written last (packed/format.py). Record i of
+shard k is row i of each of its files. Fields:
 
     moments        (2C, h, w) float16   mean and scaled standard deviation of the VAE posterior (see MOMENTS_STD_SCALE)
     label          ()         int64
@@ -13,7 +12,7 @@ Record i of shard k is row i of each of its files. Fields:
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,17 +25,19 @@ from torch.utils.data import Dataset, Sampler
 from config import MissingFile, UserError
 from models import philox
 from models.noise import Stream
-from packed.format import MANIFEST, MOMENTS_STD_SCALE, npy_size, read_manifest
+from packed.format import MANIFEST, MOMENTS_STD_SCALE, REPAIR, Field, read_manifest
 from packed.memory import Buffers, copy_records, map_file
 
 _UNMAP = 16 * 2**30  # bytes read after which files are mapped anew: page tables of a whole epoch would take 1 GB
-_REPAIR = "redo this shard with preprocessing/pack.py --repair"
 
 
 class Batch(NamedTuple):
-    """N records. moments: (N, 2C, h, w) float16 as stored, for `decode_moments`. label: (N,) int64. index: (N,) int64,
-    record numbers. Either pixels: (N, H, W, 3) uint8, or class_token and patch_tokens: one (N, D_k) and one (N, T, D_k)
-    float16 tensor for each cached encoder; what the dataset (or the reader's `fields`) lacks is None or empty."""
+    """N records; what the dataset (or the reader's `fields`) lacks is None or empty.
+
+    moments: (N, 2C, h, w) float16 as stored, for `decode_moments`. label: (N,) int64. index: (N,) int64, record numbers.
+    pixels: (N, H, W, 3) uint8. class_token, patch_tokens: one (N, D_k) and one (N, T, D_k) float16 tensor for each cached
+    encoder.
+    """
 
     moments: Tensor
     label: Tensor
@@ -47,9 +48,10 @@ class Batch(NamedTuple):
 
 
 def encode_moments(moments: np.ndarray) -> np.ndarray:
-    """(N, 2C, h, w) float32 mean and std => the stored float16 form.
+    """(N, 2C, h, w) float32 mean and standard deviation => the stored float16 form.
 
-    Raises ValueError where a value does not fit float16 (|mean| or 1024 std beyond 65504) or is not finite.
+    Raises:
+        UserError: a value does not fit float16 (|mean| or 1024 std beyond 65504) or is not finite.
     """
     scaled = moments.astype(np.float32, copy=True)
     scaled[:, scaled.shape[1] // 2 :] *= MOMENTS_STD_SCALE
@@ -74,7 +76,15 @@ class PackedDataset(Dataset):
     """
 
     def __init__(self, directory: Path | str, fields: Sequence[str] | None = None) -> None:
-        """fields: which ones to read (default: all). Raises FileNotFoundError or ValueError naming the file at fault."""
+        """Read the manifest and check that all files are there, at their full size.
+
+        Args:
+            directory: of the dataset.
+            fields: which ones to read; None: all.
+
+        Raises:
+            UserError: names the file that is missing or damaged.
+        """
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
         self.fields = tuple(fields if fields is not None else self.manifest.fields)
@@ -88,9 +98,7 @@ class PackedDataset(Dataset):
         self._starts = self._ends - counts
         if len(self._ends) == 0 or self._ends[-1] != self.manifest.count:
             raise UserError(f"{self.directory / MANIFEST}: the shards do not add up to count {self.manifest.count}")
-        self._specs = {
-            name: (np.dtype(spec["dtype"]), tuple(spec["shape"])) for name, spec in self.manifest.fields.items()
-        }
+        self._specs = {name: Field.of(spec) for name, spec in self.manifest.fields.items()}
         self._maps: dict[tuple[int, str], np.ndarray] = {}
         self._mapped_bytes = 0
         self._buffers = Buffers()
@@ -100,11 +108,11 @@ class PackedDataset(Dataset):
         return self.manifest.count
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Gather records. indices: (N,) integers in [0, count). Raises IndexError outside of it."""
+        """Gather records at `indices`, (N,) integers in [0, count). Raises IndexError outside of it."""
         return self.read(indices)
 
     def read(self, indices: Sequence[int] | np.ndarray, *, pin_memory: bool = False) -> Batch:
-        """`self[indices]`; with pin_memory straight into memory that a GPU can copy from while it computes."""
+        """`self[indices]`; with pin_memory directly into pinned memory, for asynchronous copies to a GPU."""
         if self._mapped_bytes > _UNMAP:
             self._maps, self._mapped_bytes = {}, 0
         indices = np.asarray(indices, dtype=np.int64)
@@ -135,11 +143,12 @@ class PackedDataset(Dataset):
         """One field of one shard, (records, ...), mapped read-only. Raises UserError if the file is damaged."""
         mapped = self._maps.get((number, name))
         if mapped is None:
-            path, count = self._file(number, name), self.manifest.shards[number]["count"]
-            dtype, shape = self._specs[name]
-            mapped = map_file(path, dtype, shape, count)
+            path, field, count = self._file(number, name), self._specs[name], self.manifest.shards[number]["count"]
+            mapped = map_file(path, field, count)
             if mapped is None:
-                raise UserError(f"shard file {path} does not hold {count} records of {dtype} {shape}; {_REPAIR}")
+                raise UserError(
+                    f"shard file {path} does not hold {count} records of {field.dtype} {field.shape}; {REPAIR}"
+                )
             self._maps[number, name] = mapped
         return mapped
 
@@ -161,19 +170,18 @@ class PackedDataset(Dataset):
         return self.directory / self.manifest.shards[number]["files"][name]["file"]
 
     def _check_sizes(self) -> None:
-        """Every shard file must be there and exactly as long as its records: tells truncation at start-up, without
-        opening thousands of files."""
+        """Find missing and truncated files at start-up, without opening thousands of them."""
         for number, shard in enumerate(self.manifest.shards):
             for name in self.fields:
                 path = self._file(number, name)
                 try:
                     size = os.stat(path).st_size
                 except FileNotFoundError:
-                    raise MissingFile(f"shard file {path} is missing; {_REPAIR}") from None
-                expected = npy_size(*self._specs[name], shard["count"])
+                    raise MissingFile(f"shard file {path} is missing; {REPAIR}") from None
+                expected = self._specs[name].file_bytes(shard["count"])
                 if size != expected:
                     raise UserError(
-                        f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {_REPAIR}"
+                        f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {REPAIR}"
                     )
 
 
@@ -183,11 +191,21 @@ def _torch_dtype(dtype: np.dtype) -> torch.dtype:
 
 def read_ahead(
     dataset: PackedDataset, order: Iterable[np.ndarray], *, threads: int = 2, depth: int = 4, pin_memory: bool = False
-) -> Iterator[Batch]:
-    """Batches in the given order, up to `depth` of them read by threads before they are asked for; 0 threads: none.
+) -> Generator[Batch, None, None]:
+    """Read batches by threads before they are needed.
 
-    Threads, not processes: copying leaves the interpreter's lock, so does waiting for the disk, and a batch is where it is
-    needed when it has been read, while one from another process is copied twice more.
+    Threads, not processes: copying and waiting for the disk release the interpreter lock, while a batch of another process
+    is copied twice more.
+
+    Args:
+        dataset: to read.
+        order: record numbers of each batch.
+        threads: that read; 0: each batch is read when it is asked for.
+        depth: batches read ahead at most.
+        pin_memory: as of `PackedDataset.read`.
+
+    Returns:
+        The batches, in the given order.
     """
     if threads == 0:
         for indices in order:
@@ -203,9 +221,8 @@ def read_ahead(
 
         try:
             while True:
-                while (
-                    len(waiting) < depth
-                ):  # the order of an epoch takes a second at ImageNet's size: not in this thread
+                # the order of an epoch takes a second at ImageNet's size: not in this thread
+                while len(waiting) < depth:
                     waiting.append(readers.submit(read, orderer.submit(next, orders, None)))
                 batch = waiting.popleft().result()
                 if batch is None:
@@ -217,12 +234,11 @@ def read_ahead(
 
 
 class StepSampler(Sampler):
-    """The order of training, a function of (seed, epoch, position): yields the record numbers of one micro-batch after
-    another, for one process, for ever.
+    """The order of training, a function of (seed, epoch, position): endless, one micro-batch of one rank at a time.
 
-    Step s consumes positions [s B, (s + 1) B) of the endless row of epochs, each a shuffle of all records; B is the global
-    batch. A process takes contiguous positions of it, micro-batch after micro-batch, so the row is the same for any
-    number of processes and micro-batches, and resuming needs the step alone.
+    Step s consumes positions [s B, (s + 1) B) of the concatenated epochs, each a shuffle of all records; B is the global
+    batch. A rank takes contiguous positions of it, micro-batch after micro-batch, so the order is the same for any number
+    of ranks and micro-batches, and resuming needs the step alone.
     """
 
     def __init__(
@@ -236,7 +252,19 @@ class StepSampler(Sampler):
         micro: int = 1,
         start_step: int = 0,
     ) -> None:
-        """micro: micro-batches a step. Raises ValueError if the batch does not divide evenly."""
+        """Divide the global batch.
+
+        Args:
+            count: records of the dataset.
+            global_batch: records per step, over all ranks.
+            seed: of the shuffles.
+            rank, world: of this process, and the number of processes.
+            micro: micro-batches per step and rank.
+            start_step: where iteration begins.
+
+        Raises:
+            UserError: the dataset is empty, or the batch cannot be divided evenly.
+        """
         if count < 1:
             raise UserError("the dataset is empty")
         if global_batch < 1 or global_batch % (world * micro):
@@ -249,12 +277,12 @@ class StepSampler(Sampler):
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def positions(self, micro_step: int) -> np.ndarray:
-        """(local,) int64 positions within the global batch of this process's micro-batch: the index of its draws."""
+        """(local,) int64 positions within the global batch of this rank's micro-batch: the index of its draws."""
         start = (self.rank * self.micro + micro_step) * self.local
         return np.arange(start, start + self.local, dtype=np.int64)
 
     def indices(self, step: int, micro_step: int) -> np.ndarray:
-        """(local,) int64 record numbers of this process's micro-batch."""
+        """(local,) int64 record numbers of this rank's micro-batch."""
         start = step * self.global_batch + (self.rank * self.micro + micro_step) * self.local
         parts, stop = [], start + self.local
         while start < stop:

@@ -1,6 +1,8 @@
 """The joint objective of REG (section 3): velocity of the latent, velocity of the class token, alignment.
 
 total = mean |v - v*|^2  +  beta * mean |v_c - v_c*|^2  +  lambda * mean -cos(projection, teacher token)
+
+REG is arXiv 2507.01467, REPA is arXiv 2410.06940.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from config import UserError
 from models import philox
-from models.choices import WEIGHTINGS
+from models.choices import WEIGHTINGS, check
 from models.interpolant import Interpolant
 from models.noise import Stream, as_state, latent_size
 from models.sit import SiTConfig
@@ -43,9 +45,16 @@ class LossTerms(NamedTuple):
 
 
 def draw(seed: int, step: int, index: Tensor, config: SiTConfig, weighting: str) -> Draws:
-    """Draw for the samples at positions `index` (N,) int64 of the global batch of this step.
+    """All random numbers of the samples at positions `index` of this step's global batch.
 
-    The same numbers for any number of processes, micro-batches, and after any resume.
+    They are the same for any number of processes and micro-batches, and after any resume.
+
+    Args:
+        seed: of the run.
+        step: number of the optimiser step.
+        index: (N,) int64.
+        config: of the network, for the shapes.
+        weighting: distribution of t; see `models.choices.WEIGHTINGS`.
     """
     size = latent_size(config)
     z = philox.normal(seed, Stream.TRAINING_NORMALS, step, index, 2 * size + config.class_token_dim + 1)
@@ -62,7 +71,7 @@ def draw(seed: int, step: int, index: Tensor, config: SiTConfig, weighting: str)
 
 @dataclass(frozen=True)
 class Objective:
-    """Turns a batch into loss terms. beta, lambda: `class_coeff`, `proj_coeff` (paper: 0.03, 0.5)."""
+    """Turns a batch into loss terms (REG section 3). beta and lambda of the paper are `class_coeff` and `proj_coeff`."""
 
     interpolant: Interpolant = Interpolant("linear")
     weighting: str = "uniform"
@@ -71,13 +80,12 @@ class Objective:
     cfg_prob: float = 0.1  # probability that a label is replaced by the null class
 
     def __post_init__(self) -> None:
-        if self.weighting not in WEIGHTINGS:
-            raise UserError(f"weighting {self.weighting!r} is none of {', '.join(WEIGHTINGS)}")
+        check("weighting", self.weighting, WEIGHTINGS)
         if not 0 <= self.cfg_prob <= 1:
             raise UserError(f"the label dropout probability (cfg-prob) must be in [0, 1], got {self.cfg_prob}")
 
     def times(self, draws: Draws) -> Tensor:
-        """(N,) times in (0, 1): uniform, or the t at which sigma/alpha = exp(N(0, 1))."""
+        """(N,) times in (0, 1): uniform, or the t at which sigma/alpha = exp(N(0, 1)) (log-normal, as published)."""
         if self.weighting == "uniform":
             return draws.time
         return self.interpolant.time_of_sigma_ratio(draws.time.exp())
@@ -92,11 +100,15 @@ class Objective:
         *,
         null_label: int,
     ) -> LossTerms:
-        """The loss terms of one batch.
+        """The loss terms of one batch: SiT eq. 7 for latent and class token, and the alignment (REG section 3).
 
-        network: SiT, wrapped or not. clean: data latent (N, C, H, W), normalised, and class token (N, E) or None.
-        label: (N,) int64. teachers: one (N, T, E_k) for each projector, class token first; empty for no alignment.
-        null_label: the config's num_classes.
+        Args:
+            network: SiT, wrapped or not.
+            clean: data latent (N, C, H, W), normalised, and class token (N, E) or None.
+            label: (N,) int64.
+            teachers: one (N, T, E_k) for each projector, class token first; without any there is no alignment.
+            draws: the batch's random numbers.
+            null_label: the config's num_classes, which takes the place of dropped labels.
         """
         t = self.times(draws)
         x_t = clean.map(lambda x, noise: self.interpolant.interpolate(x, noise, t), draws.noise)
@@ -114,7 +126,8 @@ class Objective:
         )
 
     def total(self, terms: LossTerms) -> Tensor:
-        """The scalar to minimise: velocity + beta * class_velocity + lambda * alignment, averaged over the batch."""
+        """The scalar to minimise (REG section 3): velocity + beta * class_velocity + lambda * alignment, averaged over the
+        batch."""
         return (
             terms.velocity.mean()
             + self.class_coeff * terms.class_velocity.mean()
@@ -123,7 +136,7 @@ class Objective:
 
 
 def alignment(projections: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """REPA's alignment on class and patch tokens: mean over tokens and encoders of -cosine, in float32.
+    """REPA's alignment (REPA section 3) on class and patch tokens: mean over tokens and encoders of -cosine, in float32.
 
     projections, teachers: (N, T, E_k) for each encoder k => (N,). The normalisation runs in float32 whatever autocast
     does, because the square of a small half-precision token underflows to a zero norm.

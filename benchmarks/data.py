@@ -109,11 +109,11 @@ def _crops(images: Path | None, rng: Any) -> Any:
     import numpy as np
     from PIL import Image
 
-    from preprocessing.images import crop_file
+    from preprocessing.read import crop_file
 
     if images is not None:
         files = sorted(path for path in images.glob("*/*") if path.is_file())[:64]
-        return np.stack([crop_file(path.read_bytes(), RESOLUTION, 10**8).pixels for path in files])
+        return np.stack([crop_file(path.read_bytes(), RESOLUTION, 10**8)[0] for path in files])
     coarse = [Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)) for _ in range(64)]
     smooth = np.stack([np.asarray(image.resize((RESOLUTION, RESOLUTION))) for image in coarse]).astype(np.int16)
     return np.clip(smooth + rng.integers(-4, 5, smooth.shape), 0, 255).astype(np.uint8)
@@ -217,12 +217,15 @@ def _bare(folder: Path, size: int) -> Callable[[], Any]:
     from dataset import PackedDataset
 
     dataset = PackedDataset(folder)
+    shards = [
+        [dataset.records(number, name) for name in dataset.fields] for number in range(len(dataset.manifest.shards))
+    ]
     rng = np.random.default_rng(0)
 
     def read() -> list[np.ndarray]:
-        number = int(rng.integers(len(dataset.manifest.shards)))
-        rows = rng.integers(0, dataset.manifest.shards[number]["count"], size)
-        return [dataset.records(number, name)[rows] for name in dataset.fields]
+        fields = shards[int(rng.integers(len(shards)))]
+        rows = rng.integers(0, len(fields[0]), size)
+        return [records[rows] for records in fields]
 
     return read
 
@@ -245,7 +248,7 @@ def _full_size(folder: Path) -> dict[str, Any]:
     import torch
 
     from dataset import PackedDataset, StepSampler
-    from packed.format import EncoderInfo, Manifest, npy_header, write_manifest
+    from packed.format import EncoderInfo, Field, Manifest, write_manifest
 
     folder.mkdir()
     import numpy as np
@@ -262,7 +265,7 @@ def _full_size(folder: Path) -> dict[str, Any]:
         entry: dict[str, Any] = {"count": count, "files": {}}
         for name, (dtype, shape) in specs.items():
             file = folder / f"{name}-{number:05d}.npy"
-            header = npy_header(np.dtype(dtype), shape, count)
+            header = Field(np.dtype(dtype), shape).header(count)
             file.write_bytes(header)
             os.truncate(file, len(header) + count * np.dtype(dtype).itemsize * int(np.prod(shape)))
             entry["files"][name] = {"file": file.name, "sha256": "0" * 64}

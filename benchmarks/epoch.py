@@ -15,7 +15,7 @@ from config import parse, setting
 
 @dataclass(frozen=True)
 class EpochBenchmark:
-    data_dir: Path = setting(help="packed dataset (preprocessing/pack.py)", group="what")
+    data_dir: Path = setting(help="packed dataset (preprocessing.pack)", group="what")
     enc_type: tuple[str, ...] = setting(
         (), "encoders to run in the step, if tokens are not in the dataset", group="what"
     )
@@ -23,7 +23,7 @@ class EpochBenchmark:
     depth: int = setting(4, "its blocks", group="what")
     hidden_size: int = setting(128, "its width", group="what")
     num_heads: int = setting(4, "its attention heads", group="what")
-    batch_size: int = setting(100, "images a step", group="what")
+    batch_size: int = setting(100, "images per step", group="what")
     mixed_precision: str = setting("fp32", "arithmetic", group="what", choices=("fp32", "fp16", "bf16"))
     num_workers: int = setting(2, "reading threads", group="how")
     intervals: int = setting(10, "stretches of the epoch to measure", group="how")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     row = {
         "tokens": "cached" if manifest.encoders else "computed in the step",
         "steps": steps,
-        "ms a step": harness.spread([1000 * settings.batch_size / line["images_per_second"] for line in lines]),
+        "ms per step": harness.spread([1000 * settings.batch_size / line["images_per_second"] for line in lines]),
         "waiting for data %": harness.spread([100 * line["data_wait"] for line in lines]),
     }
     shown = {k: v for k, v in asdict(settings).items() if k not in ("data_dir", "enc_type", "label")}

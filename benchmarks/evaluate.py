@@ -8,6 +8,7 @@ in another order than TensorFlow's, which ours follows: under the "adm" rule som
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from common.reporting import run
@@ -85,12 +86,17 @@ def main() -> None:
         lambda: frechet_distance(stats[0], compute_statistics(on_device[1])),
         "np.cov, scipy.linalg.sqrtm",
     )
+
+    def measured(rule: str) -> tuple[float, float]:
+        found = precision_recall(on_device[0], on_device[1], rule=rule)
+        return found.precision, found.recall
+
     if len(samples) <= settings.baseline_limit:
         for rule, dtype in (("adm", np.float16), ("fp32", np.float32)):
             row(
                 f"precision and recall, {rule}, {len(reference)} x {len(samples)}",
-                lambda dtype=dtype: numpy_precision_recall(reference.numpy(), samples.numpy(), dtype),
-                lambda rule=rule: precision_recall(*on_device, rule=rule)[:2],
+                partial(numpy_precision_recall, reference.numpy(), samples.numpy(), dtype),
+                partial(measured, rule),
                 f"NumPy, {dtype.__name__} distances",
                 1,
             )

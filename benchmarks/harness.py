@@ -6,7 +6,6 @@ write("train_step", "b2-cpu", settings, [{"batch": 32, "ours ms": ..., "speedup"
 """
 
 import ctypes
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,11 +13,16 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from common.files import write_text
+from common.provenance import versions
+from models.sit import SiTConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,8 +48,19 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, low, high, tuple(values))
 
 
+def pick_device(choice: str) -> str:
+    """cpu or cuda; auto is CUDA where there is a GPU."""
+    return choice if choice != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sized(config: SiTConfig, **sizes: int | None) -> SiTConfig:
+    """The config with those sizes that are not None; alignment no deeper than the network."""
+    given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    return replace(config, **given, align_depth=min(config.align_depth, given.get("depth", config.depth)))
+
+
 def synchronize(device: str | torch.device) -> None:
-    """Wait until the device has done what it was given; nothing to wait for on the CPU."""
+    """Wait until the device has finished its work; the CPU always has."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -62,10 +77,17 @@ def alternate(
 ) -> dict[str, Spread]:
     """Seconds of one call of each variant, measured in turn in this process.
 
-    Each round times every variant once (`repeats` calls, or more until `turn` seconds have passed, divided by their
-    number), in the given order in even rounds and reversed in odd ones, so that a slow drift of the machine falls on all
-    alike. `warmup` untimed calls of each come first.
-    clock: "wall", or "cpu" for the time this process was on the CPU, which other programs disturb less.
+    Each round times every variant once, in the given order in even rounds and reversed in odd ones, so that a slow drift of
+    the machine affects all alike.
+
+    Args:
+        variants: name => function to time.
+        rounds: timed turns of each variant.
+        warmup: untimed calls of each before them.
+        repeats: calls per turn, at least.
+        turn: seconds that a turn lasts, at least; its time is divided by its calls.
+        device: synchronised before and after each turn.
+        clock: "wall", or "cpu" for the time this process was on the CPU, which other programs disturb less.
     """
     now = CLOCKS[clock]
     for function in variants.values():
@@ -73,7 +95,7 @@ def alternate(
             function()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
-        names = list(variants) if number % 2 == 0 else list(reversed(variants))
+        names = list(variants)[:: 1 if number % 2 == 0 else -1]
         for name in names:
             synchronize(device)
             calls, start = 0, now()
@@ -134,7 +156,7 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> Memo
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Hardware, versions and commit, as far as they can be found out."""
+    """Hardware, versions and commit, as far as they are known."""
     device = torch.device(device)
     record: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -145,8 +167,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "timm", "numpy", "diffusers", "accelerate")},
+        "versions": versions(("torch", "timm", "numpy", "diffusers", "accelerate")),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -163,15 +184,9 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def device_name(device: str | torch.device) -> str:
+    """Name of the GPU, or of the CPU with its number of cores."""
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_model()} ({os.cpu_count()} cores)"
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit(repository: Path) -> str | None:
@@ -192,14 +207,22 @@ def write(
     details: Any = None,
     folder: Path | None = None,
 ) -> Path:
-    """Write `BENCHMARK-LABEL.json` in benchmarks/results/ (or `folder`) and bring `BENCHMARK.md` there up to date; returns
-    the JSON's path.
+    """Write `BENCHMARK-LABEL.json` and bring `BENCHMARK.md` beside it up to date; a second run with the same label replaces
+    the first.
 
-    rows: the figures, flat, column => number, text or Spread. They become one Markdown row each, beside the hardware and
-    versions. details: anything else JSON can hold. A second run with the same label replaces the first.
+    Args:
+        benchmark: name of the module.
+        label: of this machine and setting.
+        settings: what was measured, for the record.
+        rows: the figures, flat, column => number, text or Spread; one Markdown row each.
+        device: where it ran, for the record.
+        details: anything else JSON can hold.
+        folder: default: benchmarks/results/.
+
+    Returns:
+        Path of the JSON file.
     """
     folder = RESULTS if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}-{label}.json"
     record = {
         "benchmark": benchmark,
@@ -209,7 +232,7 @@ def write(
         "rows": [{k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()} for row in rows],
         "details": details,
     }
-    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    write_text(path, json.dumps(record, indent=1, default=str) + "\n")
     _write_markdown(benchmark, folder)
     return path
 
@@ -232,7 +255,7 @@ def _write_markdown(benchmark: str, folder: Path) -> None:
             f"commit {e['commit']}, {e['date']}. Settings: {settings}.",
             "",
         ]
-    (folder / f"{benchmark}.md").write_text("\n".join(lines).rstrip() + "\n")
+    write_text(folder / f"{benchmark}.md", "\n".join(lines).rstrip() + "\n")
 
 
 def _cell(value: Any) -> str:
@@ -245,12 +268,10 @@ def _cell(value: Any) -> str:
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:

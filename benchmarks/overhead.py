@@ -7,10 +7,13 @@ The paper's table for XL/2: parameters +0.30 %, operations +0.38 %, latency +0.4
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.reporting import run
 from config import parse, setting
+
+if TYPE_CHECKING:
+    from models.sit import SiTConfig
 
 
 @dataclass(frozen=True)
@@ -18,43 +21,39 @@ class OverheadBenchmark:
     model: str = setting("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}", group="what")
     depth: int | None = setting(None, "blocks; default: the model's", group="what")
     input_size: int = setting(32, "side of the latent", group="what")
-    batch_size: int = setting(64, "images a forward pass and a training step", group="what")
+    batch_size: int = setting(64, "images per forward pass and per training step", group="what")
     train: bool = setting(True, "time the training step, too", group="what")
     precision: str = setting("auto", "mixed precision", group="how", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "compile the networks' regions", group="how")
     rounds: int = setting(25, "timed calls of each", group="how")
     warmup: int = setting(3, "untimed calls of each before them", group="how")
-    device: str = setting("auto", "cpu, cuda or auto", group="how")
+    device: str = setting("auto", "where it runs", group="how", choices=("auto", "cpu", "cuda"))
     clock: str = setting("wall", "cpu: time of this process alone, on a busy CPU", group="how", choices=("wall", "cpu"))
     label: str = setting("run", "names the result files", group="how")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(OverheadBenchmark, (__doc__ or "").splitlines()[0], argv)
-    import torch
-
     from benchmarks import harness
     from benchmarks.train_variants import OurStep
     from models import acceleration
     from models.cost import cost
     from models.sit import preset
 
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = harness.pick_device(settings.device)
     precision = acceleration.best_precision(device) if settings.precision == "auto" else settings.precision
     acceleration.allow_tf32(True)
-    config = preset(settings.model, input_size=settings.input_size)
-    if settings.depth is not None:
-        config = replace(config, depth=settings.depth, align_depth=min(config.align_depth, settings.depth))
+    config = harness.sized(preset(settings.model, input_size=settings.input_size), depth=settings.depth)
     configs = {"without": replace(config, class_token_dim=0), "with": config}
 
-    def time_pair(make: Callable[[Any], Callable[[], Any]]) -> dict[str, harness.Spread]:
+    def time_pair(make: "Callable[[SiTConfig], Callable[[], Any]]") -> dict[str, harness.Spread]:
         calls = {name: make(c) for name, c in configs.items()}
         return harness.alternate(
             calls, rounds=settings.rounds, warmup=settings.warmup, device=device, clock=settings.clock
         )
 
     forward = time_pair(lambda c: forward_pass(c, settings, device, precision))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, c in configs.items():
         counted = cost(c)
         rows.append(
@@ -99,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(path.with_name("overhead.md").read_text())
 
 
-def forward_pass(config: Any, settings: OverheadBenchmark, device: str, precision: str) -> Callable[[], Any]:
+def forward_pass(config: "SiTConfig", settings: OverheadBenchmark, device: str, precision: str) -> Callable[[], Any]:
     """One forward pass as the sampler makes it: no gradient, no projectors."""
     import torch
 

@@ -13,15 +13,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from common.reporting import run
 from config import parse, setting
 
 if TYPE_CHECKING:
+    from preprocessing.encode import Encoded, Pending
     from preprocessing.index import Index
-    from preprocessing.networks import Encoded, Pending
     from preprocessing.packing import Totals
     from preprocessing.plan import Plan
     from preprocessing.read import Crops
@@ -47,25 +46,22 @@ class PackingBenchmark:
 
 
 class NoNetworks:
-    """In the place of preprocessing.networks.Networks: zeros for moments, at no cost."""
+    """In the place of preprocessing.encode.Networks: zeros for moments, at no cost."""
 
     def __init__(self) -> None:
         import torch
 
         self.device = torch.device("cpu")
 
-    def place(self) -> None:
-        """Nothing to move."""
-
     def start(self, crops: "Crops") -> "Pending":
-        from preprocessing.networks import Pending
+        from preprocessing.encode import Pending
 
-        return Pending(crops, {}, None)
+        return Pending(crops, {}, {}, None)
 
     def finish(self, pending: "Pending") -> "Encoded":
         import numpy as np
 
-        from preprocessing.networks import Encoded
+        from preprocessing.encode import Encoded
 
         crops = pending.crops
         size = crops.pixels.shape[1] // 8
@@ -79,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from benchmarks import harness
-    from preprocessing.index import Choice
     from preprocessing.sources import list_source
 
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=settings.folder) as name:
         folder = Path(name)
         images = settings.images or write_images(folder / "images")
-        index = repeat(list_source(images, Choice(allow_one_class=True)), settings.count)
+        index = repeat(list_source(images, allow_one_class=True), settings.count)
         rows += _cpu_part(index, folder, settings)
         if settings.networks:
             rows.append(_with_networks(index, folder, settings, torch.device(device)))
@@ -157,7 +152,9 @@ def _with_networks(index: "Index", folder: Path, settings: PackingBenchmark, dev
     from diffusers import AutoencoderKL
 
     from models import encoder
-    from preprocessing.networks import Networks
+    from models.acceleration import autocast
+    from preprocessing.encode import Networks
+    from preprocessing.settings import PackConfig
 
     blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     vae = AutoencoderKL(3, 3, *blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
@@ -165,24 +162,23 @@ def _with_networks(index: "Index", folder: Path, settings: PackingBenchmark, dev
     grid = settings.resolution // 16
     vit = timm.create_model("vit_base_patch14_dinov2", img_size=14 * grid, num_classes=0)
     named = encoder.VisionEncoder(vit, "vit_base_patch14_dinov2", grid)
-    options = SimpleNamespace(
-        dtype=settings.dtype,
-        pixels=False,
-        tokens=False,
+    chosen = PackConfig(
+        folder,
         vae=str(folder / "vae"),
-        enc_type=(),
-        patch_size=2,
+        tokens=False,
         resolution=settings.resolution,
+        dtype=settings.dtype,
         compile=settings.compile,
     )
-    networks = Networks(options, has_moments=False, device=device)
-    networks.encoders = [named]
-    networks.place()
+    networks = Networks(chosen, has_moments=False, device=device)
+    networks.encoders = [named.to(device)]
+    if settings.compile:
+        named.compile(dynamic=True)
     first = time.monotonic()
     pixels = torch.zeros(
         settings.batch_size, 3, settings.resolution, settings.resolution, dtype=torch.uint8, device=device
     )
-    with torch.no_grad(), torch.autocast(device.type, networks.dtype, enabled=settings.dtype != "fp32"):
+    with torch.no_grad(), autocast(device, settings.dtype):
         networks.vae.encode(pixels)
         named(pixels)
     first = time.monotonic() - first
@@ -202,11 +198,13 @@ def _with_networks(index: "Index", folder: Path, settings: PackingBenchmark, dev
 
 def pack(out: Path, index: "Index", networks: Any, settings: PackingBenchmark, num_workers: int | None) -> "Totals":
     """The real packing of all shards into `out`."""
-    from preprocessing.packing import Ranks, pack_shards
+    from common.processes import Processes
+    from preprocessing.packing import pack_shards
+    from preprocessing.settings import PackConfig
 
     plan = _plan(index, settings)
-    options = SimpleNamespace(on_corrupt="error", max_pixels=10**8, num_workers=num_workers, source=index.root)
-    return pack_shards(out, index, plan, list(range(plan.shards)), networks, options, Ranks())
+    chosen = PackConfig(out, source=Path(index.root), num_workers=num_workers)
+    return pack_shards(index, plan, list(range(plan.shards)), networks, chosen, Processes(networks.device.type))
 
 
 def _plan(index: "Index", settings: PackingBenchmark) -> "Plan":

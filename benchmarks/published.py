@@ -12,15 +12,16 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.harness import commit
+from config import MissingFile, UserError
 
 COMMIT = "021ea2e"
 
 
 def check(clone: Path) -> str:
-    """The commit of the clone, for the record. Raises FileNotFoundError if it is no clone of the published code."""
+    """The commit of the clone, for the record. Raises MissingFile if it is not a clone of the published code."""
     for file in ("train.py", "loss.py", "samplers.py", "models/sit.py"):
         if not (clone / file).is_file():
-            raise FileNotFoundError(f"--published {clone}: no {file}; give a clone of Martinser/REG at {COMMIT}")
+            raise MissingFile(f"--published {clone}: no {file}; give a clone of Martinser/REG at {COMMIT}")
     return commit(clone) or "unknown"
 
 
@@ -29,7 +30,7 @@ def module(clone: Path, file: str) -> ModuleType:
     name = "published_" + file.removesuffix(".py").replace("/", "_")
     spec = importlib.util.spec_from_file_location(name, clone / file)
     if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"--published {clone}: {file} is not a Python file")
+        raise MissingFile(f"--published {clone}: {file} is not a Python file")
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
@@ -38,7 +39,7 @@ def module(clone: Path, file: str) -> ModuleType:
 def functions(clone: Path, file: str, names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
     """Take the named top-level functions (or constants) out of a file without running the rest of it.
 
-    given: the global names they use. Raises ValueError if one is not there.
+    given: the global names they use. Raises UserError if one is not there.
     """
     path = clone / file
     wanted = []
@@ -52,5 +53,5 @@ def functions(clone: Path, file: str, names: Sequence[str], given: Mapping[str, 
     exec(compile(ast.Module(wanted, type_ignores=[]), str(path), "exec"), scope)
     missing = [name for name in names if name not in scope]
     if missing:
-        raise ValueError(f"--published {clone}: {file} has no {missing[0]}; give a clone at {COMMIT}")
+        raise UserError(f"--published {clone}: {file} has no {missing[0]}; give a clone at {COMMIT}")
     return {name: scope[name] for name in names}

@@ -3,17 +3,20 @@
     python -m benchmarks.roofline --gpu H200 --gpus 8 --recipes recipes/*.yaml
 
 Nothing is measured here. Matrix products and memory traffic are counted (models/cost.py) and divided by 80 % of the data
-sheet's figures; "floor" lets the two overlap fully, "expected" not at all. Without --recipes: the paper's main rows.
+sheet's figures; the lower bound lets the two overlap fully, "expected" not at all. Without --recipes: the paper's main rows.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.reporting import run
 from config import UserError, parse, setting
+
+if TYPE_CHECKING:
+    from models.sit import SiTConfig
 
 GPU_NAMES = (
     "T4",
@@ -35,9 +38,9 @@ GPU_NAMES = (
 @dataclass(frozen=True)
 class Roofline:
     gpu: str = setting("H200", "which GPU", group="machine", choices=GPU_NAMES)
-    gpus: int = setting(1, "how many of them", group="machine")
+    gpus: int = setting(1, "how many of them", group="machine", at_least=1)
     rent: float | None = setting(
-        None, "dollars a GPU and hour; default: the assumed one of models/cost.py", group="machine"
+        None, "dollars per GPU and hour; default: the assumed one of models/cost.py", group="machine"
     )
     recipes: tuple[Path, ...] = setting((), "recipe files of train.py", group="what")
     encoder: str = setting("dinov2-vit-b", "runs in the step; cached: it does not", group="what")
@@ -46,10 +49,10 @@ class Roofline:
 
 
 class Row(NamedTuple):
-    """name: of the recipe. network: SiTConfig. steps, batch: optimiser steps and images in each."""
+    """A recipe: its name, network, number of optimiser steps and images per step."""
 
     name: str
-    network: Any
+    network: "SiTConfig"
     steps: int
     batch: int
     recompute: bool
@@ -77,13 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             {
                 "recipe": row.name,
                 "M parameters": round(counted.parameters / 1e6, 1),
-                "GFLOP an image": (step.network_flops + step.encoder_flops) / local / 1e9,
-                "GB moved a step": step.traffic / 1e9,
-                "floor ms": 1e3 * step.floor,
+                "GFLOP per image": (step.network_flops + step.encoder_flops) / local / 1e9,
+                "GB moved per step": step.traffic / 1e9,
+                "lower bound ms": 1e3 * step.floor,
                 "expected ms": 1e3 * step.expected,
                 "images/s": round(row.batch / step.expected),
-                "GiB a GPU": memory.total(local) / 2**30,
-                "largest batch a GPU": max(
+                "GiB per GPU": memory.total(local) / 2**30,
+                "largest batch per GPU": max(
                     0, math.floor((gpu.memory * 2**30 * USABLE - memory.state - memory.copies) / memory.activations)
                 ),
                 "steps": row.steps,
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = harness.write(
         "roofline",
         settings.label or f"{settings.gpu}x{settings.gpus}".lower(),
-        {"gpu": settings.gpu, "gpus": settings.gpus, "dollars a GPU hour": rent, "encoder": settings.encoder},
+        {"gpu": settings.gpu, "gpus": settings.gpus, "dollars per GPU hour": rent, "encoder": settings.encoder},
         rows,
     )
     print(path.with_name("roofline.md").read_text())
@@ -115,27 +118,23 @@ def rows_of(settings: Roofline) -> list[Row]:
 
 def recipe_row(path: Path, input_size: int) -> Row:
     """Read what matters here from a recipe of train.py."""
-    import yaml
-
     from models.sit import preset
     from train import TrainConfig
 
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--recipes {path}: cannot be read ({error})") from error
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    value = defaults | {str(key).replace("-", "_"): v for key, v in content.items()}
-    names = ("depth", "hidden_size", "num_heads", "patch_size", "qk_norm")
-    changes = {name: value[name] for name in names if value[name] is not None}
-    changes |= {
-        "class_token_dim": 768 if value["class_token"] else 0,
-        "align_dims": (768,) if value["proj_coeff"] else (),
-    }
-    if value["encoder_depth"] is not None:
-        changes["align_depth"] = value["encoder_depth"]
-    network = preset(value["model"], input_size=input_size, **changes)
-    return Row(path.stem, network, value["max_train_steps"], value["batch_size"], value["gradient_checkpointing"])
+    recipe = parse(TrainConfig, "", ["--config", str(path), "--data-dir", "none", "--exp-name", path.stem])
+    sizes = {name: getattr(recipe, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
+    changes = {name: value for name, value in sizes.items() if value is not None}
+    if recipe.encoder_depth is not None:
+        changes["align_depth"] = recipe.encoder_depth
+    network = preset(
+        recipe.model,
+        input_size=input_size,
+        qk_norm=recipe.qk_norm,
+        class_token_dim=768 if recipe.class_token else 0,
+        align_dims=(768,) if recipe.proj_coeff else (),
+        **changes,
+    )
+    return Row(path.stem, network, recipe.max_train_steps, recipe.batch_size, recipe.gradient_checkpointing)
 
 
 if __name__ == "__main__":

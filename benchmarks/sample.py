@@ -2,14 +2,14 @@
 
     python -m benchmarks.sample --published PATH --model SiT-XL/2 --batch-size 64 --steps 50 --compile
 
-Measures the sampler alone (networks, guidance, solver, noise), without VAE and files: images a second, peak memory, and how
-far the latents of each variant, as it runs, are from the published sampler's in plain float32 (TF32 off) under the same
-noise. The published sampler runs as its generate.py calls it: float32 with TF32, attention not fused; and once with fused
-attention, its best case.
+Measures the sampler alone (networks, guidance, solver, noise), without VAE and files: images per second, peak memory, and
+how far the latents of each variant, as it runs, are from the published sampler's in plain float32 (TF32 off) under the
+same noise. The published sampler runs as its generate.py calls it, in float32 with TF32 and attention that is not fused,
+and once with fused attention, its best case.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,7 +17,7 @@ from typing import Any
 
 from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE
 from common.reporting import run
-from config import UserError, parse, setting
+from config import parse, setting
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class SampleBenchmark:
     depth: int | None = setting(None, "blocks; default: the model's", group="what")
     input_size: int = setting(32, "side of the latent", group="what")
     batch_size: int = setting(64, "samples at once", group="what")
-    steps: int = setting(50, "steps of the SDE that are run; the result is extrapolated to --full-steps", group="what")
+    steps: int = setting(
+        50, "steps of the SDE that are run; the result is extrapolated to --full-steps", group="what", at_least=3
+    )
     full_steps: int = setting(250, "steps of the published evaluation", group="what")
     cfg_scale: float = setting(GUIDANCE_SCALE, "guidance scale, of latent and class token", group="what")
     guidance_high: float = setting(GUIDANCE_HIGH, "guide up to this t", group="what")
@@ -35,22 +37,18 @@ class SampleBenchmark:
     compile: bool = setting(False, "also measure our variants compiled", group="how")
     rounds: int = setting(3, "timed runs of each variant", group="how")
     deviation: bool = setting(True, "compare latents under the same noise", group="how")
-    device: str = setting("auto", "cpu, cuda or auto", group="how")
+    device: str = setting("auto", "where it runs", group="how", choices=("auto", "cpu", "cuda"))
     clock: str = setting("wall", "cpu: time of this process alone, on a busy CPU", group="how", choices=("wall", "cpu"))
     label: str = setting("run", "names the result files", group="how")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(SampleBenchmark, (__doc__ or "").splitlines()[0], argv)
-    if settings.steps < 3:
-        raise UserError(f"--steps must be at least 3, got {settings.steps}")
-    import torch
-
     from benchmarks import harness, published
     from models import acceleration
 
     commit = published.check(settings.published) if settings.published else None
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = harness.pick_device(settings.device)
     harness.keep_memory()
     acceleration.allow_tf32(True)
     bench = Bench(settings, device)
@@ -74,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "model": settings.model,
                 "variant": name,
                 "batch": settings.batch_size,
-                "ms a step": harness.spread([1e3 * s / settings.steps for s in seconds.values]),
+                "ms per step": harness.spread([1e3 * s / settings.steps for s in seconds.values]),
                 f"images/s at {settings.full_steps} steps": harness.spread([settings.batch_size / s for s in full]),
                 "times published": harness.ratio(timings["published"], seconds) if settings.published else None,
                 "max deviation": deviations.get(name, (None, None))[0],
@@ -96,12 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "clock": settings.clock,
             "published commit": commit,
             "depth": settings.depth,
-            "noise share of a step": f"{share:.2%}",
+            "noise share per step": f"{share:.2%}",
             "max deviation of ours in plain float32": None if agreement is None else f"{agreement:.1e}",
         },
         rows,
         device=device,
-        details={"noise ms a step": 1e3 * noise.median / settings.steps},
+        details={"noise ms per step": 1e3 * noise.median / settings.steps},
     )
     print(path.with_name("sample.md").read_text())
 
@@ -112,20 +110,12 @@ class Bench:
     def __init__(self, settings: SampleBenchmark, device: str) -> None:
         import torch
 
-        from benchmarks import published
-        from models.convert import from_published, to_published
+        from benchmarks import harness, published
+        from models.published import from_published, to_published
         from models.sit import SiT, preset
 
         self.settings, self.device = settings, device
-        sizes = {} if settings.depth is None else {"depth": settings.depth}
-        config = preset(settings.model, input_size=settings.input_size)
-        if sizes:
-            config = preset(
-                settings.model,
-                input_size=settings.input_size,
-                **sizes,
-                align_depth=min(config.align_depth, settings.depth),
-            )
+        config = harness.sized(preset(settings.model, input_size=settings.input_size), depth=settings.depth)
         self.config = config
         torch.manual_seed(0)
         network = SiT(config)
@@ -137,7 +127,7 @@ class Bench:
         assert from_published(self.their_weights).keys() == self.weights.keys()
         self.index = torch.arange(settings.batch_size, device=device)
         self.label = self.index * 37 % config.num_classes
-        self.modules = (
+        self.modules: dict[str, Any] = (
             {name: published.module(settings.published, f"{name}.py") for name in ("models/sit", "samplers")}
             if settings.published
             else {}
@@ -155,7 +145,7 @@ class Bench:
         for step in range(self.settings.steps - 1):
             noise(step)
 
-    def ours(self, dtype: str, *, compiled: bool) -> Callable[[], Any]:
+    def ours(self, dtype: str, *, compiled: bool) -> Callable[..., Any]:
         """What generate.py runs between the noise and the VAE."""
 
         from models import acceleration
@@ -163,13 +153,13 @@ class Bench:
         from models.interpolant import Interpolant
         from models.samplers import Solver
         from models.sit import SiT
-        from sampling.draw import Sampler
-        from sampling.networks import Precision, prepare
+        from sampling.loading import prepare
+        from sampling.sampler import Sampler
 
         network = SiT(self.config)
         network.load_state_dict(self.weights)
         sampler = Sampler(
-            prepare(network.to(self.device), Precision(dtype, compile=compiled)),
+            prepare(network.to(self.device), dtype, compiled=compiled),
             Interpolant(),
             Solver("sde", "euler", self.settings.steps),
             Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high),
@@ -181,10 +171,8 @@ class Bench:
 
         return sample
 
-    def theirs(self, *, fused: bool) -> Callable[[], Any]:
+    def theirs(self, *, fused: bool) -> "Theirs":
         """The published sampler, with its own network and random numbers."""
-        import torch
-
         c = self.config
         network = self.modules["models/sit"].SiT(
             input_size=c.input_size,
@@ -203,13 +191,7 @@ class Bench:
         network.load_state_dict(self.their_weights)
         network.to(self.device).eval()
 
-        def sample() -> Any:
-            latents = torch.randn(len(self.index), c.in_channels, c.input_size, c.input_size, device=self.device)
-            tokens = torch.randn(len(self.index), c.class_token_dim, device=self.device)
-            return self.run_published(network, latents, tokens)
-
-        sample.network = network
-        return sample
+        return Theirs(self, network)
 
     def run_published(self, network: Any, latents: Any, tokens: Any) -> Any:
         """Its latents, float64; it does not return the class token."""
@@ -227,7 +209,7 @@ class Bench:
             args=SimpleNamespace(cls_cfg_scale=s.cfg_scale),
         )
 
-    def deviations(self, variants: dict[str, Callable[..., Any]]) -> tuple[float, dict[str, tuple[float, float]]]:
+    def deviations(self, variants: Mapping[str, Any]) -> tuple[float, dict[str, tuple[float, float]]]:
         """The largest deviation of ours in plain float32, and variant => largest and root mean square deviation as it runs,
         of the latents of the first few samples, over the standard deviation of the reference: the published sampler in plain
         float32 (ours without a clone)."""
@@ -276,6 +258,21 @@ class Bench:
             return self.run_published(network, start.latent, start.class_token)
         finally:
             module.torch = original
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """The published sampler; called, it samples one batch."""
+
+    bench: Bench
+    network: Any
+
+    def __call__(self) -> Any:
+        import torch
+
+        c, n, device = self.bench.config, len(self.bench.index), self.bench.device
+        latents = torch.randn(n, c.in_channels, c.input_size, c.input_size, device=device)
+        return self.bench.run_published(self.network, latents, torch.randn(n, c.class_token_dim, device=device))
 
 
 if __name__ == "__main__":

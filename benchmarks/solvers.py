@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE
-from common.reporting import run
+from common.reporting import progress, run
 from config import UserError, parse, setting
 
 TOLERANCE = 1.02
@@ -36,20 +36,20 @@ class SolverBenchmark:
         "MODE-SOLVER or MODE-SOLVER-GRID",
         group="what",
     )
-    budgets: tuple[int, ...] = setting((6, 10, 16, 25, 50, 100), "evaluations of a sample", group="what")
+    budgets: tuple[int, ...] = setting((6, 10, 16, 25, 50, 100), "evaluations per sample", group="what", at_least=1)
     baseline_steps: int = setting(250, "steps of the SDE that sets the mark", group="what")
     cfg_scale: float = setting(GUIDANCE_SCALE, "guidance scale, of latent and class token", group="what")
     guidance_high: float = setting(GUIDANCE_HIGH, "guide up to this t", group="what")
-    num_samples: int = setting(1000, "samples of a setting and seed, balanced labels", group="how")
-    seeds: int = setting(2, "seeds of each setting", group="how")
-    batch_size: int = setting(250, "samples at once", group="how")
+    num_samples: int = setting(1000, "samples per setting and seed, balanced labels", group="how", at_least=1)
+    seeds: int = setting(2, "seeds of each setting", group="how", at_least=1)
+    batch_size: int = setting(250, "samples at once", group="how", at_least=1)
     dtype: str = setting("fp32", "arithmetic", group="how", choices=("fp32", "bf16", "fp16"))
-    device: str = setting("auto", "cpu, cuda or auto", group="how")
+    device: str = setting("auto", "where it runs", group="how", choices=("auto", "cpu", "cuda"))
     label: str = setting("run", "names the result files", group="how")
 
 
 class Measured(NamedTuple):
-    """One setting. nfe, forwards: evaluations and network passes of a sample. distances: of each seed."""
+    """A solver's setting: evaluations and network passes per sample, and the Frechet distance of each seed."""
 
     name: str
     nfe: float
@@ -63,15 +63,11 @@ class Measured(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(SolverBenchmark, (__doc__ or "").splitlines()[0], argv)
-    for name in ("num_samples", "seeds", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(settings, name)}")
     import torch
-    from tqdm import tqdm
 
     from benchmarks import harness
 
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = harness.pick_device(settings.device)
     distance = distance_of(settings, torch.device(device))
     cases = [("sde-euler, published", solver_of("sde-euler", settings.baseline_steps))]
     for name in settings.solvers:
@@ -79,10 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             cases += [(f"{name} {tolerance:g}", solver_of(name, 1, tolerance)) for tolerance in DOPRI5]
         else:
             cases += [(name, solver_of(name, steps_of(name, budget))) for budget in settings.budgets]
-    with tqdm(total=len(cases) * settings.seeds, unit="set") as bar:
+    with progress(len(cases) * settings.seeds, unit="set") as bar:
         measured = []
         for name, solver in cases:
-            bar.set_postfix_str(name)
             found = []
             for seed in range(settings.seeds):
                 found.append(distance(solver, seed))
@@ -147,8 +142,8 @@ def solver_of(name: str, steps: int, tolerance: float = 1e-3) -> Any:
     words = name.split("-")
     if len(words) not in (2, 3):
         raise UserError(f"--solvers {name}: expected MODE-SOLVER or MODE-SOLVER-GRID, such as ode-heun")
-    grid = words[2] if len(words) == 3 else "uniform"
-    return Solver(*words[:2], steps, grid, 3.0 if grid == "shifted" else 1.0, rtol=tolerance, atol=tolerance)
+    mode, solver, grid = [*words, "uniform"][:3]
+    return Solver(mode, solver, steps, grid, 3.0 if grid == "shifted" else 1.0, rtol=tolerance, atol=tolerance)
 
 
 def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], tuple[float, float, float]]:
@@ -156,22 +151,21 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     import torch
 
     from evaluations import features
-    from evaluations.images import open_images
+    from evaluations.image_sets import open_images
     from evaluations.metrics import frechet_distance
     from evaluations.statistics import compute_statistics
     from models import acceleration
-    from models.checkpoint import load_model
     from models.guidance import Guidance
     from models.interpolant import Interpolant
-    from models.published import obtain
-    from sampling.draw import Sampler
-    from sampling.networks import Precision, load_decoder, prepare
+    from models.model_file import load_model
+    from models.obtain import obtain
+    from sampling.loading import load_decoder, prepare
+    from sampling.sampler import Sampler
 
-    precision = Precision(settings.dtype, vae_batch_size=settings.batch_size)
     model = load_model(obtain(settings.checkpoint), device)
-    decoder = load_decoder(model, settings.vae, precision, device)
+    decoder = load_decoder(model.info, settings.vae, device)
     extractor = features.load(settings.features, device=device)
-    network = prepare(model.network, precision)
+    network = prepare(model.network, settings.dtype)
     real = open_images(settings.reference)
     size = settings.batch_size
 
@@ -200,7 +194,7 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
         for start in range(0, settings.num_samples, size):
             index = torch.arange(start, min(start + size, settings.num_samples), device=device)
             drawn = sampler(index, index % model.info.network.num_classes)
-            found.append(pooled(decoder(drawn.state.latent)))
+            found.append(pooled(decoder.decode(drawn.state.latent, settings.batch_size)))
             evaluations += drawn.evaluations * len(index) / settings.num_samples
             forwards += drawn.forwards * len(index) / settings.num_samples
         return frechet_distance(reference, compute_statistics(torch.cat(found))), evaluations, forwards
@@ -230,7 +224,7 @@ def plot(measured: Sequence[Measured], path: Path) -> None:
             lw=1.2,
             label=name,
         )
-    axes.set(xscale="log", yscale="log", xlabel="evaluations of the velocity a sample", ylabel="Frechet distance")
+    axes.set(xscale="log", yscale="log", xlabel="evaluations of the velocity per sample", ylabel="Frechet distance")
     axes.set_xticks(sorted({round(m.nfe) for m in measured if m.name.startswith("sde")}))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.xaxis.set_minor_formatter(NullFormatter())

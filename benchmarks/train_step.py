@@ -10,12 +10,15 @@ at its best (bf16, nothing read back). A batch that does not fit is halved, for 
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.reporting import run
 from config import parse, setting
+
+if TYPE_CHECKING:
+    from models.sit import SiTConfig
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class TrainStepBenchmark:
     hidden_size: int | None = setting(None, "width; default: the model's", group="what")
     num_heads: int | None = setting(None, "attention heads; default: the model's", group="what")
     input_size: int = setting(32, "side of the latent", group="what")
-    batch_size: tuple[int, ...] = setting((256,), "images a step on this device, one or several", group="what")
+    batch_size: tuple[int, ...] = setting((256,), "images per step on this device, one or several", group="what")
     encoder: str = setting("cached", "cached: tokens are given; or what runs in the step: dinov2-vit-b", group="what")
     precision: str = setting("auto", "ours", group="how", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "also measure ours with its regions compiled", group="how")
@@ -35,13 +38,13 @@ class TrainStepBenchmark:
     parts: bool = setting(False, "also say where the time of our step goes", group="how")
     rounds: int = setting(9, "timed steps of each variant", group="how")
     warmup: int = setting(2, "untimed steps of each variant before them", group="how")
-    device: str = setting("auto", "cpu, cuda or auto", group="how")
+    device: str = setting("auto", "where it runs", group="how", choices=("auto", "cpu", "cuda"))
     clock: str = setting("wall", "cpu: time of this process alone, on a busy CPU", group="how", choices=("wall", "cpu"))
     label: str = setting("run", "names the result files", group="how")
 
 
 class Variant(NamedTuple):
-    """step: runs one step. batch: images it takes. first: seconds of its first step, compilation included."""
+    """A training step that is timed, the images it takes, and the seconds of its first run, compilation included."""
 
     step: Callable[[], Any]
     batch: int
@@ -49,7 +52,7 @@ class Variant(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """What a variant needs by itself. peak: GiB of its second step."""
+    """What a variant needs by itself: its batch, the seconds of its first step, and the peak GiB of its second."""
 
     batch: int
     first: float
@@ -57,7 +60,7 @@ class Alone(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A variant's row. speed: images a second over the published code's. peak: GiB, None on the CPU."""
+    """A variant's row. speed: images per second over the published code's. peak: GiB, None on the CPU."""
 
     batch: int
     milliseconds: Any
@@ -81,13 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from models.sit import preset
 
     commit = published.check(settings.published) if settings.published else None
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = harness.pick_device(settings.device)
     cuda = torch.device(device).type == "cuda"
     precision = acceleration.best_precision(device) if settings.precision == "auto" else settings.precision
     harness.keep_memory()
     acceleration.allow_tf32(True)  # the published launch script asks for it as well
     sizes = {name: getattr(settings, name) for name in ("depth", "hidden_size", "num_heads")}
-    config = sized(preset(settings.model, input_size=settings.input_size), sizes)
+    config = harness.sized(preset(settings.model, input_size=settings.input_size), **sizes)
     flops = cost(config).train_flops
     if settings.encoder != "cached":
         flops += 2 * encoder_macs(settings.encoder, config.input_size // config.patch_size)
@@ -103,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "model": model,
                     "variant": name,
                     "batch": measured.batch,
-                    "ms a step": measured.milliseconds,
+                    "ms per step": measured.milliseconds,
                     "images/s": measured.images,
                     "times published": measured.speed,
                     "share of ceiling": measured.images.median * flops / (ceiling * 1e12) if ceiling else None,
@@ -127,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "published commit": commit,
             "gradient checkpointing": settings.gradient_checkpointing,
             "ceiling TFLOP/s": ceiling and round(ceiling, 1),
-            "training GFLOP an image": round(flops / 1e9, 2),
+            "training GFLOP per image": round(flops / 1e9, 2),
         },
         rows,
         device=device,
@@ -138,13 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"our step at batch {batch}, ms: " + ", ".join(f"{k} {v:.3g}" for k, v in table.items()))
 
 
-def sized(config: Any, sizes: dict[str, int | None]) -> Any:
-    """The config with the sizes that are given; alignment no deeper than the network."""
-    given = {name: value for name, value in sizes.items() if value is not None}
-    return replace(config, **given, align_depth=min(config.align_depth, given.get("depth", config.depth)))
-
-
-def builders_of(settings: TrainStepBenchmark, config: Any, device: str, precision: str) -> Builders:
+def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, precision: str) -> Builders:
     """What is compared."""
     from benchmarks.train_variants import OurStep, encoded_ahead, published_step
 
@@ -160,6 +157,7 @@ def builders_of(settings: TrainStepBenchmark, config: Any, device: str, precisio
         )
 
     def theirs(n: int, precision: str, read_back: bool) -> Callable[[], None]:
+        assert settings.published is not None
         return published_step(
             settings.published, config, n, device, encoder=settings.encoder, precision=precision, read_back=read_back
         )
@@ -230,6 +228,7 @@ def start(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Var
     from benchmarks.harness import synchronize
 
     while True:
+        step: Callable[[], Any] | None = None
         try:
             step = build(n)
             synchronize(device)
@@ -240,7 +239,7 @@ def start(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Var
         except torch.OutOfMemoryError:
             if n == 1:
                 raise
-        step = None
+        del step
         n //= 2
         free()
 
@@ -258,7 +257,9 @@ def alone(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Alo
     return found
 
 
-def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str, precision: str) -> dict[str, float]:
+def parts_of_step(
+    settings: TrainStepBenchmark, config: "SiTConfig", n: int, device: str, precision: str
+) -> dict[str, float]:
     """Milliseconds of the parts of our step, by differences of medians of growing pieces."""
     from benchmarks.harness import alternate
     from benchmarks.train_variants import OurStep
@@ -279,7 +280,7 @@ def parts_of_step(settings: TrainStepBenchmark, config: Any, n: int, device: str
         step.objective.total(step.loss(0, batch, positions)).backward()
         step.optimizer.zero_grad(set_to_none=True)
 
-    pieces = {
+    pieces: dict[str, Callable[[], Any]] = {
         "draws": lambda: draw(0, 1, positions, config, "uniform"),
         "targets": lambda: step.targets(batch),
         "forward": lambda: step.loss(0, batch, positions),

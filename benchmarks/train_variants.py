@@ -106,11 +106,13 @@ def encoded_ahead(ours: OurStep) -> Callable[[], StepResult]:
     """The same step with the next batch encoded on a side stream while this one trains (CUDA)."""
     encoder, ours.step.encoders = ours.step.encoders[0], ()  # the step finds its tokens as if they were cached
     main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    pixels = ours.batch.pixels
+    assert pixels is not None, "an encoder in the step reads pixels"
 
     def encode() -> Batch:
         side.wait_stream(main)
         with torch.cuda.stream(side), acceleration.autocast("cuda", ours.step.precision):
-            tokens = encoder(ours.batch.pixels.permute(0, 3, 1, 2))
+            tokens = encoder(pixels.permute(0, 3, 1, 2))
         return ours.batch._replace(class_token=(tokens.class_token,), patch_tokens=(tokens.patch_tokens,))
 
     ahead = [encode()]

@@ -18,16 +18,20 @@ class WriteError(UserError, OSError):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Write a file so that `path` is the old one or the new one, whole, also after a power cut.
 
     Yields a temporary path beside it. When the block ends well that file is flushed to the disk and takes the name `path`;
     otherwise it is deleted.
 
+    Args:
+        path: the file.
+        shared: other processes may write the same file at the same time, as in a cache; the last one to finish wins.
+
     Raises:
         WriteError: the file system refuses; the message says how much is free where the disk is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -50,10 +54,15 @@ def write_error(path: Path, error: OSError) -> WriteError:
     return WriteError(f"{path} cannot be written: {error.strerror or error}")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text as `replacing` does."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -77,7 +86,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(content: Any) -> str:
-    """Hex SHA-256 of JSON content, whatever the order of its keys."""
+    """Hex SHA-256 of JSON content; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from common.files import replacing
+
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
@@ -30,10 +32,10 @@ class Cell(NamedTuple):
 
 
 def class_caption(label: int, nearest: int | None, names: Sequence[str]) -> tuple[Line, ...]:
-    """What a picture was asked to show and, below, what its class token says.
+    """Caption of a sample: its class and, below, the class that its class token is nearest to.
 
     Args:
-        label: class number; the number of classes is the null class.
+        label: class number; that of the null class is the number of classes.
         nearest: the class that the token is nearest to, green where it is the label; None: not known.
         names: of all classes, or empty. A name that the font cannot draw is replaced by the class's number.
     """
@@ -51,18 +53,18 @@ def class_caption(label: int, nearest: int | None, names: Sequence[str]) -> tupl
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Cell]]) -> None:
-    """Write a PNG of rows of captioned pictures of one size.
+    """Write a PNG of rows of captioned pictures; each is as large as the largest, or less high or wide.
 
     Args:
-        path: file to write; it appears whole, by rename.
+        path: file to write, whole or not at all.
         rows: from the top; they may differ in length. Captions that are too long for their picture end in an ellipsis.
     """
     from PIL import Image, ImageDraw
 
     cells = [cell for row in rows for cell in row]
     factor = -(-SMALLEST // cells[0].pixels.shape[1])
-    height, width = (factor * side for side in cells[0].pixels.shape[:2])
-    size = max(10, width // 16)  # of the letters: readable also when a sheet of large pictures is looked at as a whole
+    height, width = (factor * max(cell.pixels.shape[axis] for cell in cells) for axis in (0, 1))
+    size = max(10, width // 16)  # of the letters: readable also when a sheet of large pictures is seen as a whole
     line_height = size + 2
     lines = max(len(cell.caption) for cell in cells)
     cell_width, cell_height = width + GAP, height + GAP + lines * line_height
@@ -85,14 +87,12 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def _save(image: "Image.Image", path: Path, **options: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG", **options)
-    temporary.rename(path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", **options)
 
 
 @cache
-def _font(size: int = 10) -> "ImageFont.FreeTypeFont":
+def _font(size: int = 10) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
     """DejaVu Sans, which comes with matplotlib and has Latin, Greek and Cyrillic letters; without it PIL's own font."""
     from PIL import ImageFont
 
@@ -110,14 +110,14 @@ def _glyph(character: str) -> bytes:
 
 
 def _can_draw(text: str) -> bool:
-    """Whether the font has all letters of the text; it draws the same box for all that it does not have."""
+    """Whether the font has all letters of a text; it draws the same box for each one that it does not have."""
     try:
         return all(c.isspace() or _glyph(c) != _glyph("\uffff") for c in unicodedata.normalize("NFC", text))
     except UnicodeError:  # half of a surrogate pair, from a folder name that is not UTF-8
         return False
 
 
-def _fit(text: str, width: int, font: "ImageFont.FreeTypeFont") -> str:
+def _fit(text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> str:
     """The text in one line, cut so that it is at most `width` pixels wide."""
     text = " ".join(unicodedata.normalize("NFC", text).split())
     if font.getlength(text) <= width:

@@ -1,12 +1,12 @@
 """The ranks of a program: started by torchrun or accelerate, or this process alone.
 
-Tensors are exchanged over the group's own backends; everything else here goes over gloo, on the CPU.
+Tensors are exchanged over the group's own backends; everything in this module goes over gloo, on the CPU.
 """
 
 import datetime
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,17 +16,18 @@ from config import UserError
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(days=7)  # ranks meet only where one of them may have worked for hours
+PATIENCE = datetime.timedelta(days=7)  # a rank may work for hours before it joins the others at a barrier
 
 
 class Processes:
-    """Rank, number of ranks and device of this process, and what ranks do together."""
+    """Rank, number of ranks and device of this process."""
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", patience: datetime.timedelta = PATIENCE) -> None:
         """Join the group if a launcher started several processes.
 
         Args:
             device: cpu, cuda, or auto (CUDA where there is a GPU).
+            patience: how long an exchange may take before it is an error.
 
         Raises:
             UserError: cuda was asked for and torch sees no device.
@@ -41,7 +42,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE)
+            dist.init_process_group(backend, timeout=patience)
 
     @property
     def rank(self) -> int:
@@ -53,22 +54,22 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which reads, writes and speaks for all."""
+        """Whether this is rank 0, which reads, writes and reports for all."""
         return rank() == 0
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, from 0; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def share(value: T) -> T:
-    """Rank 0's value, on every rank; those of the others do not matter."""
+    """Rank 0's value, on every rank; the others' values are not used."""
     if world() == 1:
         return value
     content = [value]
@@ -86,7 +87,7 @@ def gather(value: T) -> list[T]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows (N_r, ...) on the CPU of every rank, in order of rank, on rank 0; elsewhere the rank's own."""
+    """The rows (N_r, ...) of all ranks, in order of rank, on rank 0; other ranks get their own back. CPU tensors."""
     if world() == 1:
         return rows
     counts = gather(len(rows))
@@ -117,13 +118,18 @@ def on_first(action: Callable[[], T]) -> T | None:
     return result
 
 
+def from_first(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its result on every rank; a UserError ends every rank, as in `on_first`."""
+    return cast(T, share(on_first(action)))
+
+
 def in_turn(load: Callable[[], T]) -> T:
     """Call `load` on rank 0 first, then on the others, so that one process fills the caches and downloads.
 
     A UserError of it on rank 0 ends every rank, as in `on_first`.
     """
-    loaded = on_first(load)
-    return loaded if rank() == 0 else load()
+    loaded = on_first(lambda: [load()])
+    return loaded[0] if loaded else load()
 
 
 def leave() -> None:
@@ -137,7 +143,7 @@ def already_reported(error: str | None = None, timeout: float = 5.0) -> bool:
 
     Args:
         error: its text; None: any error.
-        timeout: seconds to wait for the store. One that does not answer counts as no: better twice than never.
+        timeout: seconds to wait for the store. Without an answer the error counts as new: better twice than never.
     """
     run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:

@@ -21,12 +21,13 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def weights_sha256(network: "nn.Module") -> str:
-    """Hex SHA-256 of names and values of all parameters and buffers, in the order of the state dict."""
+def weights_sha256(network: "nn.Module", *, by_name: bool = False) -> str:
+    """Hex SHA-256 of names and values of all parameters and buffers, in the order of the state dict or of their names."""
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
+    items = network.state_dict().items()
+    for name, tensor in sorted(items) if by_name else items:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

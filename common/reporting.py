@@ -1,4 +1,4 @@
-"""How the programs speak: one line at a time from rank 0, and progress bars that also read well in a log file."""
+"""Messages, errors and progress bars of the programs: from rank 0, and readable in log files as on terminals."""
 
 import os
 import sys
@@ -14,18 +14,23 @@ SECONDS_BETWEEN_LINES = 30.0  # of a bar in a log file
 
 
 def say(text: str) -> None:
-    """Print one message on stdout, above a progress bar if there is one; ranks other than 0 stay silent."""
+    """Print one message on stdout, above a progress bar if there is one; ranks other than 0 stay silent.
+
+    Where the reader of a pipe is gone (`| head`) this and all later output is dropped, and the program goes on.
+    """
     if int(os.environ.get("RANK", "0")) == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(main: Callable[[], None]) -> None:
     """Call a program's `main`; a UserError or a missing package ends it with one line on stderr and exit status 2.
 
-    The same error of several ranks is reported by the first of them, an error of one rank alone with its number. What then
-    breaks on the other ranks, whose peer is gone, is not reported. Any other exception is a bug of ours and keeps its
-    traceback.
+    The same error of several ranks is reported by the first of them, an error of one rank alone with its number. Any other
+    exception is a bug and keeps its traceback. What then breaks on the other ranks, whose peer has left, is not reported.
     """
     try:
         main()
@@ -47,6 +52,7 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if _reported():
             raise SystemExit(2) from error
+        _reported(repr(error))
         raise
     if "torch" in sys.modules:
         from common.processes import leave
@@ -55,7 +61,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _reported(error: str | None = None) -> bool:
-    """Whether another rank has reported this error, or any error, before; without a launcher no one has."""
+    """Whether another rank has reported this error before, or any; this one counts as reported from now on."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
     from common.processes import already_reported  # imports torch
@@ -64,7 +70,7 @@ def _reported(error: str | None = None) -> bool:
 
 
 def progress(total: int, *, unit: str, description: str | None = None, initial: int = 0, shown: bool = True) -> tqdm:
-    """A progress bar on stderr; where stderr is no terminal, a line now and then and one at the end.
+    """A progress bar on stderr; where stderr is not a terminal, a line at most every 30 seconds and one at the end.
 
     Args:
         total: units of work in all.
@@ -76,7 +82,7 @@ def progress(total: int, *, unit: str, description: str | None = None, initial: 
     Returns:
         The bar, to be used as a context manager and moved with `update(units)`.
     """
-    bar = {
+    bar: dict[str, Any] = {
         "total": total,
         "unit": unit,
         "desc": description,
@@ -93,19 +99,19 @@ class _Lines(tqdm):
     """A bar for log files: each state is a line of its own, the first one when there is progress."""
 
     monitor_interval = 0  # no thread that would print more often
-    _printed = 0  # units in the newest line
+    _printed: float = 0  # units in the newest line
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Print the state; tqdm calls this with an empty message when the bar closes."""
         if self.n > max(self.initial, self._printed):
             self._printed = self.n
             self.fp.write(f"{self}\n")
             self.fp.flush()
-        return False
 
-    def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool:
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> None:
         """Called with nolock after a message was printed above the bar: nothing to draw again."""
-        return True if nolock else super().refresh(nolock, lock_args)
+        if not nolock:
+            super().refresh(nolock, lock_args)
 
     def clear(self, nolock: bool = False) -> None:
         """Nothing to wipe: a line once written stays."""

@@ -1,6 +1,6 @@
-"""Do generated class token and generated image tell the same story? (REG's "coherent image-class pairs")
+"""Agreement of a generated class token with its generated image (REG's "coherent image-class pairs").
 
-The token that was denoised beside an image is compared with the token that the encoder reads off that image.
+The token that was denoised beside an image is compared with the token that the encoder computes from that image.
 """
 
 from collections.abc import Sequence
@@ -11,57 +11,64 @@ import torch
 import torch.nn.functional as F
 
 from config import MissingFile, UserError
-from evaluations.collect import collect
+from evaluations.collect import collect, kept_rows
 from evaluations.features import Extractor, Features
-from evaluations.images import ImageSet
-from evaluations.results import Metric
+from evaluations.image_sets import ImageSet
+from evaluations.metrics import Estimate, share
 
 RETRIEVAL = 10_000  # pairs among which the retrieval looks, at most
 
 
 def token_metrics(
     generated: torch.Tensor, read: torch.Tensor, class_means: torch.Tensor | None = None
-) -> dict[str, Metric]:
-    """generated, read: (N, D) class tokens of the same images, from the sampler and from the encoder.
+) -> tuple[Estimate, Estimate | None, Estimate | None, Estimate | None]:
+    """Agreement of the class tokens of N images.
 
-    token_cosine: mean cosine; token_cosine_shuffled: between tokens of different images, the floor; token_retrieval:
-    share of generated tokens whose nearest encoder token is their own image's; token_class_agreement: share where
-    both are nearest to the same row of class_means (C, D). Raises ValueError when shapes differ.
+    Args:
+        generated, read: (N, D) tokens of the same images, from the sampler and from the encoder.
+        class_means: (C, D) mean encoder token of each class.
+
+    Returns:
+        mean cosine; mean cosine of tokens of different images, the baseline; share of generated tokens whose nearest
+        encoder token is that of their own image; share of pairs that are nearest to the same class mean. None where it
+        cannot be computed.
+
+    Raises:
+        UserError: the shapes differ.
     """
     if generated.shape != read.shape:
         raise UserError(f"class tokens have shape {tuple(generated.shape)}, the encoder's {tuple(read.shape)}")
     a, b = (F.normalize(tokens.double(), dim=1) for tokens in (generated, read))
     n = len(a)
     cosines = (a * b).sum(1)
-    values = {"token_cosine": (cosines.mean().item(), (cosines.std() / n**0.5).item() if n > 1 else None)}
+    shuffled, retrieval, agreement = None, None, None
     if n > 1:
-        others = (a.sum(0) @ b.sum(0) - cosines.sum()) / (n * (n - 1))
-        values["token_cosine_shuffled"] = others.item(), None
-        values["token_retrieval"] = _share(_retrieved(a[:RETRIEVAL], b[:RETRIEVAL]))
+        shuffled = Estimate(((a.sum(0) @ b.sum(0) - cosines.sum()) / (n * (n - 1))).item(), None)
+        nearest = torch.cat([(rows @ b[:RETRIEVAL].T).argmax(1) for rows in a[:RETRIEVAL].split(1000)])
+        retrieval = _share(nearest == torch.arange(len(nearest), device=a.device))
     if class_means is not None:
         centres = F.normalize(class_means.double(), dim=1)
-        values["token_class_agreement"] = _share((a @ centres.T).argmax(1) == (b @ centres.T).argmax(1))
-    return {key: Metric(*value, "class token", n) for key, value in values.items()}
+        agreement = _share((a @ centres.T).argmax(1) == (b @ centres.T).argmax(1))
+    cosine = Estimate(cosines.mean().item(), (cosines.std() / n**0.5).item() if n > 1 else None)
+    return cosine, shuffled, retrieval, agreement
 
 
-def _retrieved(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    nearest = torch.cat([(rows @ b.T).argmax(1) for rows in a.split(1000)])
-    return nearest == torch.arange(len(a), device=a.device)
-
-
-def _share(hits: torch.Tensor) -> tuple[float, float]:
-    share = hits.double().mean().item()
-    return share, (share * (1 - share) / len(hits)) ** 0.5
+def _share(hits: torch.Tensor) -> Estimate:
+    return share(hits.double().mean().item(), len(hits))
 
 
 def load_tokens(path: Path, count: int) -> torch.Tensor:
-    """(count, D) float32 from class_tokens.npy. Raises FileNotFoundError or ValueError naming the file."""
+    """Class tokens (count, D) float32 from class_tokens.npy.
+
+    Raises:
+        UserError: names the file; MissingFile if it does not exist.
+    """
     if not path.is_file():
         raise MissingFile(f"{path} does not exist; generate.py writes it when asked for class tokens")
     try:
         tokens = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is no .npy file of numbers: {error}") from error
+        raise UserError(f"{path} is not an .npy file of numbers: {error}") from error
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.floating) or len(tokens) < count:
         raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, not one float vector for each of {count} samples")
     return torch.from_numpy(tokens[:count].astype(np.float32))
@@ -78,8 +85,15 @@ def load_reader(name: str, grid: int, device: torch.device) -> Extractor:
 def class_means(
     reference: ImageSet, paths: Sequence[Path], reader: Extractor, batch_size: int, keep: int
 ) -> torch.Tensor | None:
-    """(classes, D) mean encoder token of each class: from a packed dataset that stores them, or from labelled reference
-    images; None without labels."""
+    """Mean encoder token of each class (C, D), on rank 0; None without labels.
+
+    Args:
+        reference: the images, of which the class means are computed unless `paths` is a packed dataset that stores them.
+        paths: what `reference` was opened from.
+        reader: the encoder, see `load_reader`.
+        batch_size: images per batch.
+        keep: number of reference images to use.
+    """
     from packed.format import MANIFEST, read_manifest
 
     if len(paths) == 1 and (paths[0] / MANIFEST).is_file():
@@ -88,8 +102,6 @@ def class_means(
             return torch.from_numpy(np.load(paths[0] / stored, allow_pickle=False))
     if reference.labels is None:
         return None
-    from evaluations.collect import kept_rows
-
     found = collect(reference, reader, batch_size=batch_size, keep=keep, progress="reference, class tokens")
     labels = torch.from_numpy(reference.labels)[kept_rows(reference, keep, torch.arange(len(reference)))]
     if len(found.pooled) != len(labels):  # not rank 0

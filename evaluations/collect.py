@@ -1,22 +1,23 @@
-"""One pass over a set of images: features, their statistics and a check of the images, over any number of processes.
+"""Features of images and what the metrics need of them: sums, kept rows, predictions; over any number of ranks.
 
-Process r of w takes the r-th of w equal stretches of the set; sums are reduced in float64, kept rows meet on rank 0.
+Rank r of w takes the r-th of w equal stretches of a set; sums are reduced in float64, kept rows are gathered on rank 0.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from common import reporting
+from common.processes import gather_rows, rank, world
 from config import UserError
+from evaluations.audit import Auditor
 from evaluations.features import Extractor
-from evaluations.images import ImageSet
-from evaluations.metrics import InceptionScore
-from evaluations.statistics import Moments, Statistics, jackknife_groups
+from evaluations.image_sets import ImageSet
+from evaluations.metrics import Estimate, InceptionScore, frechet_distance
+from evaluations.statistics import Moments, Statistics, compute_moments, jackknife_error, jackknife_groups, without
 
 
 class Collected(NamedTuple):
@@ -28,9 +29,9 @@ class Collected(NamedTuple):
     """
 
     moments: dict[str, list[Moments]]
-    pooled: torch.Tensor
+    pooled: Tensor
     score: InceptionScore | None
-    predictions: torch.Tensor | None
+    predictions: Tensor | None
 
     def whole(self, kind: str) -> Moments:
         """All groups together."""
@@ -40,42 +41,23 @@ class Collected(NamedTuple):
         return total
 
     def statistics(self, kind: str) -> Statistics:
+        """Mean and covariance of one kind of features."""
         return self.whole(kind).statistics()
 
+    def frechet(self, reference: Statistics, kind: str, groups: int) -> Estimate:
+        """Frechet distance to `reference`, with its jackknife error over groups of samples.
 
-class Audit(NamedTuple):
-    """Of a set: numbers of constant images and of copies of earlier ones, and the range of all pixel values."""
-
-    constant: int
-    duplicates: int
-    lowest: int
-    highest: int
-
-
-class Auditor:
-    """Looks at every image once as it passes."""
-
-    def __init__(self) -> None:
-        self.constant, self.lowest, self.highest = 0, 255, 0
-        self._hashes: list[int] = []
-
-    def update(self, images: np.ndarray) -> None:
-        flat = images.reshape(len(images), -1)
-        low, high = flat.min(1), flat.max(1)
-        self.constant += int((low == high).sum())
-        self.lowest, self.highest = min(self.lowest, int(low.min())), max(self.highest, int(high.max()))
-        for image in flat:
-            digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()
-            self._hashes.append(int.from_bytes(digest, "little", signed=True))
-
-    def result(self) -> Audit:
-        """Of all processes; whole on rank 0."""
-        hashes = gather_rows(torch.tensor(self._hashes, dtype=torch.int64))
-        ends = torch.tensor([self.constant, -self.lowest, self.highest])
-        if dist.is_initialized():
-            dist.all_reduce(ends[:1])
-            dist.all_reduce(ends[1:], op=dist.ReduceOp.MAX)
-        return Audit(int(ends[0]), len(hashes) - len(hashes.unique()), -int(ends[1]), int(ends[2]))
+        There is no error for 0 groups, and for fewer than 4 samples per group. Pooled features must have been kept all.
+        """
+        whole = self.whole(kind)
+        value = frechet_distance(reference, whole.statistics())
+        if groups == 0 or whole.n < 4 * groups:
+            return Estimate(value, None)
+        parts = self.moments[kind]
+        if kind == "pooled":
+            number = jackknife_groups(torch.arange(len(self.pooled)), groups)
+            parts = [compute_moments(self.pooled[number == group].to(whole.mean.device)) for group in range(groups)]
+        return Estimate(value, jackknife_error([frechet_distance(reference, without(whole, part)) for part in parts]))
 
 
 def collect(
@@ -89,8 +71,18 @@ def collect(
     auditor: Auditor | None = None,
     progress: str | None = None,
 ) -> Collected:
-    """Run `extractor` over `images`. groups: of spatial features, by jackknife_groups. keep: rows of pooled
-    features to return (None: all). split: chunk of the Inception Score."""
+    """Run `extractor` over `images` once.
+
+    Args:
+        images: the whole set; this rank reads its stretch.
+        extractor: a network of evaluations/features.py.
+        batch_size: images per batch.
+        groups: jackknife groups of spatial features.
+        keep: rows of pooled features to return; None: all.
+        split: images per chunk of the Inception Score.
+        auditor: sees every image.
+        progress: description of the progress bar; None: no bar.
+    """
     moments: dict[str, list[Moments]] = {}
     start, stop = _stretch(images)
     wanted = kept_rows(images, keep, torch.arange(start, stop))
@@ -102,17 +94,15 @@ def collect(
         # NHWC -> NCHW as a view; contiguous on the device that computes
         features = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         rows = torch.arange(first, first + len(pixels))
-        for kind in ("pooled", "spatial"):
+        for kind, count in (("pooled", 1), ("spatial", groups)):
             values = getattr(features, kind)
             if values is None:
                 continue
             if kind not in moments:
-                count = groups if kind == "spatial" else 1
                 moments[kind] = [Moments(values.shape[1], values.device) for _ in range(count)]
-            for number, group in enumerate(moments[kind]):
-                chosen = values[jackknife_groups(rows, len(moments[kind])) == number]
-                if len(chosen):
-                    group.update(chosen)
+            number = jackknife_groups(rows, count)
+            for group, sums in enumerate(moments[kind]):
+                sums.update(values[number == group])
         if filled == 0:
             pooled = torch.empty(int(wanted.sum()), features.pooled.shape[1])
         chosen = features.pooled[wanted[rows - start]]
@@ -123,20 +113,42 @@ def collect(
                 score = InceptionScore(len(images), features.logits.shape[1], split, features.logits.device)
             score.update(features.logits.double().log_softmax(1), first)
             predictions.append(features.logits.argmax(1).cpu())
-    if dist.is_initialized():
-        for group in (group for kind in sorted(moments) for group in moments[kind]):
-            group.all_reduce()
+    if world() > 1:
+        for kind in sorted(moments):
+            for sums in moments[kind]:
+                sums.all_reduce()
         if score is not None:
             score.all_reduce()
-    return Collected(
-        moments,
-        gather_rows(pooled),
-        score,
-        gather_rows(torch.cat(predictions)) if predictions else None,
-    )
+    classes = gather_rows(torch.cat(predictions)) if predictions else None
+    return Collected(moments, gather_rows(pooled), score, classes)
 
 
-def kept_rows(images: ImageSet, keep: int | None, rows: torch.Tensor) -> torch.Tensor:
+def statistics_of(batches: Iterable[Tensor], extractor: Extractor) -> Statistics:
+    """Statistics of the pooled features of images that are not an ImageSet, such as those of a sampler.
+
+    Args:
+        batches: the uint8 images of this rank, (B, 3, H, W) each.
+        extractor: a network of evaluations/features.py.
+
+    Returns:
+        The statistics over all ranks, on every rank.
+
+    Raises:
+        UserError: this rank has no images, or all ranks together have fewer than 2.
+    """
+    moments = None
+    for pixels in batches:
+        pooled = extractor(pixels).pooled
+        moments = moments or Moments(pooled.shape[1], pooled.device)
+        moments.update(pooled)
+    if moments is None:
+        raise UserError(f"there are fewer images than the {world()} ranks that share them")
+    if world() > 1:
+        moments.all_reduce()
+    return moments.statistics()
+
+
+def kept_rows(images: ImageSet, keep: int | None, rows: Tensor) -> Tensor:
     """Which of `rows` (indices of images) belong to the part of `keep` images that neighbour metrics use: (B,) bool."""
     if keep is None or keep >= len(images):
         return torch.ones_like(rows, dtype=torch.bool)
@@ -146,10 +158,10 @@ def kept_rows(images: ImageSet, keep: int | None, rows: torch.Tensor) -> torch.T
 
 
 def _batches(images: ImageSet, size: int, progress: str | None) -> Iterator[tuple[int, np.ndarray]]:
-    """This process's images: (index of the first, uint8 (B, H, W, 3))."""
+    """The images of this rank: (index of the first, uint8 (B, H, W, 3))."""
     start, stop = _stretch(images)
-    quiet = progress is None or (dist.is_initialized() and dist.get_rank() > 0)
-    with reporting.progress(stop - start, unit="image", description=progress, shown=not quiet) as bar:
+    shown = progress is not None and rank() == 0
+    with reporting.progress(stop - start, unit="image", description=progress, shown=shown) as bar:
         for first in range(start, stop, size):
             pixels = np.array(images.read(first, min(first + size, stop)))  # torch wants memory it may write
             yield first, pixels
@@ -157,26 +169,8 @@ def _batches(images: ImageSet, size: int, progress: str | None) -> Iterator[tupl
 
 
 def _stretch(images: ImageSet) -> tuple[int, int]:
-    """First and last + 1 of this process's images."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    start, stop = len(images) * rank // world, len(images) * (rank + 1) // world
+    """First and last + 1 of the images of this rank."""
+    start, stop = len(images) * rank() // world(), len(images) * (rank() + 1) // world()
     if start == stop:
-        raise UserError(f"{images.name} has {len(images)} images, too few for {world} processes")
+        raise UserError(f"{images.name} has {len(images)} images, too few for {world()} ranks")
     return start, stop
-
-
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows (N_r, ...) on the CPU of every process, in order of rank, on rank 0; elsewhere the process's own."""
-    if not dist.is_initialized():
-        return rows
-    rank, world = dist.get_rank(), dist.get_world_size()
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
-    longest = max(int(count) for count in counts)
-    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype)
-    padded[: len(rows)] = rows
-    pieces = [torch.zeros_like(padded) for _ in range(world)] if rank == 0 else None
-    dist.gather(padded, pieces)
-    if pieces is None:
-        return rows
-    return torch.cat([piece[: int(count)] for piece, count in zip(pieces, counts, strict=True)])

@@ -1,32 +1,19 @@
-"""Results side by side: `python -m evaluations.compare A.json B.json ...`. Ranks only what one protocol measured."""
+"""Results side by side: `python -m evaluations.compare A.json B.json ...`. Only results of one protocol are ranked."""
 
-if __name__ == "__main__" and not __package__:  # run as a file: start again as a module of the project
-    import os
-    import sys
-
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.execv(sys.executable, [sys.executable, "-m", "evaluations.compare", *sys.argv[1:]])
+if not __package__:  # run as a file
+    __import__("script")  # starts it again as a module
 
 import json
 import sys
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from common.reporting import run
-from config import UserError, parse, setting
-from evaluations.results import (
-    Results,
-    check_writable,
-    columns,
-    format_value,
-    larger_is_better,
-    load,
-    markdown,
-    sampler_cells,
-    title,
-)
+from common.files import write_text
+from common.reporting import run, say
+from config import REMOVED, UserError, parse
+from config import differences as differing_settings
+from evaluations.results import Results, as_markdown, check_writable, columns, load, table
+from evaluations.settings import CompareConfig
 
 # What decides a number besides the model and the sampler.
 MEASUREMENT = (
@@ -39,7 +26,7 @@ MEASUREMENT = (
     "split",
     "dtype",
 )
-# Of the samples' own description all counts but this: which model and seed, on which machine, how fast.
+# Everything in the samples' own description counts but this: which model and seed, on which machine, how fast.
 NOT_PROTOCOL = frozenset(
     {
         "schema",
@@ -64,17 +51,6 @@ NOT_PROTOCOL = frozenset(
         "vae_sha256",
     }
 )
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    results: tuple[Path, ...] = setting(help="results.json files", group="compare")
-    across: tuple[str, ...] = setting(
-        (), "protocol keys that may differ (cfg_scale, steps, ...), or all: rank all the same", group="compare"
-    )
-    out: Path | None = setting(None, "also write the table to this Markdown file", group="compare")
-
-
 EXAMPLES = (
     "python -m evaluations.compare samples/a/results.json samples/b/results.json",
     "python -m evaluations.compare samples/*/results.json --across cfg_scale steps --out table.md",
@@ -90,22 +66,23 @@ def main() -> None:
         for path, row in zip(settings.results, rows, strict=True):
             row.name = str(path)
     differing = differences(rows, settings.across)
-    text = table(rows, ranked=not differing)
-    print(text, end="")
+    text = as_markdown(table(rows) if differing else ranked(rows))
+    say(text.rstrip())
     if settings.out is not None:
         check_writable(settings.out)
-        settings.out.write_text(text)
+        write_text(settings.out, text)
     if differing:
-        told = "; ".join(f"{key}: {' / '.join(map(str, values))}" for key, values in differing.items())
+        found = "; ".join(f"{key}: {' / '.join(values)}" for key, values in differing.items())
         raise UserError(
-            f"these results are not ranked, their protocols differ in {told} (--across {' '.join(differing)} allows it)"
+            f"these results are not ranked, their protocols differ in {found} (--across {' '.join(differing)} allows it)"
         )
 
 
 def differences(rows: list[Results], across: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """Protocol keys on which the rows differ, with each row's value; `across` names those that may.
+    """Protocol keys on which the results differ, with the value of each; `across` names those that may.
 
-    Raises UserError for a name in `across` that is no protocol key.
+    Raises:
+        UserError: a name in `across` is not a protocol key.
     """
     sampling = {key for row in rows for key in row.protocol.get("sampling", {})} - NOT_PROTOCOL
     known = {*MEASUREMENT, *(f"sampling.{key}" for key in sampling)}
@@ -113,51 +90,43 @@ def differences(rows: list[Results], across: tuple[str, ...] = ()) -> dict[str, 
     for key in across:
         full = key if key in known else f"sampling.{key}"
         if key != "all" and full not in known:
-            raise UserError(f"--across {key}: no protocol key of that name ({', '.join(sorted(known))})")
+            raise UserError(f"--across {key}: no protocol key has that name ({', '.join(sorted(known))})")
         allowed.add(full)
+    if "all" in across:
+        return {}
     found = {}
-    for key in sorted(known):
-        values = [_value(row, key) for row in rows]
-        if any(value != values[0] for value in values) and key not in allowed and "all" not in across:
-            found[key] = [value if len(value) <= 40 else value[:37] + "..." for value in values]
-    return found
+    for prefix, sides in (
+        ("", [{key: row.protocol.get(key) for key in MEASUREMENT} for row in rows]),
+        ("sampling.", [_sampler(row.protocol.get("sampling", {}), sampling) for row in rows]),
+    ):
+        names = {name for side in sides for name, _, _ in differing_settings(sides[0], side)}
+        for name in names - {key.removeprefix(prefix) for key in allowed if key.startswith(prefix)}:
+            values = [json.dumps(side[name], sort_keys=True) for side in sides]
+            found[prefix + name] = [value if len(value) <= 40 else value[:37] + "..." for value in values]
+    return dict(sorted(found.items()))
 
 
-def _value(row: Results, key: str) -> str:
-    content: Any = row.protocol
-    if key == "sampling.vae":  # two names may stand for the same weights
-        sampling = content.get("sampling", {})
-        content = {"sampling": {"vae": sampling.get("vae_sha256", sampling.get("vae"))}}
-    for part in key.split("."):
-        content = content.get(part) if isinstance(content, dict) else None
-    return json.dumps(content, sort_keys=True)
+def _sampler(sampling: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+    """The keys of a sidecar that count, None where it does not say; the VAE by its weights, which may have two names."""
+    values = {key: sampling.get(key, REMOVED.get(key)) for key in keys}
+    return values | ({"vae": sampling.get("vae_sha256", sampling.get("vae"))} if "vae" in keys else {})
 
 
-def table(rows: list[Results], *, ranked: bool) -> str:
-    """Markdown; when ranked, sorted by the first metric that all rows have, the best value of each column in bold."""
-    keys = columns(rows)
-    if not ranked:
-        return markdown(rows)
-    shared = [key for key in keys if all(key in row.metrics for row in rows)]
-    if shared:
-        rows = sorted(rows, key=lambda row: row.metrics[shared[0]].value, reverse=larger_is_better(shared[0]))
-    head = ["Rank", "Samples", "n", "Sampler", "Guidance", *map(title, keys)]
-    lines = [" | ".join(head), "|".join(["-"] * len(head))]
-    for place, row in enumerate(rows, start=1):
-        cells = [str(place), row.name, str(row.protocol.get("n_samples", "-")), *sampler_cells(row.protocol)]
-        for key in keys:
-            text = format_value(key, row.metrics.get(key))
-            cells.append(f"**{text}**" if len(rows) > 1 and _is_best(row, rows, key) else text)
-        lines.append(" | ".join(cells))
-    return "\n".join(lines) + "\n"
-
-
-def _is_best(row: Results, rows: list[Results], key: str) -> bool:
-    if key not in row.metrics:
-        return False
-    values = [other.metrics[key].value for other in rows if key in other.metrics]
-    best = max(values) if larger_is_better(key) else min(values)
-    return row.metrics[key].value == best
+def ranked(rows: list[Results]) -> list[list[str]]:
+    """The table sorted by the first metric that all results have, the best value of each column in bold."""
+    shown = columns(rows)
+    shared = next((column for column in shown if all(column.key in row.metrics for row in rows)), None)
+    if shared is not None:
+        rows = sorted(rows, key=lambda row: row.metrics[shared.key].value, reverse=shared.larger)
+    head, *body = table(rows)
+    for number, column in enumerate(shown, start=len(head) - len(shown)):
+        values = [row.metrics[column.key].value if column.key in row.metrics else None for row in rows]
+        known = [value for value in values if value is not None]
+        best = max(known) if column.larger else min(known)
+        for cells, value in zip(body, values):
+            if value == best and len(rows) > 1:
+                cells[number] = f"**{cells[number]}**"
+    return [["Rank", *head], *([str(place), *cells] for place, cells in enumerate(body, start=1))]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Images to features: the Inception network of FID, DINOv2, CLIP, or any network of timm's.
+"""Images to features: the Inception network of FID, DINOv2, CLIP, or any network of timm.
 
-An extractor takes uint8 pixels (N, 3, H, W) of any size on its device and gives `Features`. Nothing here is trained.
+An extractor takes uint8 pixels (N, 3, H, W) of any size and gives `Features`. Nothing here is trained.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Extractor:
-    """`space` names the feature space in results, `digest` identifies the weights (hex SHA-256)."""
+    """A network that computes features. `space` names it in results, `digest` identifies the weights (hex SHA-256)."""
 
     space: str
     digest: str
@@ -61,21 +61,28 @@ def load(
     inception_weights: Path | None = None,
     inception_sha256: str = INCEPTION_SHA256,
 ) -> Extractor:
-    """An extractor by name: inception, dinov2, clip (the last two also as NAME=FILE_OR_FOLDER), timm:NAME_OR_FOLDER.
+    """An extractor by name.
 
-    Raises FileNotFoundError when weights are absent, ValueError for an unknown name or weights that do not fit.
+    Args:
+        spec: inception, dinov2, clip (the last two also as NAME=FILE_OR_FOLDER), or timm:NAME_OR_FOLDER.
+        device: where it computes.
+        dtype: in which precision.
+        inception_weights, inception_sha256: see `load_inception`.
+
+    Raises:
+        MissingFile: weights are absent.
+        UserError: the name is unknown, or the weights do not fit.
     """
-    device = torch.device(device)
     kind, _, weights = spec.partition("=")
     if kind == "inception" and not weights:
         return load_inception(inception_weights, sha256=inception_sha256, device=device, dtype=dtype)
     if kind == "dinov2":
         network = _timm_network(weights or DINOV2, "dinov2=", DINOV2)
         _position_like_dinov2(network, 224)
-        return _extractor("dinov2", network, _Input(224, True, *_statistics(network)), device, dtype)
+        return _extractor("dinov2", network, 224, device, dtype)
     if kind == "clip":
         network = _timm_network(weights or CLIP, "clip=", CLIP)
-        return _extractor("clip", network, _Input(336, False, *_statistics(network)), device, dtype, embed=network)
+        return _extractor("clip", network, 336, device, dtype, antialias=False, embed=network)
     if spec.startswith("timm:") and spec != "timm:":
         return load_timm(spec.removeprefix("timm:"), device=device, dtype=dtype)
     raise UserError(f"unknown features {spec!r}: give inception, dinov2, clip or timm:NAME_OR_FOLDER")
@@ -90,14 +97,21 @@ def load_inception(
 ) -> Extractor:
     """torch-fidelity's Inception (2015 weights, TensorFlow 1's resize to 299): pool_3, mixed_6/conv and logits.
 
-    path: the weights; by default torch's hub cache, filled from the network when empty. sha256: what the file must
-    have, or "any". Raises FileNotFoundError without weights, ValueError for another file.
+    Args:
+        path: the weights; default: torch's hub cache, filled by a download when it is empty.
+        sha256: expected SHA-256 of the file, or "any".
+        device: where it computes.
+        dtype: in which precision.
+
+    Raises:
+        MissingFile: there are no weights.
+        UserError: the file holds something else.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = _find_inception() if path is None else Path(path)
     state, digest = _read_inception(path, sha256)
-    # Its constructor unpickles without restriction: it gets plain tensors written anew, never the file.
+    # Its constructor unpickles without restriction: it gets a new file of plain tensors, never the given one.
     clean = io.BytesIO()
     torch.save(state, clean)
     clean.seek(0)
@@ -124,9 +138,13 @@ def load_inception(
 def load_timm(
     source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, classifier: bool = False
 ) -> Extractor:
-    """Any timm network by name or local folder (config.json + model.safetensors): features before the head.
+    """Any timm network: features before the head, of whole images resized (bicubic, antialias) to its input size.
 
-    Whole images are resized (bicubic, antialias) to the network's input size. `classifier` demands a head.
+    Args:
+        source: a name of timm's, or a local folder (config.json and model.safetensors).
+        device: where it computes.
+        dtype: in which precision.
+        classifier: whether a head is required.
     """
     network = _timm_network(source)
     config = network.pretrained_cfg
@@ -135,42 +153,32 @@ def load_timm(
         raise UserError(f"timm network {source} takes {channels} x {height} x {width}; square RGB or grey is needed")
     if classifier and not getattr(network, "num_classes", 0):
         raise UserError(f"timm network {source} has no classification head (num_classes 0)")
-    name = Path(source).name if Path(source).is_dir() else source
-    image = _Input(height, True, *_statistics(network), grey=channels == 1)
-    return _extractor(name, network, image, device, dtype)
-
-
-class _Input(NamedTuple):
-    """How a network wants its images: side in pixels, antialias of the bicubic resize, mean and std of [0, 1] values."""
-
-    size: int
-    antialias: bool
-    mean: torch.Tensor
-    std: torch.Tensor
-    grey: bool = False
-
-    def prepare(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        x = pixels.to(dtype)
-        if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=self.antialias)
-        if self.grey:
-            x = x.mean(1, keepdim=True)
-        return (x / 255 - self.mean.to(x)) / self.std.to(x)
+    return _extractor(Path(source).name if Path(source).is_dir() else source, network, height, device, dtype)
 
 
 def _extractor(
     space: str,
     network: nn.Module,
-    image: _Input,
+    size: int,
     device: torch.device | str,
     dtype: torch.dtype,
+    *,
+    antialias: bool = True,
     embed: Callable | None = None,
 ) -> Extractor:
+    """An extractor of a timm network on images of `size` pixels; `embed`: what computes the features, if not its body."""
     digest = _digest(network)
+    config = network.pretrained_cfg
+    mean, std = (torch.tensor(config[key], dtype=torch.float64).view(-1, 1, 1) for key in ("mean", "std"))
     network = network.to(device, dtype).eval().requires_grad_(False)
 
     def compute(pixels: torch.Tensor) -> Features:
-        x = image.prepare(pixels, dtype)
+        x = pixels.to(dtype)
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=antialias)
+        if config["input_size"][0] == 1:  # a network for grey images
+            x = x.mean(1, keepdim=True)
+        x = (x / 255 - mean.to(x)) / std.to(x)
         if embed is not None:
             return Features(embed(x))
         features = network.forward_features(x)
@@ -181,8 +189,13 @@ def _extractor(
 
 
 def _timm_network(source: str, prefix: str = "timm:", architecture: str | None = None) -> nn.Module:
-    """`source`: timm name or local folder; with `architecture` also a checkpoint file of it. prefix: of the flag's value
-    that names a folder instead."""
+    """A pretrained network of timm.
+
+    Args:
+        source: a name of timm's, or a local folder; with `architecture` also a checkpoint file of it.
+        prefix: start of the flag's value that names a folder, for the advice in the error.
+        architecture: a name of timm's.
+    """
     import timm
 
     path = Path(source).expanduser()
@@ -203,11 +216,6 @@ def _timm_network(source: str, prefix: str = "timm:", architecture: str | None =
         ) from error
     except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"timm network {source} cannot be loaded: {_first_line(error)}") from error
-
-
-def _statistics(network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (torch.tensor(network.pretrained_cfg[key], dtype=torch.float64) for key in ("mean", "std"))
-    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
 def _position_like_dinov2(network: nn.Module, size: int) -> None:
@@ -251,20 +259,23 @@ def _read_inception(path: Path, sha256: str) -> tuple[dict[str, torch.Tensor], s
     digest = hashlib.sha256(data).hexdigest()
     if sha256 not in ("any", digest):
         raise UserError(
-            f"{path} has SHA-256 {digest}, not {sha256}: it is damaged or another network; numbers of other weights "
-            "are no FID (to use them all the same: --inception-sha256 any)"
+            f"{path} has SHA-256 {digest}, not {sha256}: it is damaged or another network; numbers of "
+            "other weights cannot be called FID (to use them all the same: --inception-sha256 any)"
         )
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is no file of weights: {_first_line(error)}") from error
+        raise UserError(f"{path} is not a file of weights: {_first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} does not hold a state dict")
     return state, digest
 
 
 def _digest(network: nn.Module) -> str:
-    """SHA-256 of names, shapes and values: the same weights have it from whichever file they came."""
+    """SHA-256 of names, types, shapes and values of the weights, whichever file they came from.
+
+    It is part of recorded protocols and of the keys of the cache: this definition must not change.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

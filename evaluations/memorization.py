@@ -6,10 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from evaluations.images import ImageSet
+from common.pictures import Cell, Line, write_sheet
+from evaluations.image_sets import ImageSet
 from evaluations.neighbours import nearest, neighbour_radii
 
-GAP = 4  # pixels of white between pairs
+PAIRS_PER_ROW = 4
 
 
 class Pairs(NamedTuple):
@@ -26,30 +27,29 @@ class Pairs(NamedTuple):
 
 
 def closest_pairs(reference: torch.Tensor, samples: torch.Tensor, count: int) -> Pairs:
-    """reference (N, D), samples (M, D): pooled features."""
+    """The pairs of samples (M, D) and reference images (N, D), given their pooled features."""
     found = nearest(reference, samples)
     radii = neighbour_radii(reference, k=1, rule="fp32")
     authenticity = (found.distances > radii[found.indices]).double().mean().item()
     order = found.distances.argsort()[:count]
-    columns = (t.cpu().numpy() for t in (order, found.indices[order], found.distances[order]))
-    return Pairs(*columns, authenticity)
+    columns = [t.cpu().numpy() for t in (order, found.indices[order], found.distances[order])]
+    return Pairs(columns[0], columns[1], columns[2], authenticity)
 
 
 def write_pairs(path: Path, pairs: Pairs, samples: ImageSet, reference: ImageSet, rows: np.ndarray) -> None:
-    """A PNG of the pairs, sample left and reference right, closest first, in rows of four. rows: index in `reference`
-    of each row of its features."""
-    from PIL import Image
+    """Write a PNG of the pairs, sample left and reference right, closest first.
 
-    left, right = samples.pick(pairs.samples), reference.pick(rows[pairs.reference])
-    height = max(left.shape[1], right.shape[1])
-    width = left.shape[2] + right.shape[2] + GAP
-    across = min(4, len(left))
-    down = -(-len(left) // across)
-    sheet = np.full((down * (height + GAP), across * (width + GAP), 3), 255, dtype=np.uint8)
-    for number, (sample, neighbour) in enumerate(zip(left, right, strict=True)):
-        y, x = number // across * (height + GAP), number % across * (width + GAP)
-        sheet[y : y + sample.shape[0], x : x + sample.shape[1]] = sample
-        x += sample.shape[1]
-        sheet[y : y + neighbour.shape[0], x : x + neighbour.shape[1]] = neighbour
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    Args:
+        path: file to write.
+        pairs: indices into the features.
+        samples, reference: the images.
+        rows: (K,) index in `reference` of each row of its features.
+    """
+    numbers = rows[pairs.reference]
+    left, right = samples.pick(pairs.samples), reference.pick(numbers)
+    cells = []
+    for sample, number, distance, *pixels in zip(pairs.samples, numbers, pairs.distances, left, right):
+        cells.append(Cell(pixels[0], (Line(f"sample {sample}"),)))
+        cells.append(Cell(pixels[1], (Line(f"reference {number}"), Line(f"at {distance**0.5:.3g}"))))
+    width = 2 * PAIRS_PER_ROW
+    write_sheet(path, [cells[start : start + width] for start in range(0, len(cells), width)])

@@ -1,4 +1,4 @@
-"""Numbers from features: Frechet distance, Inception Score, kernel distances.
+"""Numbers from features: Frechet distance (FID), Inception Score, kernel distances (KID, CMMD).
 
 Distances are between a reference set and a sample set; nothing here reads images or runs a network.
 Neighbour metrics (precision, recall, density, coverage) are in evaluations/neighbours.py.
@@ -14,16 +14,22 @@ from evaluations.statistics import Statistics
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error (None where one cannot be had)."""
+    """A number and its standard error, None where there is none."""
 
     value: float
     error: float | None
 
 
-def frechet_distance(reference: Statistics, samples: Statistics) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017, in float64.
+def share(part: float, count: int) -> Estimate:
+    """A share of `count` independent trials with its binomial standard error."""
+    return Estimate(part, (part * (1 - part) / count) ** 0.5)
 
-    Raises: ValueError when the dimensions differ or a statistic is not finite.
+
+def frechet_distance(reference: Statistics, samples: Statistics) -> float:
+    """Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (Heusel et al. 2017), in float64.
+
+    Raises:
+        UserError: the dimensions differ or a statistic is not finite.
     """
     for name, stats in (("reference", reference), ("sample", samples)):
         if not (np.isfinite(stats.mean).all() and np.isfinite(stats.covariance).all()):
@@ -69,7 +75,7 @@ def _thin_factor(covariance: np.ndarray) -> np.ndarray:
 
 
 class InceptionScore:
-    """exp of the mean KL(p(y|x) || p(y)) over chunks of `split` images in file order (Salimans et al. 2016, as ADM).
+    """Inception Score: exp of the mean KL(p(y|x) || p(y)), in chunks of `split` images in file order (Salimans et al. 2016).
 
     Streams: feed log-probabilities in any order with the image's index in the file. Only the last chunk may be short.
     """
@@ -92,7 +98,7 @@ class InceptionScore:
         self.marginal.index_add_(0, chunk, probabilities)
 
     def all_reduce(self) -> None:
-        """Sum over the processes of the default group."""
+        """Sum over the ranks."""
         import torch.distributed as dist
 
         for tensor in (self.count, self.negative_entropy, self.marginal):
@@ -107,20 +113,22 @@ class InceptionScore:
         return Estimate(scores.mean().item(), error)
 
 
-def inception_score(log_probabilities: np.ndarray | torch.Tensor, split: int = 5000) -> Estimate:
-    """Inception Score of log p (N, K) held in memory."""
-    log_probabilities = torch.as_tensor(log_probabilities).double()
-    score = InceptionScore(*log_probabilities.shape, split, log_probabilities.device)
-    score.update(log_probabilities, 0)
-    return score.estimate()
-
-
 def kernel_distance(
     reference: torch.Tensor, samples: torch.Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Unbiased MMD^2 with kernel (x.y/D + 1)^3 over random subsets (Binkowski et al. 2018): KID, or KDD on DINOv2.
+    """Kernel distance: unbiased MMD^2 with kernel (x.y/D + 1)^3 over random subsets (Binkowski et al. 2018).
 
-    The subset is cut to the smaller set when that has fewer images. Raises ValueError below two images.
+    It is called KID on Inception's features, KDD on DINOv2's.
+
+    Args:
+        reference: (N, D) features.
+        samples: (M, D) features.
+        subsets: their number; the error is that of their mean.
+        subset_size: images of each side; fewer where a set has fewer.
+        seed: of their choice.
+
+    Raises:
+        UserError: a set has fewer than two images.
     """
     size = min(subset_size, len(reference), len(samples))
     if size < 2:

@@ -1,4 +1,4 @@
-"""Nearest-neighbour metrics of two feature sets: precision, recall, density, coverage, nearest training images.
+"""Nearest-neighbour metrics of two feature sets: precision, recall, density, coverage, nearest reference images.
 
 All distances are squared Euclidean. Rule "adm" repeats the ADM evaluator, whose TensorFlow graph works in float16:
 inputs, squares, their sums, the product and both additions are each rounded to float16, in blocks of 10,000 x 10,000;
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from config import UserError
+from models.choices import DISTANCE_RULES
 
 BLOCK = 10_000  # ADM's block: whether float16 overflows is decided block by block
 HALF_MAX = 65504.0
@@ -44,8 +45,14 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Precision: share of samples within the k-NN ball of a reference image; recall: the reverse.
 
-    reference (N, D), samples (M, D), on one device. Raises ValueError when a set has no more than k points, when the
-    dimensions differ or when the rule is unknown.
+    Args:
+        reference: (N, D) features.
+        samples: (M, D) features, on the same device.
+        k: number of nearest neighbours.
+        rule: arithmetic of the distances, "adm" or "fp32".
+
+    Raises:
+        UserError: a set has at most k points, the dimensions differ, or the rule is unknown.
     """
     radii_reference, radii_samples = (neighbour_radii(points, k=k, rule=rule) for points in (reference, samples))
     inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
@@ -58,14 +65,12 @@ def precision_recall(
     return PrecisionRecall(precision, recall, radii_reference, radii_samples)
 
 
-def density_coverage(
-    reference: torch.Tensor, samples: torch.Tensor, *, k: int = 5, rule: str = "fp32"
-) -> DensityCoverage:
+def density_coverage(reference: torch.Tensor, samples: torch.Tensor, *, k: int = 5) -> DensityCoverage:
     """Density: reference balls around a sample, over k; coverage: share of reference balls that hold a sample."""
-    radii = neighbour_radii(reference, k=k, rule=rule)
+    radii = neighbour_radii(reference, k=k, rule="fp32")
     hits = 0
     covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    for tile in _cross_tiles(reference, samples, rule):
+    for tile in _cross_tiles(reference, samples, "fp32"):
         inside = tile.distances() <= radii[tile.rows, None]
         hits += int(inside.sum())
         covered[tile.rows] |= inside.any(1)
@@ -113,8 +118,8 @@ class _Points:
     """One set: float32 features (N, D) and squared norms (N,), and the same rounded to float16 under "adm"."""
 
     def __init__(self, features: torch.Tensor, rule: str):
-        if rule not in ("adm", "fp32"):
-            raise UserError(f"the distance rule must be 'adm' or 'fp32', got {rule!r}")
+        if rule not in DISTANCE_RULES:
+            raise UserError(f"the distance rule must be one of {', '.join(DISTANCE_RULES)}, got {rule!r}")
         self.features = features.float()
         self.norms = self.features.square().sum(1)
         self.half = rule == "adm"

@@ -41,6 +41,7 @@ class Array:
         self._stream: IO[bytes] | None = None
 
     def rows(self, start: int, stop: int) -> np.ndarray:
+        """The entries `start` to before `stop` of the first axis."""
         row = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         count = (stop - start) * row
         try:
@@ -65,7 +66,11 @@ class Array:
 
 
 def members(path: Path) -> dict[str, Array]:
-    """Arrays of an npz by name, none of them read. Raises ValueError for anything that is not plain .npy."""
+    """Arrays of an npz by name, none of them read.
+
+    Raises:
+        UserError: a member is not a plain .npy array, or the file is damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             return {

@@ -4,33 +4,30 @@
 results*.json of each run folder.
 """
 
-if __name__ == "__main__" and not __package__:  # run as a file: start again as a module of the project
-    import os
-    import sys
-
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.execv(sys.executable, [sys.executable, "-m", "evaluations.report", *sys.argv[1:]])
+if not __package__:  # run as a file
+    __import__("script")  # starts it again as a module
 
 import base64
 import html
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.reporting import run
-from config import MissingFile, UserError, parse, setting
-from evaluations.results import columns, format_value, load, sampler_cells, title
+from common.files import replacing, write_text
+from common.reporting import run, say
+from config import MissingFile, UserError, parse
+from evaluations import results
+from evaluations.settings import ReportConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# drawn first, in this order, when a run logs them; any other number follows by name
+# drawn first, in this order, when a run logs them; all other numbers follow by name
 CURVES = ("loss", "velocity", "class_velocity", "alignment", "fd", "fid", "grad_norm", "lr", "images_per_second")
 NOT_CURVES = ("step", "epoch", "time", "seconds", "hours_left")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
@@ -46,6 +43,10 @@ img.curves { max-width: 100%; }
 figcaption { font-size: 13px; color: #555; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; }
 """
+
+
+Drawing = Callable[["Axes"], None]
+Band = tuple[float, int, list[Drawing]]
 
 
 class Table(NamedTuple):
@@ -77,14 +78,15 @@ class Report(NamedTuple):
     commands: Sequence[str] = ()
 
     def curves(self) -> dict[str, dict[str, Curve]]:
-        """Run name -> curves. Raises FileNotFoundError or ValueError naming the file at fault."""
+        """Run name -> curves; see `read_curves`."""
         return {name: read_curves(folder) for name, folder in self.runs.items()}
 
 
 def write_html(report: Report, file: Path) -> None:
-    """One HTML file that needs no other: curves and images are inside it.
+    """Write one HTML file that needs no other: curves and images are inside it.
 
-    Raises FileNotFoundError for a missing image, ValueError for a broken metrics.jsonl or a ragged table.
+    Raises:
+        UserError: an image is missing, metrics.jsonl is broken, or a table is ragged.
     """
     parts = [f"<h1>{html.escape(report.title)}</h1>"]
     parts += [f"<p>{html.escape(line)}</p>" for line in report.summary]
@@ -103,67 +105,46 @@ def write_html(report: Report, file: Path) -> None:
         parts.append(f"<h2>Commands</h2><pre>{html.escape(chr(10).join(report.commands))}</pre>")
     head = f'<meta charset="utf-8"><title>{html.escape(report.title)}</title><style>{STYLE}</style>'
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+    write_text(file, page)
 
 
 def write_png(report: Report, file: Path) -> None:
-    """The content of `write_html` as one picture, of the curves the chief ones. Raises as `write_html`."""
-    import matplotlib.image
-
-    curves, images = report.curves(), report.images
+    """Write the content of `write_html` as one picture, of the curves only those of CURVES. Raises as `write_html`."""
+    curves = report.curves()
     names = [name for name in _curve_names(curves) if name in CURVES]
-    texts = {"summary": list(report.summary), "commands": ["Commands:", *report.commands] if report.commands else []}
-    wrapped = {name: [piece for line in lines for piece in _wrap(line, 130)] for name, lines in texts.items()}
-    # heights in inches of each band, from top to bottom; captions stand in the gap above theirs
-    bands: list[tuple[str, float]] = [("summary", 0.17 * len(wrapped["summary"]) + 0.1)] if texts["summary"] else []
-    for number, table in enumerate(report.tables):
-        bands += [("gap", 0.5), (f"table {number}", 0.22 * (len(table.rows) + 1))]
-    for row in range(math.ceil(len(images) / 3)):
-        bands += [("gap", 0.5), (f"images {row}", 3.4)]
-    for row in range(math.ceil(len(names) / 3)):
-        bands += [("gap", 0.6), (f"curves {row}", 2.2)]
-    bands += [("gap", 0.5), ("commands", 0.17 * len(wrapped["commands"]) + 0.1)] if texts["commands"] else []
-    if not bands:
-        bands = [("empty", 1.0)]
-    height = sum(size for _, size in bands) + 0.8
-    figure = _figure(12, height)
-    figure.suptitle(report.title, fontsize=15, y=1 - 0.3 / height)
-    grid = figure.add_gridspec(
-        len(bands),
-        3,
-        height_ratios=[size for _, size in bands],
-        top=1 - 0.6 / height,
-        bottom=0.2 / height,
-        left=0.06,
-        right=0.97,
-        hspace=0,
-        wspace=0.2,
-    )
-    for row, (band, _) in enumerate(bands):
-        kind, _, number = band.partition(" ")
-        if kind == "gap":
-            continue
-        if kind == "curves":
-            for column, name in enumerate(names[int(number) * 3 : int(number) * 3 + 3]):
-                _draw_curve(figure.add_subplot(grid[row, column]), name, curves)
-        elif kind == "images":
-            for column, (caption, image) in enumerate(images[int(number) * 3 : int(number) * 3 + 3]):
-                axes = figure.add_subplot(grid[row, column])
-                axes.imshow(matplotlib.image.imread(io.BytesIO(_read_png(image)), format="png"), cmap="gray")
-                axes.set_title("\n".join(_wrap(caption, 50)), fontsize=9)
-                axes.axis("off")
-        else:
-            axes = figure.add_subplot(grid[row, :])
-            axes.axis("off")
-            if kind in wrapped:
-                axes.text(
-                    0, 1, "\n".join(wrapped[kind]), fontsize=9, va="top", family="monospace", transform=axes.transAxes
-                )
-            elif kind == "table":
-                _draw_table(axes, report.tables[int(number)])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
+    # Bands from top to bottom: inches in height, with 0.5 for titles; columns; what draws each of them.
+    bands: list[Band] = []
+    if report.summary:
+        bands.append(_text_band(report.summary))
+    for table in report.tables:
+        bands.append((0.22 * len(table.rows) + 0.72, 1, [partial(_draw_table, table=table)]))
+    pictures: list[Drawing] = [partial(_draw_image, caption=caption, image=image) for caption, image in report.images]
+    bands += [(3.9, 3, pictures[start : start + 3]) for start in range(0, len(pictures), 3)]
+    plots: list[Drawing] = [partial(_draw_curve, name=name, curves=curves) for name in names]
+    bands += [(2.8, 3, plots[start : start + 3]) for start in range(0, len(plots), 3)]
+    if report.commands:
+        bands.append(_text_band(["Commands:", *report.commands]))
+    heights = [height for height, _, _ in bands] or [1.0]
+    total = sum(heights) + 0.6
+    figure = _figure(12, total)
+    figure.suptitle(report.title, fontsize=15, y=1 - 0.3 / total)
+    top = 1 - 0.6 / total
+    for height, columns, drawings in bands:
+        bottom = top - height / total
+        grid = figure.add_gridspec(1, columns, left=0.06, right=0.97, wspace=0.2, top=top - 0.5 / total, bottom=bottom)
+        for column, draw in enumerate(drawings):
+            draw(figure.add_subplot(grid[0, column]))
+        top = bottom
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
+
+def _text_band(lines: Sequence[str]) -> Band:
+    import textwrap
+
+    wrapped = [textwrap.fill(line, 130, subsequent_indent="    ", break_long_words=False) for line in lines]
+    text = "\n".join(wrapped)
+    return 0.17 * text.count("\n") + 0.7, 1, [partial(_draw_text, text=text)]
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
@@ -182,7 +163,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):
                 continue  # a run that was killed, or still writes
-            raise UserError(f"{file}, line {number}, is no JSON object with a step") from error
+            raise UserError(f"{file}, line {number}, is not a JSON object with a step") from error
         for name, value in entry.items():
             if name in NOT_CURVES or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -200,7 +181,7 @@ def _figure(width: float, height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))  # no pyplot: nothing global, no display
+    figure = Figure(figsize=(width, height))  # without pyplot: no global state, no display
     FigureCanvasAgg(figure)
     return figure
 
@@ -233,8 +214,24 @@ def _draw_curve(axes: "Axes", name: str, curves: Mapping[str, Mapping[str, Curve
         axes.legend(fontsize=7)
 
 
+def _draw_text(axes: "Axes", text: str) -> None:
+    axes.axis("off")
+    axes.text(0, 1, text, fontsize=9, va="top", family="monospace", transform=axes.transAxes)
+
+
+def _draw_image(axes: "Axes", caption: str, image: Path) -> None:
+    import textwrap
+
+    import matplotlib.image
+
+    axes.imshow(matplotlib.image.imread(io.BytesIO(_read_png(image)), format="png"), cmap="gray")
+    axes.set_title(textwrap.fill(caption, 50, break_long_words=False), fontsize=9)
+    axes.axis("off")
+
+
 def _draw_table(axes: "Axes", table: Table) -> None:
     _check_table(table)
+    axes.axis("off")
     axes.set_title(table.title, fontsize=10, loc="left")
     if not table.rows:
         return
@@ -260,12 +257,6 @@ def _html_table(table: Table) -> str:
     return f"<table><caption>{html.escape(table.title)}</caption>\n<tr>{head}</tr>\n{body}</table>"
 
 
-def _wrap(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width, subsequent_indent="    ", break_long_words=False) or [""]
-
-
 def _read_png(file: Path) -> bytes:
     if not Path(file).is_file():
         raise MissingFile(f"image {file} does not exist")
@@ -274,14 +265,6 @@ def _read_png(file: Path) -> bytes:
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    runs: tuple[Path, ...] = setting(help="run folders of train.py", group="report")
-    out: Path = setting(Path("report.html"), "HTML file; a PNG of it goes beside", group="report")
-    title: str = setting("Training report", "headline", group="report")
-    results: tuple[Path, ...] = setting((), "further results.json files for the table", group="report")
 
 
 EXAMPLES = (
@@ -302,20 +285,14 @@ def main() -> None:
         images += [(f"{name}, {previews[-1].stem.replace('_', ' ')}", previews[-1])] if previews else []
         images += [(f"{name}, {grid.parent.name}", grid) for grid in sorted(folder.glob("**/grid.png"))]
     tables = [_last_values(names)]
-    rows = [load(file) for file in dict.fromkeys(files)]
-    if rows:
-        keys = columns(rows)
-        cells = [
-            [row.name, str(row.protocol.get("n_samples", "-")), *sampler_cells(row.protocol)]
-            + [format_value(key, row.metrics.get(key)) for key in keys]
-            for row in rows
-        ]
-        tables.append(Table("Metrics", ["Samples", "n", "Sampler", "Guidance", *map(title, keys)], cells))
+    if files:
+        head, *rows = results.table([results.load(file) for file in dict.fromkeys(files)])
+        tables.append(Table("Metrics", head, rows))
     summary = [f"{name}: {folder}" for name, folder in names.items()]
     report = Report(settings.title, summary, tables, names, images)
     write_html(report, settings.out)
     write_png(report, settings.out.with_suffix(".png"))
-    print(f"wrote {settings.out} and {settings.out.with_suffix('.png')}")
+    say(f"wrote {settings.out} and {settings.out.with_suffix('.png')}")
 
 
 def _last_values(runs: Mapping[str, Path]) -> Table:

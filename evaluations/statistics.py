@@ -1,9 +1,11 @@
-"""Mean and covariance of features, streamed in float64 and merged over batches, groups and processes."""
+"""Mean and covariance of features, streamed in float64 and merged over batches, groups and ranks."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from config import UserError
 
 
 class Statistics(NamedTuple):
@@ -30,7 +32,7 @@ class Moments:
         self._buffered = 0
 
     def update(self, features: torch.Tensor) -> None:
-        """Add rows (B, D). Raises ValueError for another width."""
+        """Add rows (B, D); B may be 0."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features must be (N, {len(self.mean)}), got {tuple(features.shape)}")
         self._rows.append(features.to(self.mean.device))
@@ -71,7 +73,7 @@ class Moments:
         self._combine(other.n, other.mean, other.scatter)
 
     def all_reduce(self) -> None:
-        """Sum over the processes of the default group; afterwards every process holds the whole."""
+        """Sum over the ranks; afterwards every rank holds the whole."""
         import torch.distributed as dist
 
         self._flush()
@@ -88,10 +90,14 @@ class Moments:
         self.n, self.mean = int(total.item()), mean
 
     def statistics(self) -> Statistics:
-        """Raises ValueError below two rows: one image has no covariance."""
+        """Mean and covariance of all rows so far.
+
+        Raises:
+            UserError: there are fewer than two, and one image has no covariance.
+        """
         self._flush()
         if self.n < 2:
-            raise ValueError(f"statistics need at least 2 images, got {self.n}")
+            raise UserError(f"statistics need at least 2 images, got {self.n}")
         covariance = self.scatter.cpu().numpy() / (self.n - 1)
         return Statistics(self.n, self.mean.cpu().numpy().copy(), covariance)
 

@@ -1,4 +1,4 @@
-"""What makes the same arithmetic run faster: precision of matrix products and torch.compile, region by region."""
+"""Precisions, autocast, TF32 and torch.compile by region."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -18,7 +18,11 @@ def best_precision(device: str | torch.device) -> str:
 
 
 def autocast(device: str | torch.device, precision: str) -> AbstractContextManager:
-    """Mixed precision for a block of code; "fp32" changes nothing. Raises ValueError for another name."""
+    """Mixed precision for a block of code; "fp32" changes nothing.
+
+    Raises:
+        UserError: the precision is none of fp32, fp16 and bf16.
+    """
     if precision == "fp32":
         return nullcontext()
     if precision not in DTYPES:
@@ -36,8 +40,8 @@ def compile_network(network: nn.Module) -> None:
     """Compile a SiT in place, by region: its blocks, its output layer and its projectors.
 
     All blocks share one compiled graph, so that compilation takes the time of one block instead of `depth` of them. Names
-    of parameters do not change, and it works below DDP and gradient checkpointing. Shapes are taken as static: a batch of
-    another size compiles anew.
+    of parameters do not change, and it works below DDP and gradient checkpointing. Shapes are static: a batch of another
+    size compiles again.
     """
     for module in (*network.blocks, network.final_layer, *network.projectors):
         module.compile(dynamic=False)

@@ -1,4 +1,4 @@
-"""VAEs between pixels and latents, over diffusers; the only place that knows how a latent is normalised."""
+"""VAEs between pixels and latents, over diffusers, and the only owner of how a latent is normalised."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-m
 
 @dataclass(frozen=True)
 class LatentNormalization:
-    """How raw VAE latents become the network's: (z - bias) * scale (order "bias_scale") or z * scale + bias ("scale_bias").
+    """Normalisation of raw VAE latents: (z - bias) * scale (order "bias_scale") or z * scale + bias ("scale_bias").
 
-    scale and bias: one number, or one for each channel.
+    scale and bias: one number, or one per channel.
     """
 
     scale: tuple[float, ...] = (0.18215,)  # SD-VAE: 1 / std of its latents
@@ -51,7 +51,13 @@ class LatentNormalization:
 
 
 def sample_posterior(moments: Tensor, noise: Tensor, normalization: LatentNormalization) -> Tensor:
-    """mean + std * noise, normalised, in float32. moments: (N, 2C, H, W), mean then std; noise: (N, C, H, W)."""
+    """Draw normalised latents from the VAE's posterior, mean + std * noise, (N, C, H, W) float32.
+
+    Args:
+        moments: (N, 2C, H, W), mean and then standard deviation.
+        noise: (N, C, H, W) standard normals.
+        normalization: of the VAE.
+    """
     mean, std = moments.float().chunk(2, dim=1)
     return normalization.normalize(mean + std * noise)
 
@@ -81,18 +87,24 @@ class Autoencoder(nn.Module):
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, batch: int | None = None) -> Tensor:
         """Normalised latents (N, C, h, w) => uint8 pixels (N, 3, H, W).
 
         255 (x + 1) / 2 is clamped and truncated, not rounded, as in the published sampler and in ADM's.
+
+        Args:
+            latent: on the VAE's device.
+            batch: latents decoded at a time, which bounds the memory; None: all at once.
         """
+        if batch is not None and batch < len(latent):
+            return torch.cat([self.decode(part) for part in latent.split(batch)])
         raw = self.normalization.denormalize(latent.float())
         image = self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float()
         return (255 * (image + 1) / 2).clamp(0, 255).to(torch.uint8)
 
 
 class LatentSpace(NamedTuple):
-    """What of a VAE one needs to use moments that it made before."""
+    """All that is needed of a VAE to use moments that it has made before."""
 
     normalization: LatentNormalization
     factor: int
@@ -110,7 +122,7 @@ def latent_space(name: str) -> LatentSpace:
 def load_autoencoder(name: str) -> Autoencoder:
     """Load a VAE: "ema" or "mse" (sd-vae-ft-*), a hub id, or a local folder in diffusers' format.
 
-    Raises FileNotFoundError, in one sentence with the cause, when the weights cannot be had.
+    Raises MissingFile, in one sentence with the cause, if the weights are not available.
     """
     from diffusers import AutoencoderKL
 

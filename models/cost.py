@@ -1,7 +1,5 @@
-"""What a network costs: parameters, operations and memory, counted on the real module without memory for it, and the time
-a training step should take on a named GPU."""
+"""Parameters, operations and memory of a network, counted on the real module without allocating it; roofline of a step."""
 
-import copy
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,19 +7,24 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.encoder import PUBLISHED
+from models.encoder import VisionEncoder, load_encoder
 from models.sit import SiT, SiTConfig
 
 
 class Cost(NamedTuple):
-    """parameters: trainable numbers of the network used at sampling (projectors apart). projector_parameters: of the
-    alignment heads, training only. flops: multiply-adds of one forward pass for one image, without the projectors, as
-    DiT counts (118.6 G for XL/2). attention_flops: the part of it in the two attention products; REG's table leaves them
-    out (114.4 G). projector_flops: multiply-adds of the heads."""
+    """Size and work of a network.
+
+    Attributes:
+        parameters: trainable numbers of the network used at sampling (projectors apart).
+        projector_parameters: of the alignment heads, training only.
+        flops: multiply-adds of one forward pass for one image, without the projectors, as DiT counts (118.6 G for XL/2).
+        attention_flops: the part of it in the two attention products, which REG's table leaves out (114.4 G).
+        projector_flops: multiply-adds of the heads.
+    """
 
     parameters: int
     projector_parameters: int
@@ -31,7 +34,7 @@ class Cost(NamedTuple):
 
     @property
     def train_flops(self) -> int:
-        """Floating-point operations (2 a multiply-add) of one training image: forward, and twice that for backward."""
+        """Floating-point operations (2 per multiply-add) of one training image: forward, and twice that for backward."""
         return 3 * 2 * (self.flops + self.projector_flops)
 
 
@@ -45,9 +48,15 @@ def cost(config: SiTConfig) -> Cost:
 
 
 class Gpu(NamedTuple):
-    """tflops: dense matrix products in bf16 (fp16 where there is none), summed in float32, data sheet. bandwidth: of the
-    memory, TB/s. memory: GiB, without what error correction takes. rent: dollars per hour assumed for it; rents differ by
-    provider and year. bf16: whether it has bf16 and TF32 (Ampere and later)."""
+    """Data sheet of a GPU.
+
+    Attributes:
+        tflops: dense matrix products in bf16 (fp16 where there is none), summed in float32.
+        bandwidth: of the memory, TB/s.
+        memory: GiB, without what error correction takes.
+        rent: assumed dollars per hour; rents differ by provider and year.
+        bf16: whether it has bf16 and TF32 (Ampere and later).
+    """
 
     tflops: float
     bandwidth: float
@@ -77,7 +86,7 @@ USABLE = 0.93  # share of a GPU's memory for tensors; the CUDA context and the a
 def named_gpu(name: str) -> str | None:
     """The key in GPUS of a device name such as "NVIDIA GeForce RTX 4090", in capitals or not; None for another GPU."""
     for key in GPUS:
-        word = re.sub(r"(?<=[A-Z])(?=\d)", "[ _-]?", key)  # "RTX 4090" is one; neither "A100" nor "A10G" is an A10
+        word = re.sub(r"(?<=[A-Z])(?=\d)", "[ _-]?", key)  # "RTX 4090" is RTX4090; neither "A100" nor "A10G" is an A10
         if re.search(rf"{word}(?!\w)", name, re.IGNORECASE):
             return key
     return None
@@ -87,8 +96,15 @@ REACHED = 0.8  # of both data-sheet figures is what large operations reach; H200
 
 
 class StepCost(NamedTuple):
-    """One training step of one process. flops: of the network and of the encoders. traffic: bytes that fused elementwise
-    operations, optimiser and EMA must move. compute, memory: the seconds each of the two takes at what a GPU reaches."""
+    """One training step of one process.
+
+    Attributes:
+        network_flops: floating-point operations of the network.
+        encoder_flops: of the encoders.
+        traffic: bytes that fused elementwise operations, optimiser and EMA must move.
+        compute: seconds of the operations, at the rate that large operations reach.
+        memory: seconds of the traffic, likewise.
+    """
 
     network_flops: int
     encoder_flops: int
@@ -98,7 +114,7 @@ class StepCost(NamedTuple):
 
     @property
     def floor(self) -> float:
-        """Seconds if memory traffic hid behind the matrix products, or they behind it: no step is faster."""
+        """Seconds if memory traffic and matrix products overlapped entirely: no step is faster."""
         return max(self.compute, self.memory)
 
     @property
@@ -108,21 +124,25 @@ class StepCost(NamedTuple):
 
 
 def step_cost(config: SiTConfig, batch: int, gpu: Gpu, *, encoder_macs: int = 0, recompute: bool = False) -> StepCost:
-    """The roofline of a training step with `batch` images on one GPU, in half precision over float32 weights.
+    """The roofline of a training step on one GPU, in half precision over float32 weights.
 
-    encoder_macs: multiply-adds an image of the encoders that run in the step. recompute: gradient checkpointing, which
-    runs each block's forward pass twice.
+    Args:
+        config: of the network.
+        batch: images.
+        gpu: its rates.
+        encoder_macs: multiply-adds per image of the encoders that run in the step.
+        recompute: gradient checkpointing, which runs each block's forward pass twice.
     """
     c = cost(config)
     network = batch * (c.train_flops + (2 * c.flops if recompute else 0))
     encoder = batch * 2 * encoder_macs
-    # Bytes a token and unit of width in one block's forward pass, residual stream in float32, the rest in half precision:
+    # Bytes per token and unit of width in one block's forward pass, residual stream in float32, the rest in half precision:
     # twice (normalise: read 4, write 2; add: read 4 + 2, write 4), and GELU on four times the width: read and write 2.
     forward = 2 * (4 + 2 + 4 + 2 + 4) + 4 * (2 + 2)
     passes = 4 if recompute else 3  # backward reads and writes about twice as much as forward
     elementwise = batch * config.num_tokens * config.hidden_size * config.depth * forward * passes
-    # Bytes a parameter, float32: AdamW reads 4 and writes 3 numbers; EMA 2 and 1; clipping reads twice and writes once; the
-    # gradient is written once; the half-precision copy is read and written.
+    # Bytes per parameter, float32: AdamW reads 4 and writes 3 numbers; EMA 2 and 1; clipping reads twice and writes once;
+    # the gradient is written once; the half-precision copy is read and written.
     weights = (c.parameters + c.projector_parameters) * (28 + 12 + 12 + 4 + 6)
     traffic = elementwise + weights
     return StepCost(
@@ -135,8 +155,13 @@ def step_cost(config: SiTConfig, batch: int, gpu: Gpu, *, encoder_macs: int = 0,
 
 
 class TrainingMemory(NamedTuple):
-    """Bytes. state: weights, gradients, AdamW and EMA in float32. copies: half-precision weights kept for the backward
-    pass. activations: kept for the backward pass, of one image."""
+    """Bytes that a training step needs.
+
+    Attributes:
+        state: weights, gradients, AdamW and EMA in float32.
+        copies: half-precision weights kept for the backward pass.
+        activations: kept for the backward pass, of one image.
+    """
 
     state: int
     copies: int
@@ -150,8 +175,10 @@ class TrainingMemory(NamedTuple):
 def training_memory(config: SiTConfig, *, half: bool = True, recompute: bool = False) -> TrainingMemory:
     """Count what the backward pass keeps, on fake tensors, as an eager step does; a compiled one keeps less.
 
-    half: fp16 or bf16 by autocast. recompute: gradient checkpointing, which keeps the input of each block and recomputes
-    one block at a time.
+    Args:
+        config: of the network.
+        half: fp16 or bf16 by autocast.
+        recompute: gradient checkpointing, which keeps the input of each block and recomputes one block at a time.
     """
     c = cost(config)
     state = (c.parameters + c.projector_parameters) * (4 + 4 + 8 + 4)
@@ -166,20 +193,13 @@ def training_memory(config: SiTConfig, *, half: bool = True, recompute: bool = F
 
 def encoder_macs(name: str, grid: int) -> int:
     """Multiply-adds of a vision encoder (published or timm name) for one image on a grid x grid of patches."""
-    import timm
-
-    name = PUBLISHED.get(name, name)
-    with torch.device("meta"):
-        patch = timm.create_model(name, pretrained=False, num_classes=0).patch_embed.patch_size[0]
-        vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=grid * patch)
-    return vit_macs(vit, grid * patch)
+    return vit_macs(load_encoder(name, grid, weights=False))
 
 
-def vit_macs(vit: nn.Module, size: int) -> int:
-    """Multiply-adds of a timm network's features for one image of size x size pixels; nothing is computed."""
-    copied = copy.deepcopy(vit).to("meta").eval()
+def vit_macs(encoder: VisionEncoder) -> int:
+    """Multiply-adds of an encoder without weights (`load_encoder(..., weights=False)`) for one image; none is computed."""
     with FlopCounterMode(display=False) as counter:
-        copied.forward_features(torch.empty(1, 3, size, size, device="meta"))
+        encoder.vit.forward_features(torch.empty(1, 3, encoder.input_size, encoder.input_size, device="meta"))
     return counter.get_total_flops() // 2
 
 

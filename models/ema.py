@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights (REG: decay 0.9999, no warm-up)."""
+"""Exponential moving average (EMA) of the weights."""
 
 import torch
 from torch import nn
@@ -9,14 +9,21 @@ from config import UserError
 class EMA:
     """Keeps `average`, a frozen copy of a network, with average <- decay * average + (1 - decay) * weights.
 
-    The published rule exactly: the copy starts as the network itself, every parameter and floating-point buffer takes
-    part, and there is no bias correction. torch's AveragedModel copies on its first update and so would lag by a step.
+    The rule of the published code (REG, REPA and SiT; decay 0.9999): the copy starts as the network itself, every parameter
+    and floating-point buffer takes part, and there is neither warm-up nor bias correction. torch's AveragedModel copies on
+    its first update and so would lag by a step.
     """
 
     def __init__(self, network: nn.Module, average: nn.Module, decay: float = 0.9999) -> None:
-        """`average`: a second network of the same config and device; its weights are overwritten by those of `network`.
+        """Copy the weights of `network` into `average`.
 
-        Raises UserError for a decay outside [0, 1].
+        Args:
+            network: whose weights are averaged.
+            average: a second network of the same config and device; frozen from now on.
+            decay: share of the average that stays at each update.
+
+        Raises:
+            UserError: the decay is outside [0, 1].
         """
         if not 0 <= decay <= 1:
             raise UserError(f"EMA decay must be in [0, 1], got {decay}")
@@ -35,9 +42,8 @@ class EMA:
     def distance(self, network: nn.Module) -> torch.Tensor:
         """Relative L2 distance |weights - average| / |weights| over all parameters: a scalar tensor."""
         squares = torch.zeros(2, dtype=torch.float64, device=next(network.parameters()).device)
-        for p, a in zip(
-            network.parameters(), self.average.parameters()
-        ):  # one by one: copies of all would be 12 GB at XL/2
+        # one by one: float64 copies of all of them would be 12 GB at XL/2
+        for p, a in zip(network.parameters(), self.average.parameters()):
             squares[0] += (p.double() - a.double()).square().sum()
             squares[1] += p.double().square().sum()
         return (squares[0] / squares[1]).sqrt()

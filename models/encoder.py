@@ -1,5 +1,6 @@
 """Frozen vision encoders over timm: uint8 pixels => class token and patch tokens (REG section 3)."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,13 +53,18 @@ class VisionEncoder(nn.Module):
         return x
 
 
-def load_encoder(name: str, grid: int) -> VisionEncoder:
-    """Load a frozen encoder that gives grid x grid patch tokens: 16 at 256 px and 32 at 512 px in the paper.
+def load_encoder(name: str, grid: int, *, weights: bool = True) -> VisionEncoder:
+    """Load a frozen encoder; its position embedding is resampled to the grid by timm, with antialias, as published.
 
-    name: a published name (dinov2-vit-b, dinov2reg-vit-l, ...), any timm ViT with a class token, a local folder in timm's
-    format (config.json + model.safetensors), or NAME=FILE for a checkpoint file of a named architecture. The position
-    embedding is resampled to the grid by timm, with antialias, as in the published code. Raises ValueError for a network
-    that cannot serve, FileNotFoundError, with the cause, when weights are missing.
+    Args:
+        name: a published name (dinov2-vit-b, dinov2reg-vit-l, ...), any timm ViT with a class token, a local folder in
+            timm's format (config.json + model.safetensors), or NAME=FILE for a checkpoint file of a named architecture.
+        grid: patch tokens per side: 16 at 256 px and 32 at 512 px in the paper.
+        weights: False for the architecture alone, on the meta device: nothing is read or downloaded.
+
+    Raises:
+        MissingFile: the weights are not available; one sentence with the cause.
+        UserError: it is not a ViT with a class token, or the weights belong to another architecture.
     """
     import timm
 
@@ -77,12 +83,13 @@ def load_encoder(name: str, grid: int) -> VisionEncoder:
         source = PUBLISHED.get(architecture, architecture)
         if "/" in source and not source.startswith("hf-hub:"):
             raise MissingFile(f"encoder folder {architecture} does not exist (hub models: hf-hub:OWNER/NAME)")
-        if not file:
+        if not file and (weights or "/" in source):
             hub.go_offline_if_unreachable()
     try:
         with torch.device("meta"):
             patch_size = _patch_size(timm.create_model(source, pretrained=False, num_classes=0), name)
-        vit = timm.create_model(source, pretrained=True, img_size=grid * patch_size, **arguments)
+        with nullcontext() if weights else torch.device("meta"):
+            vit = timm.create_model(source, pretrained=weights, img_size=grid * patch_size, **arguments)
     except OSError as error:
         if folder.is_dir():
             raise MissingFile(f"encoder folder {folder} cannot be read: {hub.first_line(error)}") from error
@@ -100,7 +107,7 @@ def load_encoder(name: str, grid: int) -> VisionEncoder:
 
 
 def _patch_size(vit: nn.Module, name: str) -> int:
-    """Side of a patch in pixels. Raises ValueError for a network without class token or patches."""
+    """Side of a patch in pixels. Raises UserError for a network without class token or patches."""
     if not getattr(vit, "has_class_token", False) or not hasattr(vit, "patch_embed"):
         raise UserError(f"encoder {name!r} ({type(vit).__name__}) is not a ViT with a class token")
     return int(vit.patch_embed.patch_size[0])

@@ -1,4 +1,4 @@
-"""Guidance: the velocity of a network, guided, as a function that solvers call without knowing about guidance."""
+"""Classifier-free guidance: turns a network into a guided velocity; solvers call it without knowing about guidance."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ Velocity = Callable[[State, Tensor], State]  # (state, t), t a scalar float64 te
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance v_null + s (v_label - v_null) while low <= t <= high (Ho & Salimans 2022; interval:
-    Kynkaanniemi et al. 2024); s = 1 is no guidance.
+    Kynkaanniemi et al. 2024); s = 1 switches it off.
 
     Guiding the velocity equals guiding the drift of the SDE, because the drift is affine in the velocity. class_scale,
-    class_low, class_high are the class token's own; None: the same as the latent's.
+    class_low and class_high belong to the class token; None: the same as the latent's.
     """
 
     scale: float = 1.0
@@ -40,11 +40,11 @@ class Guidance:
 
     @property
     def off(self) -> bool:
-        """No guidance at any time."""
+        """Whether nothing is guided at any time."""
         return self.scale == 1 and self.class_scale in (None, 1)
 
     def scales(self, t: float) -> tuple[float, float]:
-        """The scales of latent and class token at time t; (1, 1): no guidance there."""
+        """The scales of latent and class token at time t; (1, 1) outside of both intervals."""
         class_low, class_high = self._class_interval
         class_scale = self.scale if self.class_scale is None else self.class_scale
         return self.scale if self.low <= t <= self.high else 1.0, class_scale if class_low <= t <= class_high else 1.0
@@ -52,7 +52,7 @@ class Guidance:
 
 @dataclass
 class Meter:
-    """What sampling costs. evaluations: of the velocity (NFE). forwards: passes of a network for each sample; a guided
+    """What sampling costs: evaluations of the velocity (NFE), and forward passes of a network per sample, of which a guided
     evaluation takes two."""
 
     evaluations: int = 0
@@ -68,12 +68,22 @@ def network_velocity(
     dtype: torch.dtype = torch.float32,
     meter: Meter | None = None,
 ) -> Velocity:
-    """The guided velocity of a SiT for the labels (N,) int64; the null label is the network's num_classes.
+    """The velocity of a SiT under classifier-free guidance (Ho & Salimans 2022); the null class is num_classes.
 
     States and the result are float64; the network reads float32 and runs in autocast to `dtype`. Where guidance is on,
-    both predictions come from one batch of 2N; elsewhere an evaluation costs one batch of N. guide: a weaker network of
-    the same shape whose prediction for the same label takes the place of the null label's (autoguidance, Karras et al.
-    2024).
+    both predictions come from one batch of 2N; elsewhere an evaluation costs one batch of N.
+
+    Args:
+        network: a SiT in eval mode, compiled or not.
+        label: (N,) int64, on the device of the states.
+        guidance: scales and intervals.
+        guide: a weaker network of the same shape; its prediction for the same label takes the place of the null class's
+            (autoguidance, Karras et al. 2024).
+        dtype: of the network's arithmetic.
+        meter: counts what is spent.
+
+    Returns:
+        A function (State, t) => State.
     """
     null = torch.full_like(label, network.config.num_classes)
     meter = meter or Meter()

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: files by name, from its cache or downloaded, and the reason why one cannot be had."""
+"""The Hugging Face hub: files by name, from its cache or downloaded, and why one is not available."""
 
 import os
 import re
@@ -41,8 +41,8 @@ def download(name: str) -> Path:
         Its path in the hub's cache.
 
     Raises:
+        MissingFile: it cannot be had; one sentence with the cause.
         UserError: the repository holds several weights files; names them.
-        FileNotFoundError: it cannot be had; one sentence with the cause.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -86,13 +86,13 @@ def _weights(repo: str) -> list[str]:
 
 
 def cached_sha256(path: Path) -> str | None:
-    """The SHA-256 that a large file of the hub's cache must have: its blob is named by it. None for other files."""
+    """The SHA-256 that a large file of the hub's cache must have, which names its blob; None for other files."""
     blob = path.resolve()
     return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else None
 
 
 def cause(error: Exception, repo: str, elsewhere: str) -> str:
-    """Why a repository's file cannot be had, as a clause.
+    """Why a file of a repository is not available, as a clause.
 
     Args:
         error: what huggingface_hub, or a library that called it, raised.

@@ -1,4 +1,4 @@
-"""Who draws which random numbers: the streams of the counter-based generator, and normals shaped as States."""
+"""Random streams of the counter-based generator, one per purpose, and standard normal noise shaped as States."""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -47,7 +47,15 @@ class NoiseSource:
     """Noise of the samples `index` in generate.py: functions of (seed, index, step) alone."""
 
     def __init__(self, config: SiTConfig, seed: int, index: Tensor, num_steps: int, candidate: int = 0) -> None:
-        """index: (N,) int64 on the device that samples; num_steps: steps that will be asked for, in order, at most."""
+        """Draws nothing yet.
+
+        Args:
+            config: of the network, for the shapes.
+            seed: of the whole set of samples.
+            index: (N,) int64, the samples' global numbers, on the device that samples.
+            num_steps: upper bound of the steps that will be asked for, in order.
+            candidate: number of the draw among those of --best-of.
+        """
         self.config, self.seed, self.index, self.num_steps = config, seed, index, num_steps
         self.offset = candidate << 8
         self.at_once = _STEPS_AT_ONCE if index.is_cuda else 1

@@ -18,10 +18,14 @@ _ROUNDS = 10
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One block of four 32-bit words for each counter.
+    """One block of four 32-bit words for each counter (Salmon et al. 2011, Philox4x32 with 10 rounds).
 
-    counter: four int64 tensors that broadcast against each other, each value in [0, 2**32). seed: the 64-bit key.
-    Returns four int64 tensors of values in [0, 2**32).
+    Args:
+        counter: four int64 tensors that broadcast against each other, each value in [0, 2**32).
+        seed: the 64-bit key.
+
+    Returns:
+        Four int64 tensors of values in [0, 2**32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -54,8 +58,17 @@ def _words(seed: int, purpose: int, steps: Sequence[int], index: Tensor, blocks:
 def normals(seed: int, purpose: int, steps: Sequence[int], index: Tensor, count: int) -> Tensor:
     """Standard normal numbers, one row for each step and sample; on a GPU several steps cost hardly more than one.
 
-    index: (N,) int64, the samples' global numbers, each in [0, 2**32) => (S, N, count) float32. Box-Muller in float64,
-    so that rounding to float32 hides the last-bit differences between scalar and vector code.
+    Box-Muller in float64, so that rounding to float32 hides the last-bit differences between scalar and vector code.
+
+    Args:
+        seed: the 64-bit key.
+        purpose: the stream; see `models.noise.Stream`.
+        steps: S step numbers in [0, 2**32).
+        index: (N,) int64, the samples' global numbers, each in [0, 2**32).
+        count: numbers per row.
+
+    Returns:
+        (S, N, count) float32.
     """
     w0, w1, w2, w3 = _words(seed, purpose, steps, index, -(-count // 4))
     pairs = []

@@ -1,4 +1,4 @@
-"""The choice among all solvers and time grids, as one object with all its settings."""
+"""Sampler settings: solver, time grid and number of steps as one object; the published SDE and ODE grids."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from config import UserError
 from models import solvers
-from models.choices import GRIDS, LAST_STEPS, MODES, SOLVERS
+from models.choices import GRIDS, LAST_STEPS, MODES, SOLVERS, check
 from models.guidance import Velocity
 from models.interpolant import Interpolant
 from models.solvers import Diffusion, Noise, Progress
@@ -35,7 +35,7 @@ def shifted(u: Tensor, shift: float) -> Tensor:
 class Solver:
     """A solver with all its settings: `solver(velocity, start, interpolant, noise)` => State at t = 0.
 
-    mode and name: see SOLVERS. num_steps: steps; for dopri5 they do not matter. grid, shift: see `shifted`. t_last: the
+    mode and name: see models.choices.SOLVERS. num_steps: dopri5 does not use it. grid, shift: see `shifted`. t_last: the
     SDE's last time before 0. diffusion, last_step: of the Euler-Maruyama solver. rtol, atol: of dopri5.
     """
 
@@ -51,14 +51,10 @@ class Solver:
     atol: float = 1e-3
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("mode", self.mode, MODES),
-            (f"solver of mode {self.mode}", self.name, SOLVERS.get(self.mode, ())),
-            ("time grid", self.grid, GRIDS),
-            ("last step", self.last_step, LAST_STEPS),
-        ):
-            if value not in known:
-                raise UserError(f"{what} {value!r} is none of {', '.join(known)}")
+        check("mode", self.mode, MODES)
+        check(f"solver of mode {self.mode}", self.name, SOLVERS[self.mode])
+        check("time grid", self.grid, GRIDS)
+        check("last step", self.last_step, LAST_STEPS)
         least = 2 if self.mode == "sde" else 1
         if self.num_steps < least:
             raise UserError(f"mode {self.mode} needs at least {least} steps, got {self.num_steps}")
@@ -85,8 +81,18 @@ class Solver:
     def __call__(
         self, velocity: Velocity, start: State, interpolant: Interpolant, noise: Noise, progress: Progress | None = None
     ) -> State:
-        """start: standard normals, the State at t = 1. noise: step number => State of standard normals. progress: takes the
-        finished fraction, from 0 to 1, after each step."""
+        """Solve from noise to data.
+
+        Args:
+            velocity: guided or not.
+            start: standard normals, the State at t = 1.
+            interpolant: the path that the network was trained on.
+            noise: step number => State of standard normals.
+            progress: takes the finished fraction, from 0 to 1, after each step.
+
+        Returns:
+            The State at t = 0, float64.
+        """
         if self.name == "dopri5":
             return solvers.dormand_prince(velocity, start, self.times, self.rtol, self.atol, progress)
         if self.name == "dpmpp":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
+from models.choices import check
 
 SIZES = {  # depth, hidden size, heads
     "S": (12, 384, 6),
@@ -67,10 +68,9 @@ class SiTConfig:
 def preset(name: str, **changes: Any) -> SiTConfig:
     """The config of a published size such as "SiT-XL/2", with `changes` to any field of SiTConfig.
 
-    The alignment depth follows the paper (S, B: 4; L, XL: 8). Raises ValueError for an unknown name.
+    The alignment depth follows REG (S, B: 4; L, XL: 8). Raises UserError for an unknown name.
     """
-    if name not in PRESETS:
-        raise UserError(f"model {name!r} is none of {', '.join(PRESETS)}")
+    check("model", name, PRESETS)
     size, patch = name.removeprefix("SiT-").split("/")
     depth, hidden_size, num_heads = SIZES[size]
     shape = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
@@ -78,8 +78,8 @@ def preset(name: str, **changes: Any) -> SiTConfig:
 
 
 class SiTOutput(NamedTuple):
-    """velocity: (N, C, H, W). class_velocity: (N, E) or None. projections: one (N, T, E_k) for each aligned encoder,
-    class token first; empty unless asked for."""
+    """The joint prediction: velocity (N, C, H, W), class_velocity (N, E) or None, and projections, one (N, T, E_k) for each
+    aligned encoder, class token first; empty unless asked for."""
 
     velocity: Tensor
     class_velocity: Tensor | None
@@ -87,7 +87,8 @@ class SiTOutput(NamedTuple):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift  # (N, T, D), from (N, 1, D) shift and scale
+    """Adaptive layer norm's shift and scale (N, 1, D), applied to normalised tokens (N, T, D)."""
+    return x * (1 + scale) + shift
 
 
 class PatchEmbedder(nn.Module):
@@ -104,9 +105,8 @@ class PatchEmbedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         p = self.proj.kernel_size[0]
-        patches = (
-            x.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
-        )  # (N, P, C p^2)
+        cells = x.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = cells.reshape(n, -1, c * p * p)  # (N, P, C p^2)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (N, P, D)
 
 
@@ -133,7 +133,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One vector a class, and one more for the null class, index num_classes. Who drops labels is the objective."""
+    """One vector per class, and one for the null class at index num_classes. Label dropout is applied in loss.py."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class LabelEmbedder(nn.Module):
 
 
 class ClassTokenEmbedder(nn.Module):
-    """REG's way in: project the noisy class token to the width of the network and normalise it."""
+    """REG's input of the class token (REG section 3): project the noisy token to the network's width and normalise it."""
 
     def __init__(self, class_token_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -176,6 +176,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with tanh-approximated GELU between."""
+
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         hidden = int(config.hidden_size * config.mlp_ratio)
@@ -198,9 +200,8 @@ class SiTBlock(nn.Module):
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        )  # (N, 1, D) each
+        modulation = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, 1, D) each
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -213,13 +214,14 @@ class FinalLayer(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
+        self.class_token_linear: nn.Linear | None = None
         if config.class_token_dim:
             self.class_token_linear = nn.Linear(config.hidden_size, config.class_token_dim)
 
-    def forward(self, x: Tensor, c: Tensor, *, with_class_token: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
         x = modulate(self.norm(x), shift, scale)
-        if not with_class_token:
+        if self.class_token_linear is None:
             return self.linear(x), None
         return self.linear(x[:, 1:]), self.class_token_linear(x[:, 0])  # (N, P, p^2 C), (N, E)
 
@@ -262,21 +264,26 @@ class SiT(nn.Module):
             side = self.config.input_size // self.config.patch_size
             patches = sincos_position_embedding(self.config.hidden_size, side)
             self.pos_embed[:, -len(patches) :].copy_(patches)
-        outputs = [self.final_layer.modulation, self.final_layer.linear, *(block.modulation for block in self.blocks)]
-        if self.config.class_token_dim:
-            outputs.append(self.final_layer.class_token_linear)
-        for layer in outputs:
+        final = self.final_layer
+        outputs = [final.modulation, final.linear, final.class_token_linear, *(b.modulation for b in self.blocks)]
+        for layer in filter(None, outputs):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, class_token: Tensor | None = None, *, project: bool = False
     ) -> SiTOutput:
-        """Predict the joint velocity.
+        """Predict the joint velocity of latent and class token (REG section 3).
 
-        x: (N, C, H, W) noisy latent. t: (N,) in [0, 1]. y: (N,) int64 labels, num_classes for the null class.
-        class_token: (N, E) noisy class token, given exactly if the config has the slot. project: also return the
-        projections for the alignment loss. Raises ValueError when a shape contradicts the config.
+        Args:
+            x: (N, C, H, W) noisy latent.
+            t: (N,) in [0, 1].
+            y: (N,) int64 labels, num_classes for the null class.
+            class_token: (N, E) noisy class token, given exactly if the config has the slot.
+            project: also return the projections for the alignment loss.
+
+        Raises:
+            ValueError: a shape contradicts the config.
         """
         self._check(x, class_token)
         x = self.x_embedder(x)  # (N, P, D)
@@ -292,7 +299,7 @@ class SiT(nn.Module):
                 x = block(x, c)
             if project and i == self.config.align_depth:
                 projections = tuple(p(x) for p in self.projectors)  # (N, T, E_k) each
-        patches, class_velocity = self.final_layer(x, c, with_class_token=class_token is not None)
+        patches, class_velocity = self.final_layer(x, c)
         return SiTOutput(self.unpatchify(patches), class_velocity, projections)
 
     def unpatchify(self, x: Tensor) -> Tensor:
@@ -312,7 +319,7 @@ class SiT(nn.Module):
 
 
 def projector(hidden_size: int, projector_dim: int, out_dim: int) -> nn.Sequential:
-    """REPA's projection head: three linear layers with SiLU between."""
+    """REPA's projection head (REPA section 3): three linear layers with SiLU between."""
     return nn.Sequential(
         nn.Linear(hidden_size, projector_dim),
         nn.SiLU(),

@@ -1,5 +1,5 @@
-"""Solvers of the probability-flow ODE and of the reverse SDE (SiT section 2): free functions of a velocity, a State and a
-decreasing grid of times.
+"""Solvers of the probability-flow ODE (SiT eq. 2) and of the reverse SDE (SiT eq. 4): Euler, Heun, Euler-Maruyama,
+DPM-Solver++(2M) and dopri5, free functions of a velocity, a State and a decreasing grid of times.
 
 A velocity function takes (state, t), t a scalar float64 tensor, and returns a State; solvers do not know about guidance.
 Latent and class token move as one State. "Evaluation" is one call of the velocity function.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from models.choices import DIFFUSIONS
+from models.choices import DIFFUSIONS, check
 from models.guidance import Velocity
 from models.interpolant import Interpolant
 from models.state import State
@@ -25,14 +25,13 @@ Progress = Callable[[float], object]  # takes the finished fraction of a traject
 @dataclass(frozen=True)
 class Diffusion:
     """The diffusion coefficient w(t) of the reverse SDE, by name: linear 2t (published), sigma 2 sigma(t), constant 1;
-    times `scale`. The marginals are the same for every w; the amount of fresh noise is not (SiT section 2.3)."""
+    times `scale`. The marginals are the same for every w; the amount of fresh noise is not (SiT section 2.4)."""
 
     name: str = "linear"
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.name not in DIFFUSIONS:
-            raise UserError(f"diffusion coefficient {self.name!r} is none of {', '.join(DIFFUSIONS)}")
+        check("diffusion coefficient", self.name, DIFFUSIONS)
         if self.scale < 0:
             raise UserError(f"the scale of the diffusion coefficient must not be negative, got {self.scale}")
 
@@ -54,7 +53,10 @@ def steps(times: Tensor, progress: Progress | None = None) -> Iterator[tuple[Ten
 
 
 def euler(velocity: Velocity, state: State, times: Tensor, progress: Progress | None = None) -> State:
-    """First-order ODE solver: x + dt v. state at times[0] => state at times[-1], float64. One evaluation per step."""
+    """First-order solver of the ODE (SiT eq. 2), x + dt v: state at times[0] => at times[-1], float64.
+
+    One evaluation per step.
+    """
     state = state.double()
     for t, t_next in steps(times, progress):
         state = state + (t_next - t) * velocity(state, t)
@@ -62,10 +64,9 @@ def euler(velocity: Velocity, state: State, times: Tensor, progress: Progress | 
 
 
 def heun(velocity: Velocity, state: State, times: Tensor, progress: Progress | None = None) -> State:
-    """Second-order ODE solver: average the velocities at both ends of each step (EDM, algorithm 1); the last step is
-    Euler's.
+    """Second-order solver of the ODE: average the velocities at both ends of each step (Karras et al. 2022, algorithm 1).
 
-    Two evaluations per step, one in the last: at t = 0 the network has never been trained.
+    Two evaluations per step; the last step is Euler's, because the network is not trained at t = 0.
     """
     state = state.double()
     for i, (t, t_next) in enumerate(steps(times, progress)):
@@ -87,11 +88,22 @@ def euler_maruyama(
     last_step: str = "drift",
     progress: Progress | None = None,
 ) -> State:
-    """Reverse SDE dx = (v - w/2 score) dt + sqrt(w) dW (SiT eq. 5): state at times[0] => at times[-1], float64.
+    """Euler-Maruyama for the reverse SDE dx = (v - w/2 score) dt + sqrt(w) dW (SiT eq. 4); one evaluation per step.
 
-    noise: step number => State of standard normals. One evaluation per step. last_step: "drift" takes the drift without
-    noise (published; on the linear path it subtracts w / 2 of the predicted noise from the data estimate), "ode" follows
-    the velocity alone, which on the linear path gives the data estimate.
+    Args:
+        velocity: guided or not.
+        state: at times[0].
+        times: decreasing, float64.
+        interpolant: the path that the network was trained on, for the score.
+        noise: step number => State of standard normals.
+        diffusion: the coefficient w(t).
+        last_step: "drift" takes the drift without noise (published; on the linear path it subtracts w / 2 of the predicted
+            noise from the data estimate), "ode" follows the velocity alone, which on the linear path gives the data
+            estimate.
+        progress: takes the finished fraction after each step.
+
+    Returns:
+        The State at times[-1], float64.
     """
     state = state.double()
     for i, (t, t_next) in enumerate(steps(times, progress)):
@@ -117,7 +129,17 @@ def dpm_solver_pp(
 
     Integrates the linear part exactly and extrapolates the data estimate in half log-SNR = log(alpha / sigma) from the
     last two evaluations; where that is infinite (t = 1, t = 0) the step is of first order. One evaluation per step.
-    noise: step number => State of standard normals. state at times[0] => state at times[-1], float64.
+
+    Args:
+        velocity: guided or not.
+        state: at times[0].
+        times: decreasing, float64.
+        interpolant: the path that the network was trained on.
+        noise: step number => State of standard normals; None solves the ODE.
+        progress: takes the finished fraction after each step.
+
+    Returns:
+        The State at times[-1], float64.
     """
     state = state.double()
     previous: State | None = None
@@ -142,11 +164,13 @@ def dpm_solver_pp(
 def dormand_prince(
     velocity: Velocity, state: State, times: Tensor, rtol: float, atol: float, progress: Progress | None = None
 ) -> State:
-    """Adaptive fifth-order Runge-Kutta by torchdiffeq between the first and the last of `times`.
+    """Adaptive fifth-order Runge-Kutta (Dormand & Prince 1980) by torchdiffeq between the first and the last of `times`.
 
     Step sizes follow the error of the whole batch, so a sample depends on its batch to within the tolerance. The number of
-    steps is not known before: `progress` gets the part of the time that evaluations have reached, at each that goes
-    further. Raises UserError when torchdiffeq is not installed.
+    steps is not known before: `progress` takes the fraction of the time that evaluations have reached.
+
+    Raises:
+        UserError: torchdiffeq is not installed.
     """
     try:
         from torchdiffeq import odeint

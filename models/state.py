@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """latent: (N, C, H, W). class_token: (N, D), or None for a network without the class-token slot (SiT, REPA).
+    """Image latent (N, C, H, W) and class token (N, E); the token is None without the class-token slot (SiT, REPA).
 
     Used for data, noise, interpolated states and velocities alike. Arithmetic acts on both tensors; factors are numbers or
     scalar tensors. So every formula is written once, and a solver reads `state = state + dt * v`.
@@ -18,7 +18,7 @@ class State:
     class_token: Tensor | None = None
 
     def map(self, function: Callable[..., Tensor], *others: "State") -> "State":
-        """Apply `function` to the latents and to the class tokens of self and others; a missing token stays None."""
+        """Apply `function` to the latents and to the class tokens of self and others; without a token it stays None."""
         latent = function(self.latent, *[o.latent for o in others])
         if self.class_token is None:
             return State(latent)
@@ -32,6 +32,7 @@ class State:
         return iter((self.latent, self.class_token))
 
     def double(self) -> "State":
+        """The same numbers in float64."""
         return self.map(lambda x: x.double())
 
     def __add__(self, other: "State") -> "State":

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,12 +23,13 @@ CRC = "crc"  # the file of a shard that holds (records, fields) CRC-32, fields i
 # SD-VAE's standard deviations go down to exp(-15) = 3e-7, below float16's smallest normal number (6e-5). Stored times
 # 2**10 they keep all 11 bits between 6e-8 and 64. The writer measures the error and puts it in the manifest.
 MOMENTS_STD_SCALE = 1024.0
+REPAIR = "repair it with `python -m preprocessing.pack --repair` and the flags that it was packed with"
 
 
 @dataclass(frozen=True)
 class EncoderInfo:
     """name: what `--enc-type` takes. dim: token width. grid: patch tokens form a grid x grid square. weights: SHA-256 of
-    the network's parameters, or "" where nobody computed it."""
+    the network's parameters, or "" where it was not computed."""
 
     name: str
     dim: int
@@ -61,17 +62,31 @@ def entry_file(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.json"
 
 
-def npy_header(dtype: np.dtype, shape: tuple[int, ...], count: int) -> bytes:
-    """The .npy header of `count` records; equally long for every count, since numpy leaves room for a growing first axis."""
-    stream = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count, *shape)}
-    np.lib.format.write_array_header_1_0(stream, description)
-    return stream.getvalue()
+class Field(NamedTuple):
+    """One field of a dataset: type and shape of a record."""
 
+    dtype: np.dtype
+    shape: tuple[int, ...]
 
-def npy_size(dtype: np.dtype, shape: tuple[int, ...], count: int) -> int:
-    """Bytes of a shard file of `count` records."""
-    return len(npy_header(dtype, shape, count)) + count * dtype.itemsize * math.prod(shape)
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> "Field":
+        """From a value of Manifest.fields."""
+        return cls(np.dtype(spec["dtype"]), tuple(spec["shape"]))
+
+    @property
+    def record_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def header(self, count: int) -> bytes:
+        """The .npy header of `count` records: equally long for all counts: numpy leaves space for a growing first axis."""
+        stream, kind = io.BytesIO(), np.lib.format.dtype_to_descr(self.dtype)
+        shape = (count, *self.shape)
+        np.lib.format.write_array_header_1_0(stream, {"descr": kind, "fortran_order": False, "shape": shape})
+        return stream.getvalue()
+
+    def file_bytes(self, count: int) -> int:
+        """Size of a shard file of `count` records."""
+        return len(self.header(count)) + count * self.record_bytes
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -93,7 +108,23 @@ def read_manifest(directory: Path | str) -> Manifest:
         content["encoders"] = [EncoderInfo(**encoder) for encoder in content["encoders"]]
         return Manifest(**content)
     except (TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); repair it with preprocessing/pack.py --repair") from error
+        raise UserError(f"{path} is damaged ({error}); {REPAIR}") from error
+
+
+def read_class_means(directory: Path, manifest: Manifest) -> np.ndarray | None:
+    """Mean class token of each class, (classes, D) float32, of encoder 0; None where the dataset has no class tokens.
+
+    Raises:
+        UserError: the file is missing, or is not the one that the manifest describes.
+    """
+    if manifest.class_means is None:
+        return None
+    path = directory / manifest.class_means
+    if not path.is_file():
+        raise MissingFile(f"{path} is missing; {REPAIR}")
+    if files.sha256(path) != manifest.files.get(path.name, files.sha256(path)):
+        raise UserError(f"{path} does not match its checksum; {REPAIR}")
+    return np.load(path, allow_pickle=False)
 
 
 def shard_file(field: str, number: int) -> str:
@@ -107,12 +138,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote. Raises UserError if it is no JSON or not what was written."""
+    """Read what `write_json` wrote. Raises UserError if it is missing or is not what was written."""
+    if not path.is_file():
+        raise MissingFile(f"{path} is missing; {REPAIR}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); repair it with preprocessing/pack.py --repair") from error
+        raise UserError(f"{path} is damaged ({error}); {REPAIR}") from error
     if checksum != files.fingerprint(content):
-        raise UserError(f"{path} was edited or damaged: its checksum does not match; repair it with --repair")
+        raise UserError(f"{path} was edited or damaged: its checksum does not match; {REPAIR}")
     return content

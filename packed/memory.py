@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from packed.format import npy_header
+from packed.format import Field
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WILLNEED = 3  # of madvise
@@ -19,16 +19,16 @@ _madvise = ctypes.CDLL(None).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def map_file(path: Path, dtype: np.dtype, shape: tuple[int, ...], count: int) -> np.ndarray | None:
-    """The records of a shard file, (count, *shape), mapped read-only; None if its header says otherwise.
+def map_file(path: Path, field: Field, count: int) -> np.ndarray | None:
+    """The records of a shard file, (count, *field.shape), mapped read-only; None if its header says otherwise.
 
     By torch: numpy and mmap keep a descriptor open for each file, and a dataset may have thousands.
     """
-    header = npy_header(dtype, shape, count)
+    header = field.header(count)
     content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
     if content[: len(header)].tobytes() != header:
         return None
-    records = content[len(header) :].view(dtype).reshape(count, *shape)
+    records = content[len(header) :].view(field.dtype).reshape(count, *field.shape)
     records.flags.writeable = False
     return records
 
@@ -61,7 +61,7 @@ def _will_need(records: list[np.ndarray]) -> None:
 
 
 class Buffers:
-    """Memory for batches, used again once nobody holds the batch: fresh pages cost as much as the copy into them."""
+    """Memory for batches, used again once no batch refers to it: fresh pages cost as much as the copy into them."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from common.files import replacing, sha256
-from packed.format import CRC, entry_file, npy_header, shard_file, write_json
+from packed.format import CRC, Field, entry_file, shard_file, write_json
 
 
 class ShardWriter:
@@ -24,7 +24,7 @@ class ShardWriter:
         self.count = 0
         self._files = ExitStack()
         self._streams: dict[str, BinaryIO] = {}
-        self._specs: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._specs: dict[str, Field] = {}
         self._crc: list[np.ndarray] = []
 
     def append(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -32,11 +32,11 @@ class ShardWriter:
         counts = {len(array) for array in arrays.values()}
         if len(counts) != 1:
             raise ValueError(f"the fields of a shard must have equally many records, got {counts}")
-        specs = {name: (array.dtype, array.shape[1:]) for name, array in arrays.items()}
+        specs = {name: Field(array.dtype, array.shape[1:]) for name, array in arrays.items()}
         if not self._streams:
             self._specs = specs
             for name in arrays:
-                self._open(name).write(npy_header(*specs[name], 0))
+                self._open(name).write(specs[name].header(0))
         elif specs != self._specs:
             raise ValueError(f"the records of a shard must be alike, got {specs} after {self._specs}")
         crc = np.empty((counts.pop(), len(arrays)), np.uint32)
@@ -52,7 +52,7 @@ class ShardWriter:
         """Make the shard appear; returns its manifest entry, {"count", "files", **notes}. Raises WriteError (OSError)."""
         for name, stream in self._streams.items():
             stream.seek(0)
-            stream.write(npy_header(*self._specs[name], self.count))
+            stream.write(self._specs[name].header(self.count))
         if self.count:
             np.save(self._open(CRC), np.concatenate(self._crc), allow_pickle=False)
         self._files.close()
@@ -65,8 +65,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close and delete what was begun."""
-        unfinished = RuntimeError("the shard was abandoned")
-        self._files.__exit__(RuntimeError, unfinished, None)
+        self._files.__exit__(RuntimeError, RuntimeError("the shard was abandoned"), None)
 
     def _open(self, name: str) -> BinaryIO:
         temporary = self._files.enter_context(replacing(self.directory / shard_file(name, self.number)))

@@ -3,16 +3,16 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from config import UserError
-from preprocessing.index import AS_LISTED, Choice, Index
+from preprocessing.index import AS_LISTED, Index
+from preprocessing.settings import PackConfig
 from preprocessing.sources import LATENT_FOLDER, latent_name, list_source
 
 
-def new_images(packed: list[Index], listed_at: list[int], settings: Any) -> Index:
+def new_images(packed: list[Index], listed_at: list[int], settings: PackConfig) -> Index:
     """List the source again: the images that are not packed yet, in the order of their records.
 
     Known classes keep their labels, new ones follow in the order of the source (by name, or as in --classes).
@@ -25,8 +25,8 @@ def new_images(packed: list[Index], listed_at: list[int], settings: Any) -> Inde
     Raises:
         UserError: if packed images are gone, changed, or of another class now.
     """
-    source: Path = settings.source
-    fresh = list_source(source, Choice(settings.classes, settings.allow_one_class))
+    source = settings.images
+    fresh = list_source(source, settings.classes, settings.allow_one_class)
     classes = _merged(packed[-1].classes, fresh.classes, settings)
     place = {name: i for i, name in enumerate(fresh.names)}
     gone, moved, changed = [], [], []
@@ -56,11 +56,13 @@ def remaining(fresh: Index, known: Iterable[Index], classes: list[str]) -> Index
     names = {name for part in known for name in part.names}
     number = {name: label for label, name in enumerate(classes)}
     kept = [i for i, name in enumerate(fresh.names) if name not in names]
-    labels = {i: number[fresh.classes[fresh.labels[i]]] for i in kept}
+    labels = dict(enumerate(fresh.labels.tolist()))
+    if fresh.classes[: len(classes)] != classes:
+        labels = {i: number[fresh.classes[labels[i]]] for i in kept}
     if fresh.kind not in AS_LISTED:
         kept.sort(key=labels.__getitem__)  # by name within a class, as they are listed
     places = fresh.places[kept]
-    used, places[:, 0] = np.unique(places[:, 0], return_inverse=True)  # the same list, whatever files are beside these
+    used, places[:, 0] = np.unique(places[:, 0], return_inverse=True)  # only the files that hold these images
     return Index(
         fresh.kind,
         fresh.root,
@@ -77,7 +79,8 @@ def joined(parts: list[Index]) -> Index:
     """All parts as one list, in the order of the records; the classes are those of the newest part."""
     if len(parts) == 1:
         return parts[0]
-    files, places = [], []
+    files: list[str] = []
+    places = []
     for part in parts:
         places.append(part.places + np.array([len(files), 0, 0, 0, 0]))
         files += part.files
@@ -100,7 +103,7 @@ def merged_classes(known: list[str], found: list[str]) -> list[str]:
     return [*known, *(name for name in found if name not in present)]
 
 
-def _merged(known: list[str], found: list[str], settings: Any) -> list[str]:
+def _merged(known: list[str], found: list[str], settings: PackConfig) -> list[str]:
     if found[: len(known)] == known:
         return found
     if settings.classes is not None or len(set(found)) < len(found):

@@ -3,37 +3,42 @@
 import io
 import itertools
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from config import UserError
-from preprocessing.images import SUFFIXES
 
 AS_LISTED = ("parquet", "arrow", "published")  # kinds whose order is the source's; others are ordered by class and name
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 class Item(NamedTuple):
-    """One image. file: number of the container in Index.files. offset and size: its bytes there (tables: group and row;
-    -1 where unknown). stored: its compressed size in a zip, -1 if it is not compressed. crc: its CRC-32, -1 if unknown."""
+    """One image; by default a file of its own.
+
+    label: class number; None where a source is listed and gives no numbers itself. file: number of the container in
+    Index.files. offset and size: its bytes there (tables: group and row; -1 where unknown). stored: its compressed size in a
+    zip, -1 if it is not compressed. crc: its CRC-32, -1 if unknown.
+    """
 
     name: str
-    label: int
-    file: int
-    offset: int
-    size: int
-    stored: int
-    crc: int
+    label: int | None
+    file: int = 0
+    offset: int = 0
+    size: int = -1
+    stored: int = -1
+    crc: int = -1
 
 
 @dataclass
 class Index:
-    """kind: folder | zip | tar | parquet | arrow | published. root: absolute path of the source. files: containers, relative
-    to root. places: (N, 5) int64, Item's file to crc. ignored: entries that are no images."""
+    """The images of a source, in the order of the records.
+
+    kind: folder | zip | tar | parquet | arrow | published. root: absolute path of the source. files: containers, relative to
+    root. places: (N, 5) int64, Item's file to crc. ignored: entries that are not images.
+    """
 
     kind: str
     root: str
@@ -68,7 +73,7 @@ class Index:
 
     @classmethod
     def from_file(cls, path: Path) -> "Index":
-        """Read what `to_bytes` gave. Raises ValueError if it is damaged."""
+        """Read what `to_bytes` gave. Raises UserError if it is damaged."""
         try:
             with np.load(path, allow_pickle=False) as data:
                 head = json.loads(data["head"].tobytes())
@@ -78,115 +83,106 @@ class Index:
             raise UserError(f"{path} is damaged ({error})") from error
 
 
-WHOLE_FILE = (0, 0, -1, -1, -1)  # the place of an image that is a file of its own
+class Listing(NamedTuple):
+    """What a source holds, before classes are chosen.
 
-
-class Entry(NamedTuple):
-    """An image as a source lists it, before classes are known. label: number given by the source itself, or None."""
-
-    name: str
-    label: int | None
-    place: tuple[int, int, int, int, int]
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name promises an image; hidden files and what macOS adds to archives do not."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and "__MACOSX" not in path.parts
-
-
-def build(
-    kind: str,
-    root: Path,
-    files: Sequence[str],
-    entries: list[Entry],
-    names: Sequence[str] | None,
-    choice: "Choice",
-    ignored: Sequence[str] = (),
-) -> Index:
-    """Give every entry its class and put the list in order: by class, then by name (tables: as they are).
-
-    names: of the labels the source gives itself; otherwise the folder above an image is its class. Raises UserError.
+    kind, root, files, ignored: as in Index. items: all images. names: of the classes, where the source gives labels itself.
     """
-    if not entries:
+
+    kind: str
+    root: Path
+    files: list[str]
+    items: list[Item]
+    names: list[str] | None = None
+    ignored: list[str] = []  # noqa: RUF012
+
+
+def build(listing: Listing, classes: Path | None, allow_one_class: bool) -> Index:
+    """Give every image its class and put the list in order: by class, then by name (tables: as they are).
+
+    Args:
+        listing: of a source. Without labels of its own, the folder above an image is its class.
+        classes: the file of --classes; None: all classes.
+        allow_one_class: accept images that are all of one class.
+
+    Raises:
+        UserError: the images cannot be given classes.
+    """
+    kind, root, files, items, names, ignored = listing
+    if not items:
         raise UserError(f"--source {root}: no images found{f', only files like {ignored[0]}' if ignored else ''}")
-    if entries[0].label is not None:
-        width = max(entry.label for entry in entries) + 1
-        found = list(names) if names else [str(number) for number in range(width)]
-        if width > len(found) or min(entry.label for entry in entries) < 0:
+    numbers = [item.label for item in items if item.label is not None]  # of all images, or of none
+    own = bool(numbers)
+    if own:
+        width = max(numbers) + 1
+        found = names or [str(number) for number in range(width)]
+        if width > len(found) or min(numbers) < 0:
             raise UserError(
                 f"--source {root}: label {width - 1} has no name among the {len(found)} classes of the source"
             )
-        folders = [found[entry.label] for entry in entries]
     else:
-        folders = _class_folders(root, [entry.name for entry in entries], choice.allow_one_class)
+        folders = _class_folders(root, [item.name for item in items], allow_one_class)
         found = sorted(set(folders))
         if set(found) <= SPLITS and len(found) > 1:
             raise UserError(f"--source {root}: holds splits, not classes; give one of them, such as {root}/{found[0]}")
-    classes, display = choice.select(root, found)
-    number = {name: label for label, name in enumerate(classes)}
-    kept = [i for i, folder in enumerate(folders) if folder in number]
-    labels = [number[folders[i]] for i in kept]
-    empty = [name for name in classes if name not in {folders[i] for i in kept}]
-    if empty and (choice.file is not None or entries[0].label is None):
-        raise UserError(f"--source {root}: class {empty[0]!r} has no images")
-    if len(set(labels)) == 1 and not choice.allow_one_class:
+        place = {name: number for number, name in enumerate(found)}
+        numbers = [place[folder] for folder in folders]
+    chosen = _choose(classes, root, found) if classes else dict(enumerate(found))
+    label_of = {number: label for label, number in enumerate(chosen)}
+    kept = [(label_of[number], item) for number, item in zip(numbers, items) if number in label_of]
+    empty = chosen.keys() - set(numbers)
+    if empty and (classes is not None or not own):
+        raise UserError(f"--source {root}: class {found[min(empty, key=label_of.__getitem__)]!r} has no images")
+    if len({label for label, _ in kept}) == 1 and not allow_one_class:
         raise UserError(
-            f"--source {root}: all images are of one class, {folders[kept[0]]!r}; expected a folder for each class "
-            "(--allow-one-class packs it all the same)"
+            f"--source {root}: all images are of one class, {found[list(chosen)[kept[0][0]]]!r}; expected a folder for each "
+            "class (--allow-one-class packs it all the same)"
         )
-    order = range(len(kept))
     if kind not in AS_LISTED:
-        order = sorted(order, key=lambda i: (labels[i], entries[kept[i]].name))
-        twice = [a for a, b in itertools.pairwise(order) if entries[kept[a]].name == entries[kept[b]].name]
-        if twice:
-            raise UserError(f"--source {root}: {entries[kept[twice[0]]].name} is there twice")
+        kept.sort(key=lambda pair: (pair[0], pair[1].name))
+        for (_, a), (_, b) in itertools.pairwise(kept):
+            if a.name == b.name:
+                raise UserError(f"--source {root}: {a.name} is there twice")
     return Index(
         kind,
         str(root.resolve()),
-        list(files),
-        [entries[kept[i]].name for i in order],
-        np.array([labels[i] for i in order], np.int64),
-        np.array([entries[kept[i]].place for i in order], np.int64),
-        display,
-        list(ignored)[:20],
+        files,
+        [item.name for _, item in kept],
+        np.array([label for label, _ in kept], np.int64),
+        np.array([item[2:] for _, item in kept], np.int64),
+        list(chosen.values()),
+        ignored[:20],
     )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """file: `--classes`, one class a line, in the order of the labels: the folder's name, and a name to show after a tab
-    or, if the line is no folder's name, after the first space (as in LOC_synset_mapping.txt)."""
+def _choose(file: Path, root: Path, found: list[str]) -> dict[int, str]:
+    """The classes of --classes, in the order of their labels: number among those found => name to show.
 
-    file: Path | None = None
-    allow_one_class: bool = False
-
-    def select(self, root: Path, found: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Classes found => (classes in the order of the labels, their names to show)."""
-        if self.file is None:
-            return list(found), list(found)
-        if not self.file.is_file():
-            raise UserError(f"--classes {self.file}: no such file")
-        known, folders, display = set(found), [], []
-        for line in self.file.read_text().splitlines():
-            if not line.strip():
-                continue
-            folder, _, shown = line.strip().partition("\t")
-            if folder not in known:
-                folder, _, shown = line.strip().partition(" ")
-            if folder not in known:
-                raise UserError(f"--classes {self.file}: {line.strip()!r} is no class of {root}")
-            if folder in folders:
-                raise UserError(f"--classes {self.file}: {folder!r} is there twice")
-            folders.append(folder)
-            display.append(shown.strip() or folder)
-        if not folders:
-            raise UserError(f"--classes {self.file}: names no class")
-        return folders, display
+    A line holds the name of a class, and a name to show after a tab or, if the line is not a class's name, after the first
+    space (as in LOC_synset_mapping.txt).
+    """
+    if not file.is_file():
+        raise UserError(f"--classes {file}: no such file")
+    number_of = {name: number for number, name in enumerate(found)}
+    chosen: dict[int, str] = {}
+    for line in filter(None, map(str.strip, file.read_text().splitlines())):
+        name, _, shown = line.partition("\t")
+        if name not in number_of:
+            name, _, shown = line.partition(" ")
+        if name not in number_of:
+            raise UserError(f"--classes {file}: {line!r} is not a class of {root}")
+        if found.count(name) > 1:
+            raise UserError(f"--classes {file}: {root} has several classes named {name!r}; leave --classes out")
+        if number_of[name] in chosen:
+            raise UserError(f"--classes {file}: {name!r} is there twice")
+        chosen[number_of[name]] = shown.strip() or name
+    if not chosen:
+        raise UserError(f"--classes {file}: names no class")
+    return chosen
 
 
 def _class_folders(root: Path, names: list[str], allow_one_class: bool) -> list[str]:
-    """The class of an image is the first folder of its path; folders that wrap all of the classes are passed over."""
+    """The class of an image is the first folder of its path; folders that wrap all of the classes are skipped."""
     parts = [name.split("/") for name in names]
     depth = 0
     while min(len(p) for p in parts) > depth + 2 and len({p[depth] for p in parts}) == 1:

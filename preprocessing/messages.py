@@ -1,14 +1,14 @@
 """What a packing prints: its needs before it starts, its speed after the first shard, its result at the end."""
 
 import datetime
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from packed.format import MANIFEST, npy_size
+from common.files import free_space
+from packed.format import MANIFEST, Field
 from preprocessing.index import Index
 from preprocessing.plan import PLAN, Plan
 
@@ -56,21 +56,15 @@ def needs(out: Path, plan: Plan, index: Index, todo: list[int], device: torch.de
     lines.append(f"{settings['dtype']} on {_device(device)}, {world} process{'es' * (world > 1)}")
     for name, spec in plan.fields.items():
         shape = " x ".join(map(str, spec["shape"])) or "one number"
-        lines.append(f"  {name}: {shape} {spec['dtype']}, {record_size(spec):,} bytes per record")
-    total = sum(record_size(spec) for spec in plan.fields.values())
+        lines.append(f"  {name}: {shape} {spec['dtype']}, {Field.of(spec).record_bytes:,} bytes per record")
+    total = sum(Field.of(spec).record_bytes for spec in plan.fields.values())
     lines.append(f"  together {total:,} bytes per record, {plan.settings['shard_size']:,} records per shard")
     if len(todo) < plan.shards:
         lines.append(f"{plan.shards - len(todo):,} of {plan.shards:,} shards are written already")
-    free = shutil.disk_usage(out).free
+    free = free_space(out)
     shards = f"{len(todo):,} shard{'s' * (len(todo) != 1)}"
     lines.append(f"to write: {size_text(plan.bytes(todo))} in {shards}; {size_text(free)} are free on the disk")
     return "\n  ".join(lines)
-
-
-def record_size(spec: dict[str, Any]) -> int:
-    """Bytes of one record of a field (Manifest.fields)."""
-    kind, shape = np.dtype(spec["dtype"]), tuple(spec["shape"])
-    return npy_size(kind, shape, 1) - npy_size(kind, shape, 0)
 
 
 def forecast(done: int, seconds: float, remaining: int, world: int) -> str:

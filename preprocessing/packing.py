@@ -1,153 +1,152 @@
-"""The work of packing: each process reads, encodes and writes whole shards, so that records do not depend on how many there
-are."""
+"""The work of packing: each rank reads, encodes and writes whole shards: records do not depend on the number of ranks."""
 
-import datetime
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
+from common.files import check_space
+from common.lock import FolderLock
+from common.processes import Processes, from_first, gather, on_first
 from common.reporting import progress, say
 from config import UserError
 from packed.format import write_manifest
 from preprocessing import messages
+from preprocessing.encode import Encoded, Networks, Pending
 from preprocessing.extend import joined
-from preprocessing.finish import describe, write_class_means
 from preprocessing.index import Index
+from preprocessing.manifest import build_manifest, write_class_means
 from preprocessing.messages import Totals
-from preprocessing.networks import Encoded, Networks, Pending
-from preprocessing.plan import Plan, check_room, check_settings, index_source, is_complete, make_plan, read_parts
+from preprocessing.plan import Plan, check_settings, index_source, is_complete, make_plan, read_parts
 from preprocessing.read import CropDataset, Crops, Reader, Request, as_is
+from preprocessing.settings import PackConfig
+from preprocessing.verify import repair
 from preprocessing.writer import BackgroundWriter
 
-_PATIENCE = datetime.timedelta(days=7)  # processes wait for each other only at the two ends
+LOCK = ".packing.lock"
 
 
-class Ranks:
-    """The processes of torchrun; one alone needs no group. They exchange a few words, no tensors: gloo does."""
-
-    def __init__(self) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
-
-    def share(self, value: Any) -> Any:
-        """The first process's value, in every process."""
-        if self.world == 1:
-            return value
-        content = [value]
-        torch.distributed.broadcast_object_list(content, src=0)
-        return content[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in every process; waits for the slowest."""
-        if self.world == 1:
-            return [value]
-        content = [None] * self.world
-        torch.distributed.all_gather_object(content, value)
-        return content
-
-
-class Requests(Sampler):
+def requests(index: Index, plan: Plan, shards: list[int]) -> Iterator[Request]:
     """Batches of the shards, one shard after another."""
-
-    def __init__(self, index: Index, plan: Plan, shards: list[int]) -> None:
-        self.index, self.plan, self.shards = index, plan, shards
-
-    def __iter__(self) -> Iterator[Request]:
-        size = self.plan.settings["batch_size"]
-        for shard in self.shards:
-            start, stop = self.plan.range(shard)
-            for first in range(start, stop, size):
-                last = min(first + size, stop)
-                yield Request(shard, self.index.items(first, last), last == stop)
+    size = plan.settings["batch_size"]
+    for shard in shards:
+        start, stop = plan.range(shard)
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            yield Request(shard, index.items(first, last), last == stop)
 
 
-def pack(settings: Any) -> None:
-    """Pack, finish packing, or extend. Raises UserError, ValueError or FileNotFoundError for what the user can correct."""
-    ranks = Ranks()
-    out: Path = settings.out
-    begun = check_settings(out, settings)
-    complete = begun is not None and is_complete(out, begun)
-    if complete and not settings.extend:
-        say(
-            f"{out} is packed already: {begun.count} images (--verify re-reads it; --extend adds images that were added to "
-            f"{settings.source})"
-        )
+def pack(settings: PackConfig) -> None:
+    """Pack, finish packing, repair, or extend. Raises UserError for what the user can correct."""
+    processes = Processes()
+    if settings.repair and processes.world > 1:
+        raise UserError("--repair: runs as one process; finish with the same command under torchrun without --repair")
+    if not settings.repair and from_first(lambda: _is_packed(settings, check_settings(settings))):
         return
-    if settings.extend and not complete and not (begun is not None and begun.extends):
+    lock = on_first(lambda: _claim(settings.out))
+    try:
+        if settings.repair:
+            repair(settings.out)
+        _pack(settings, processes)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _is_packed(settings: PackConfig, begun: Plan | None) -> bool:
+    """Whether there is nothing to do, which is then said. Raises UserError where there is nothing to extend yet."""
+    out = settings.out
+    complete = begun is not None and is_complete(out, begun)
+    if settings.extend and not complete and not (begun and begun.extends):
         raise UserError(
             f"--extend: {out} holds no finished dataset to add images to; give the same command without --extend first"
         )
-    _make_folder(out)
-    if ranks.rank == 0:
-        say(f"listing the images of {settings.source}")
-        parts = index_source(out, settings, begun, extend=complete)
-    kind, new = ranks.share(
-        (parts[-1].kind, not complete or len(parts) > len(begun.parts)) if ranks.rank == 0 else None
+    if begun is None or not complete or settings.extend:
+        return False
+    say(
+        f"{out} is packed already: {begun.count} images (--verify re-reads it; --extend adds images that were added to "
+        f"{settings.source})"
     )
-    if not new:
-        say(f"{out}: all images of {settings.source} are packed already ({begun.count}); nothing to add")
-        return
-    device = torch.device(
-        f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    )
-    networks = Networks(settings, has_moments=kind == "published", device=device)
-    plan = ranks.share(make_plan(out, settings, parts, networks, begun) if ranks.rank == 0 else None)
-    index = joined(read_parts(out, plan))
-    todo = ranks.share(plan.unfinished(out) if ranks.rank == 0 else None)
-    if ranks.rank == 0:
-        say(messages.needs(out, plan, index, todo, device, ranks.world))
-        check_room(out, plan, todo)
-    own = todo[ranks.rank :: ranks.world]
-    totals = pack_shards(out, index, plan, own, networks, settings, ranks)
-    everyone = ranks.gather(totals)
-    if ranks.rank == 0:
-        write_class_means(out, plan, index)
-        manifest = describe(out, plan, index)
-        write_manifest(out, manifest)
-        say(messages.summary(out, manifest.source, everyone))
-    ranks.share(None)
+    return True
 
 
-def _make_folder(out: Path) -> None:
-    """Raises UserError if nothing can be written there."""
+def _claim(out: Path) -> FolderLock:
+    """Make the folder and lock it. Raises UserError if nothing can be written there, or another process writes."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: the folder cannot be made ({error.strerror})") from error
     if not os.access(out, os.W_OK):
         raise UserError(f"--out {out}: the folder is read-only; give another --out")
+    return FolderLock(out, LOCK, "wait until it has ended, or give another --out")
+
+
+def _pack(settings: PackConfig, processes: Processes) -> None:
+    out = settings.out
+    begun = from_first(lambda: check_settings(settings))
+    parts = on_first(lambda: _list_images(settings, begun)) or []
+    kind = from_first(lambda: parts[-1].kind if parts else None)
+    if kind is None:
+        return
+    networks = Networks(settings, has_moments=kind == "published", device=processes.device)
+    plan = from_first(lambda: make_plan(settings, parts, networks, begun))
+    index = joined(read_parts(out, plan))
+    todo = from_first(lambda: plan.unfinished(out))
+
+    def announce() -> None:
+        say(messages.needs(out, plan, index, todo, processes.device, processes.world))
+        check_space("--out", out, plan.bytes(todo), "--pixels without --tokens (--no-tokens) takes less")
+
+    on_first(announce)
+    totals = pack_shards(index, plan, todo[processes.rank :: processes.world], networks, settings, processes)
+    everyone = gather(totals)
+
+    def finish() -> None:
+        write_class_means(out, plan, index)
+        manifest = build_manifest(out, plan, index)
+        write_manifest(out, manifest)
+        say(messages.summary(out, manifest.source, everyone))
+
+    on_first(finish)
+
+
+def _list_images(settings: PackConfig, begun: Plan | None) -> list[Index]:
+    """The images by part; none if there is nothing to do, which is then said."""
+    if _is_packed(settings, begun):
+        return []
+    say(f"listing the images of {settings.source}")
+    known = begun if begun is not None and is_complete(settings.out, begun) else None
+    parts = index_source(settings, begun, extend=known is not None)
+    if known is not None and len(parts) == len(known.parts):
+        say(f"{settings.out}: all images of {settings.source} are packed already ({known.count}); nothing to add")
+        return []
+    return parts
 
 
 def pack_shards(
-    out: Path, index: Index, plan: Plan, shards: list[int], networks: Networks, settings: Any, ranks: Ranks
+    index: Index, plan: Plan, shards: list[int], networks: Networks, settings: PackConfig, processes: Processes
 ) -> Totals:
-    """Write the given shards. settings: on_corrupt, max_pixels, num_workers, batch_size."""
+    """Write the given shards of a plan. Raises UserError for an image that cannot be read, or a full disk."""
     reader = Reader(index.kind, index.root, index.files)
     loader = DataLoader(
         CropDataset(reader, plan.settings["resolution"], settings.max_pixels),
-        sampler=Requests(index, plan, shards),
+        sampler=requests(index, plan, shards),
         batch_size=None,
         collate_fn=as_is,
-        num_workers=_workers(settings.num_workers, ranks),
+        num_workers=_workers(settings.num_workers),
         pin_memory=networks.device.type == "cuda",
     )
-    batches = iter(loader)  # worker processes start here, before CUDA does and with as little memory as may be
-    networks.place()
+    batches = iter(loader)  # worker processes start here
     count = sum(stop - start for start, stop in map(plan.range, shards))
-    share = f" (1/{ranks.world} of the images)" if ranks.world > 1 else ""
-    bar = progress(count, unit="image", description=f"packing{share}", shown=ranks.rank == 0)
+    share = f" (1/{processes.world} of the images)" if processes.world > 1 else ""
+    bar = progress(count, unit="image", description=f"packing{share}", shown=processes.first)
     waiting, start = 0.0, time.monotonic()
     done, warm = 0, (0, start)  # images, and those of the first batch, which warms the device up, with its time
     tally: dict[int, dict[str, Any]] = {}
-    with BackgroundWriter(out) as writer, bar:
+    with BackgroundWriter(settings.out) as writer, bar:
         pending: Pending | None = None
         while True:
             clock = time.monotonic()
@@ -166,7 +165,7 @@ def pack_shards(
                 bar.update(len(pending.crops.request.items))
                 now = time.monotonic()
                 if pending.crops.request.last and shards[1:] and pending.crops.request.shard == shards[0]:
-                    say(messages.forecast(done - warm[0], now - warm[1], count - done, ranks.world))
+                    say(messages.forecast(done - warm[0], now - warm[1], count - done, processes.world))
                 elif warm == (0, start):
                     warm = done, now
             if following is None:
@@ -182,14 +181,13 @@ def _write(writer: BackgroundWriter, encoded: Encoded, plan: Plan, tally: dict[i
     notes = tally.setdefault(shard, {"plan": plan.part(shard).id, "skipped": [], "enlarged": 0, "error": {}})
     notes["skipped"] += [list(bad) for bad in crops.bad]
     notes["enlarged"] += crops.enlarged
-    for name, value in encoded.error.items():
+    for name, value in encoded.errors.items():
         notes["error"][name] = max(value, notes["error"].get(name, 0.0))
     writer.put(shard, encoded.arrays, tally.pop(shard) if crops.request.last else None)
 
 
-def _workers(wanted: int | None, ranks: Ranks) -> int:
+def _workers(wanted: int | None) -> int:
     """Reading processes of one rank: by default the cores of this machine, shared among its ranks, but for one."""
     if wanted is not None:
-        return max(wanted, 0)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(len(os.sched_getaffinity(0)) // local - 1, 0)
+        return wanted
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 0)

@@ -1,47 +1,34 @@
-"""What a packing will write, decided before it starts and kept in `packing.json`: the ground of restart and repair."""
+"""What a packing will write, decided before it starts and kept in `packing.json`: restart and repair rest on it."""
 
 import hashlib
-import os
-import platform
-import shutil
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
-from common.files import fingerprint, sha256
-from config import MissingFile, UserError, differences
-from packed.format import MANIFEST, entry_file, npy_size, read_json, read_manifest, write_json
+from common.files import fingerprint, sha256, write_bytes
+from common.provenance import versions
+from config import MissingFile, UserError, differences, identity
+from packed.format import MANIFEST, Field, entry_file, read_json, read_manifest, write_json
+from preprocessing.encode import Networks
 from preprocessing.extend import merged_classes, new_images, remaining
-from preprocessing.index import Choice, Index
-from preprocessing.networks import Networks
+from preprocessing.index import Index
+from preprocessing.settings import PackConfig
 from preprocessing.sources import list_source
 
 PLAN = "packing.json"
 INDEX = "index.npz"
-COMPARED = (  # settings that decide what is written: the same for the whole of a dataset
-    "source",
-    "classes",
-    "resolution",
-    "vae",
-    "enc_type",
-    "tokens",
-    "pixels",
-    "patch_size",
-    "dtype",
-    "batch_size",
-    "shard_size",
-    "compile",
-)
 
 
-class Part(NamedTuple):
-    """What one packing added: the first one, or an extension. number: counts them from 0. id: of its plan, in the entries of
-    its shards. index: SHA-256 of its list of images. first_image, first_shard: where it begins in the dataset."""
+@dataclass(frozen=True)
+class Part:
+    """What one packing added: the first one, or an extension.
+
+    number: counts the parts from 0. id: of its plan, in the entries of its shards. index: SHA-256 of its list of images.
+    first_image, first_shard: where it begins in the dataset.
+    """
 
     number: int
     id: str
@@ -54,9 +41,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `packing.json` holds. settings: those of COMPARED. index: SHA-256 of the newest list of images. count: images of
-    all parts. fields, vae, encoders: as in the manifest. versions: of what packed, for people. extends: the earlier parts,
-    {"id", "index", "count", "classes": how many there were}; absent from the file of a dataset that was packed at once."""
+    """What `packing.json` holds.
+
+    settings: as `recorded` gives them. index: SHA-256 of the newest list of images. count: images of all parts. fields, vae,
+    encoders: as in the manifest. versions: of the packages that packed, for people. extends: the earlier parts, {"id",
+    "index", "count", "classes": their number}; absent from the file of a dataset that was packed at once.
+    """
 
     settings: dict[str, Any]
     index: str
@@ -109,23 +99,21 @@ class Plan:
     def bytes(self, shards: list[int]) -> int:
         """Size of the files of shards."""
         counts = [stop - start for start, stop in map(self.range, shards)]
-        specs = [(np.dtype(spec["dtype"]), tuple(spec["shape"])) for spec in self.fields.values()]
-        return sum(npy_size(*spec, count) for spec in specs for count in counts)
+        return sum(Field.of(spec).file_bytes(count) for spec in self.fields.values() for count in counts)
 
     def unfinished(self, out: Path) -> list[int]:
         """Shards that have no valid entry yet."""
         return [number for number in range(self.shards) if not self._is_done(out, number)]
 
     def _is_done(self, out: Path, number: int) -> bool:
-        path = entry_file(out, number)
         try:
-            return path.is_file() and read_json(path)["plan"] == self.part(number).id
-        except (ValueError, KeyError):
+            return read_json(entry_file(out, number)).get("plan") == self.part(number).id
+        except UserError:
             return False
 
 
 def read_plan(out: Path) -> Plan:
-    """Raises FileNotFoundError or ValueError."""
+    """Read `packing.json`. Raises UserError if it is missing or damaged."""
     if not (out / PLAN).is_file():
         raise MissingFile(f"{out}: no {PLAN}; no packing was begun here")
     try:
@@ -134,29 +122,33 @@ def read_plan(out: Path) -> Plan:
         raise UserError(f"{out / PLAN} was written by another version of this code; pack into a new folder") from error
 
 
-def compared_settings(settings: Any) -> dict[str, Any]:
-    """The flags that must not change between the parts of one packing."""
-    values = {name: getattr(settings, name) for name in COMPARED}
-    values["source"] = str(settings.source.resolve())
-    values["classes"] = settings.classes and sha256(_file(settings.classes, "--classes"))
-    values["enc_type"] = list(settings.enc_type) if settings.tokens else []
-    return values
+def recorded(settings: PackConfig) -> dict[str, Any]:
+    """The settings that decide what is written, which must not change between the parts of one dataset."""
+    if settings.classes is not None and not settings.classes.is_file():
+        raise UserError(f"--classes {settings.classes}: no such file")
+    return {
+        **identity(settings),
+        "source": str(settings.images.resolve()),
+        "classes": settings.classes and sha256(settings.classes),
+        "enc_type": list(settings.enc_type) if settings.tokens else [],
+    }
 
 
-def check_settings(out: Path, settings: Any) -> Plan | None:
+def check_settings(settings: PackConfig) -> Plan | None:
     """The plan that `out` was begun with, if it was. Raises UserError if a flag differs from it."""
+    out, now = settings.out, recorded(settings)
     if not (out / PLAN).is_file():
         if (out / MANIFEST).is_file():
             raise UserError(f"--out {out}: holds a dataset that was not packed here; give another folder")
         return None
     plan = read_plan(out)
     extending = settings.extend and is_complete(out, plan)
-    for name, was, value in differences(plan.settings, compared_settings(settings)):
+    for name, was, value in differences(plan.settings, now):
         if not (extending and name == "classes"):  # may name more classes now
-            flag = "--" + name.replace("_", "-")
+            before, today = (" ".join(x) if isinstance(x, list) else str(x) for x in (was, value))
             raise UserError(
-                f"--out {out}: was begun with {flag} {_show(was)}, now it is {_show(value)}; give the same flags to finish "
-                "it, or another --out"
+                f"--out {out}: was begun with --{name.replace('_', '-')} {before}, now it is {today}; give the same flags "
+                "to finish it, or another --out"
             )
     return plan
 
@@ -178,30 +170,32 @@ def read_parts(out: Path, plan: Plan) -> list[Index]:
     return [Index.from_file(index_file(out, part.number)) for part in plan.parts]
 
 
-def index_source(out: Path, settings: Any, plan: Plan | None, *, extend: bool) -> list[Index]:
+def index_source(settings: PackConfig, plan: Plan | None, *, extend: bool) -> list[Index]:
     """The images to pack, by part, listed once and kept beside the shards.
 
     Args:
+        settings: of the program.
         plan: of the packing that was begun, if any.
         extend: list the source again, and add the images that are new as a part of their own, if there are any.
 
     Raises:
         UserError: if a list has to be made again and the images have changed since.
     """
+    out = settings.out
     if plan is None and index_file(out, 1).is_file():  # the plan was lost, the lists are what it was made of
         return [Index.from_file(index_file(out, k)) for k in range(sum(1 for _ in out.glob("index*.npz")))]
     if plan is None:
-        index = list_source(settings.source, Choice(settings.classes, settings.allow_one_class))
-        _write(index_file(out, 0), index.to_bytes())
+        index = list_source(settings.images, settings.classes, settings.allow_one_class)
+        write_bytes(index_file(out, 0), index.to_bytes())
         return [index]
     broken = [part.number for part in plan.parts if not index_is_whole(out, part)]
     if broken:
-        _list_again(out, settings, plan, broken)
+        _list_again(settings, plan, broken)
     parts = read_parts(out, plan)
     if extend:
         new = new_images(parts, [index_file(out, part.number).stat().st_mtime_ns for part in plan.parts], settings)
         if len(new):
-            _write(index_file(out, len(parts)), new.to_bytes())
+            write_bytes(index_file(out, len(parts)), new.to_bytes())
             parts.append(new)
     return parts
 
@@ -212,9 +206,10 @@ def index_is_whole(out: Path, part: Part) -> bool:
     return path.is_file() and sha256(path) == part.index
 
 
-def _list_again(out: Path, settings: Any, plan: Plan, broken: list[int]) -> None:
-    """Make a lost list of images again from the source. Raises UserError if that is no longer possible."""
-    fresh = list_source(settings.source, Choice(settings.classes, settings.allow_one_class))
+def _list_again(settings: PackConfig, plan: Plan, broken: list[int]) -> None:
+    """Make a lost list of images again from the source. Raises UserError if that gives another list."""
+    out, source = settings.out, settings.images
+    fresh = list_source(source, settings.classes, settings.allow_one_class)
     number, last = broken[0], len(plan.extends)
     content = b""
     if last == 0:
@@ -229,82 +224,43 @@ def _list_again(out: Path, settings: Any, plan: Plan, broken: list[int]) -> None
             content = remaining(fresh, known.values(), classes).to_bytes()
     if hashlib.sha256(content).hexdigest() != plan.parts[number].index:
         raise UserError(
-            f"--source {settings.source}: its images are not those that packing into {out} began with; give another --out, "
-            "or finish with the images of then and add the new ones by --extend afterwards"
+            f"--source {source}: its images are not those that packing into {out} began with; give another --out, or "
+            "finish with the images of then and add the new ones by --extend afterwards"
         )
-    _write(index_file(out, number), content)
+    write_bytes(index_file(out, number), content)
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def make_plan(out: Path, settings: Any, parts: list[Index], networks: Networks, begun: Plan | None) -> Plan:
+def make_plan(settings: PackConfig, parts: list[Index], networks: Networks, begun: Plan | None) -> Plan:
     """The plan for these parts, written unless it was begun before. Raises UserError if networks have changed since."""
+    out, plans = settings.out, [begun] if begun else []
     vae, encoders = networks.vae_info, [asdict(encoder) for encoder in networks.encoder_infos]
-    if begun is not None:
-        for name, was, now in (("--vae", begun.vae, vae), ("--enc-type", begun.encoders, encoders)):
+    for plan in plans:
+        for name, was, now in (("--vae", plan.vae, vae), ("--enc-type", plan.encoders, encoders)):
             if was != now:
                 raise UserError(f"{name}: its weights are not those that {out} was begun with; give another --out")
-    plan = begun
     for number in range(len(begun.parts) if begun else 0, len(parts)):
-        before = plan
         extends = []
-        if before is not None:
-            earlier = {
-                "id": before.id,
-                "index": before.index,
-                "count": before.parts[-1].count,
-                "classes": len(parts[number - 1].classes),
-            }
-            extends = [*before.extends, earlier]
-        plan = Plan(
-            compared_settings(settings),
-            sha256(index_file(out, number)),
-            sum(map(len, parts[: number + 1])),
-            networks.fields(settings.resolution, settings.pixels),
-            vae,
-            encoders,
-            _versions(networks.device),
-            extends,
+        if plans:
+            before, classes = plans[-1], len(parts[number - 1].classes)
+            part = {"id": before.id, "index": before.index, "count": before.parts[-1].count, "classes": classes}
+            extends = [*before.extends, part]
+        plans.append(
+            Plan(
+                recorded(settings),
+                sha256(index_file(out, number)),
+                sum(map(len, parts[: number + 1])),
+                networks.fields(settings.resolution),
+                vae,
+                encoders,
+                _versions(networks.device),
+                extends,
+            )
         )
-    if plan is not begun:
-        write_json(out / PLAN, plan.content())
-    return plan
-
-
-def check_room(out: Path, plan: Plan, shards: list[int]) -> None:
-    """Raises UserError if the disk has no room for the shards that are to be written."""
-    need, free = plan.bytes(shards), shutil.disk_usage(out).free
-    if need > free:
-        raise UserError(
-            f"--out {out}: {need / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free; --pixels without --tokens "
-            "(--no-tokens) takes less"
-        )
-
-
-def _file(path: Path, flag: str) -> Path:
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file")
-    return path
-
-
-def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if plans[-1] is not begun:
+        write_json(out / PLAN, plans[-1].content())
+    return plans[-1]
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    found = {"python": platform.python_version(), "device": device.type}
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    for package in ("torch", "timm", "diffusers", "pillow", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {**versions(()), "device": device.type, **gpu, **versions(("torch", "timm", "diffusers", "pillow", "numpy"))}

@@ -2,7 +2,6 @@
 
 import os
 import zlib
-from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from preprocessing.images import MAX_BYTES, BadImage, crop_file
+from common.crop import center_crop
+from common.images import MAX_BYTES, BadImage, decode_image
 from preprocessing.index import Item
 from preprocessing.sources import LATENT_FOLDER, latent_name
 from preprocessing.tables import Table
@@ -38,22 +38,41 @@ class Crops(NamedTuple):
     enlarged: int
 
 
+def crop_file(source: bytes | Path, size: int, max_pixels: int) -> tuple[np.ndarray, bool]:
+    """Decode an image file and cut its centre square.
+
+    Returns: the pixels, (size, size, 3) uint8, and whether the image was smaller than that.
+
+    Raises:
+        BadImage: it cannot be decoded, or is too large.
+    """
+    image = decode_image(source, max_pixels)
+    shorter = min(image.size)
+    scale = max(1.0, size / shorter)
+    if image.width * scale * image.height * scale > max_pixels:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels would be enlarged to more than --max-pixels {max_pixels} before the crop"
+        )
+    return center_crop(image, size), shorter < size
+
+
 class Reader:
-    """Bytes of items. Files are opened on first use in the process that uses them; the most recent ones stay open."""
+    """Encoded images of items. Archives are opened on first use in the process that uses them, and stay open."""
 
     def __init__(self, kind: str, root: str, files: list[str]) -> None:
         self.kind, self.root, self.files = kind, Path(root), files
-        self._open: OrderedDict[int, int | Table] = OrderedDict()
+        self._descriptors: dict[int, int] = {}
+        self._tables: dict[int, Table] = {}
 
-    def read(self, item: Item) -> bytes:
-        """The encoded image. Raises BadImage if it cannot be had."""
+    def read(self, item: Item) -> bytes | Path:
+        """The encoded image, or the file that holds it. Raises BadImage if it cannot be had."""
         try:
             if self.kind in ("parquet", "arrow"):
                 return self._table(item.file).image_bytes(item.offset, item.size) or b""
             if self.kind in ("folder", "published"):
-                return _read_file(self.root / self.files[item.file] / item.name)
-            if item.size > MAX_BYTES:
-                raise BadImage(f"a member of {item.size} bytes is no image to train on (limit {MAX_BYTES})")
+                return self.root / self.files[item.file] / item.name
+            if max(item.size, item.stored) > MAX_BYTES:
+                raise BadImage(f"a member of {item.size} bytes is too large for an image (limit {MAX_BYTES})")
             descriptor = self._descriptor(item.file)
             if self.kind == "tar":
                 return _read_range(descriptor, item.offset, item.size)
@@ -73,19 +92,19 @@ class Reader:
         return moments.astype(np.float32)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_descriptors": {}, "_tables": {}}
 
     def _descriptor(self, number: int) -> int:
-        if number not in self._open:
-            self._open[number] = os.open(self.root / self.files[number], os.O_RDONLY)
-        return self._open[number]
+        if number not in self._descriptors:
+            self._descriptors[number] = os.open(self.root / self.files[number], os.O_RDONLY)
+        return self._descriptors[number]
 
     def _table(self, number: int) -> Table:
-        if number not in self._open:
-            while len(self._open) >= 2:  # a table keeps a group of rows in memory
-                self._open.popitem(last=False)
-            self._open[number] = Table(self.root / self.files[number])
-        return self._open[number]
+        if number not in self._tables:
+            while len(self._tables) >= 2:  # a table keeps a group of rows in memory
+                del self._tables[next(iter(self._tables))]
+            self._tables[number] = Table(self.root / self.files[number])
+        return self._tables[number]
 
 
 class CropDataset(Dataset):
@@ -98,16 +117,16 @@ class CropDataset(Dataset):
         pixels, labels, names, moments, bad, enlarged = [], [], [], [], [], 0
         for item in request.items:
             try:
-                crop = crop_file(self.reader.read(item), self.resolution, self.max_pixels)
+                crop, small = crop_file(self.reader.read(item), self.resolution, self.max_pixels)
                 if self.reader.kind == "published":
                     moments.append(self.reader.moments(item))
             except BadImage as error:
                 bad.append((item.name, str(error)))
                 continue
-            pixels.append(crop.pixels)
+            pixels.append(crop)
             labels.append(item.label)
             names.append(item.name)
-            enlarged += crop.enlarged
+            enlarged += small
         size = (0, self.resolution, self.resolution, 3)
         return Crops(
             request,
@@ -125,13 +144,6 @@ def as_is(crops: Crops) -> Crops:
     return crops
 
 
-def _read_file(path: Path) -> bytes:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise BadImage(f"a file of {size} bytes is no image to train on (limit {MAX_BYTES})")
-    return path.read_bytes()
-
-
 def _read_range(descriptor: int, offset: int, size: int) -> bytes:
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
@@ -147,8 +159,6 @@ def _read_zip_member(descriptor: int, item: Item) -> bytes:
     start = item.offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     if item.stored < 0:
         data = _read_range(descriptor, start, item.size)
-    elif item.stored > MAX_BYTES:
-        raise BadImage(f"a member of {item.stored} bytes is no image to train on (limit {MAX_BYTES})")
     else:
         try:
             data = zlib.decompressobj(-15).decompress(_read_range(descriptor, start, item.stored), item.size + 1)

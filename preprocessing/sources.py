@@ -1,91 +1,78 @@
 """What can be packed: a folder of class folders, the published layout, zip, tar, parquet and arrow => an Index."""
 
 import json
-import os
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
+from common.images import is_image, list_images, walk
 from config import UserError
-from preprocessing.index import WHOLE_FILE, Choice, Entry, Index, build, is_image
+from preprocessing import tables
+from preprocessing.index import Index, Item, Listing, build
 
 ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 IMAGE_FOLDERS = ("imagenet_256_vae", "images")  # of the published layout: REG's, REPA's
 LATENT_FOLDER = "vae-sd"
 
 
-def list_source(source: Path, choice: Choice) -> Index:
-    """Find the images of `source` and their classes. Raises UserError, naming what is wrong."""
+def list_source(source: Path, classes: Path | None = None, allow_one_class: bool = False) -> Index:
+    """Find the images of a source and their classes.
+
+    Args:
+        source: what --source names.
+        classes: text file of the classes to take; None: all.
+        allow_one_class: accept images that are all of one class.
+
+    Raises:
+        UserError: names what is wrong.
+    """
     try:
-        return _list_source(source, choice)
+        return build(_list(source), classes, allow_one_class)
     except PermissionError as error:
         raise UserError(f"--source {source}: {error.filename} cannot be read ({error.strerror})") from error
 
 
-def _list_source(source: Path, choice: Choice) -> Index:
+def _list(source: Path) -> Listing:
     if not source.exists():
         raise UserError(f"--source {source}: no such file or folder")
+    if source.is_dir() and (source / LATENT_FOLDER / "dataset.json").is_file():
+        return _list_published(source)
+    if tables.is_table(source):
+        return tables.list_tables(source)
     if source.is_dir():
-        from preprocessing import tables
-
-        if (source / LATENT_FOLDER / "dataset.json").is_file():
-            return _list_published(source, choice)
-        if tables.is_table_folder(source):
-            return tables.list_tables(source, choice)
-        return _list_folder(source, choice)
+        return _list_folder(source)
     if zipfile.is_zipfile(source):
-        return _list_zip(source, choice)
-    if source.suffix in (".parquet", ".arrow"):
-        from preprocessing import tables
-
-        return tables.list_tables(source, choice)
+        return _list_zip(source)
     if tarfile.is_tarfile(source):
-        return _list_tar(source, choice)
+        return _list_tar(source)
     raise UserError(f"--source {source}: not a folder, zip, tar, parquet or arrow file")
 
 
-def _list_folder(root: Path, choice: Choice) -> Index:
-    entries, ignored = [], []
-    for name in _walk(root):
+def _list_folder(root: Path) -> Listing:
+    items, ignored = [], []
+    for name in walk(root):
         if is_image(name):
-            entries.append(Entry(name, None, WHOLE_FILE))
+            items.append(Item(name, None))
         else:
             ignored.append(name)
-    if not entries and any(name.endswith((".zip", ".tar")) for name in ignored):
+    if not items and any(name.endswith((".zip", ".tar")) for name in ignored):
         archive = next(name for name in ignored if name.endswith((".zip", ".tar")))
         raise UserError(f"--source {root}: no images, but an archive: give --source {root / archive}")
     labels = root / "dataset.json"
-    entries = _label(entries, labels.read_bytes() if labels.is_file() else None, str(labels))
-    return build("folder", root, [""], entries, None, choice, ignored)
+    items = _label(items, labels.read_bytes() if labels.is_file() else None, str(labels))
+    return Listing("folder", root, [""], items, ignored=ignored)
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files below root, relative to it, with "/". Links are followed, but never in a circle."""
-    stack: list[tuple[str, frozenset[str]]] = [("", frozenset((os.path.realpath(root),)))]
-    while stack:
-        below, above = stack.pop()
-        with os.scandir(root / below) as found:
-            for entry in found:
-                name = f"{below}/{entry.name}" if below else entry.name
-                if entry.is_dir():
-                    real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-                    if real not in above and not entry.name.startswith("."):
-                        stack.append((name, above | {real} if entry.is_symlink() else above))
-                elif entry.is_file():
-                    yield name
-
-
-def _label(entries: list[Entry], content: bytes | None, where: str) -> list[Entry]:
+def _label(items: list[Item], content: bytes | None, where: str) -> list[Item]:
     """Labels from a `dataset.json` of EDM's kind, {"labels": [[name, number], ...]}, where there is one."""
     labels = _read_labels(content, where) if content else None
     if labels is None:
-        return entries
-    missing = [entry.name for entry in entries if entry.name not in labels]
+        return items
+    missing = [item.name for item in items if item.name not in labels]
     if missing:
         raise UserError(f"{where}: has no label for {missing[0]}")
-    return [entry._replace(label=labels[entry.name]) for entry in entries]
+    return [item._replace(label=labels[item.name]) for item in items]
 
 
 def _read_labels(content: bytes, where: str) -> dict[str, int] | None:
@@ -107,8 +94,8 @@ def _safe(name: str, source: Path) -> str:
     return plain.removeprefix("./")
 
 
-def _list_zip(source: Path, choice: Choice) -> Index:
-    entries, ignored, labels = [], [], None
+def _list_zip(source: Path) -> Listing:
+    items, ignored, labels = [], [], None
     try:
         with zipfile.ZipFile(source) as archive:
             for info in archive.infolist():
@@ -127,35 +114,34 @@ def _list_zip(source: Path, choice: Choice) -> Index:
                 if info.compress_type not in ZIP_METHODS:
                     raise UserError(f"--source {source}: member {name!r} is compressed in an unusual way; use deflate")
                 stored = -1 if info.compress_type == zipfile.ZIP_STORED else info.compress_size
-                place = (0, info.header_offset, info.file_size, stored, info.CRC)
-                entries.append(Entry(name, None, place))
+                items.append(Item(name, None, 0, info.header_offset, info.file_size, stored, info.CRC))
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise UserError(f"--source {source}: damaged zip ({error})") from error
-    entries = _label(entries, labels, f"{source}: dataset.json")
-    return build("zip", source.parent, [source.name], entries, None, choice, ignored)
+    items = _label(items, labels, f"{source}: dataset.json")
+    return Listing("zip", source.parent, [source.name], items, ignored=ignored)
 
 
-def _list_tar(source: Path, choice: Choice) -> Index:
+def _list_tar(source: Path) -> Listing:
     """Images of a tar, and of the tars inside it (ILSVRC2012_img_train.tar: one for each class, named after it)."""
-    entries: list[Entry] = []
+    items: list[Item] = []
     ignored: list[str] = []
     try:
         with tarfile.open(source, mode="r:") as archive:
-            _list_members(archive, source, "", 0, entries, ignored)
+            _list_members(archive, source, "", 0, items, ignored)
     except tarfile.ReadError as error:
         raise UserError(
             f"--source {source}: damaged or compressed tar ({error}); decompress it once, since its images are read in "
             "any order"
         ) from error
-    return build("tar", source.parent, [source.name], entries, None, choice, ignored)
+    return Listing("tar", source.parent, [source.name], items, ignored=ignored)
 
 
 def _list_members(
-    archive: tarfile.TarFile, source: Path, prefix: str, start: int, entries: list[Entry], ignored: list[str]
+    archive: tarfile.TarFile, source: Path, prefix: str, start: int, items: list[Item], ignored: list[str]
 ) -> None:
     name = ""
     for member in archive:
-        archive.members = []  # tarfile would keep every member it has seen
+        archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every member it has seen
         name = prefix + _safe(member.name, source)
         if member.isdir():
             continue
@@ -164,9 +150,9 @@ def _list_members(
         if name.endswith(".tar") and not prefix:
             with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
                 inner_prefix = name.removesuffix(".tar") + "/"
-                _list_members(inner, source, inner_prefix, member.offset_data, entries, ignored)
+                _list_members(inner, source, inner_prefix, member.offset_data, items, ignored)
         elif is_image(name):
-            entries.append(Entry(name, None, (0, start + member.offset_data, member.size, -1, -1)))
+            items.append(Item(name, None, 0, start + member.offset_data, member.size))
         else:
             ignored.append(name)
     archive.fileobj.seek(archive.offset)  # tarfile stops at a broken header as it does at the end mark, without a word
@@ -177,14 +163,14 @@ def _list_members(
 # -------------------------------------------------------------------------------------------------- published layout
 
 
-def _list_published(root: Path, choice: Choice) -> Index:
+def _list_published(root: Path) -> Listing:
     """Crops as PNG and moments as npy, as the published preprocessing leaves them; pairs are matched by name."""
     images = next((name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
     if images is None:
         wanted = " nor ".join(f"{name}/" for name in IMAGE_FOLDERS)
         raise UserError(f"--source {root}: has {LATENT_FOLDER}/ but neither {wanted}")
-    crops = sorted(name for name in _walk(root / images) if is_image(name))
-    latents = sorted(name for name in _walk(root / LATENT_FOLDER) if name.endswith(".npy"))
+    crops = list_images(root / images)
+    latents = sorted(name for name in walk(root / LATENT_FOLDER) if name.endswith(".npy"))
     labels = _read_published_labels(root / LATENT_FOLDER / "dataset.json")
     unpaired = {latent_name(crop): crop for crop in crops}
     unpaired = {name: unpaired.get(name, name) for name in unpaired.keys() ^ set(latents)}
@@ -196,7 +182,7 @@ def _list_published(root: Path, choice: Choice) -> Index:
         )
     beside = root / images / "dataset.json"
     crop_labels = _read_published_labels(beside) if beside.is_file() else {}
-    entries = []
+    items = []
     for crop in crops:
         latent = latent_name(crop)
         if latent not in labels:
@@ -206,8 +192,8 @@ def _list_published(root: Path, choice: Choice) -> Index:
                 f"--source {root}: {crop} has label {crop_labels[crop]} and {latent} has {labels[latent]}; the two folders "
                 "do not belong together"
             )
-        entries.append(Entry(crop, labels[latent], WHOLE_FILE))
-    return build("published", root, [images], entries, None, choice)
+        items.append(Item(crop, labels[latent]))
+    return Listing("published", root, [images], items)
 
 
 def latent_name(crop: str) -> str:

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from preprocessing.index import Choice, Entry, Index, build
+from preprocessing.index import Item, Listing
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 
 
-def is_table_folder(folder: Path) -> bool:
-    """Whether parquet or arrow files lie in the folder or in its data/."""
-    return bool(_table_files(folder))
+def is_table(source: Path) -> bool:
+    """Whether this is a parquet or arrow file, or a folder with such files in it or in its data/."""
+    return bool(_table_files(source)) if source.is_dir() else source.suffix in (".parquet", ".arrow")
 
 
-def list_tables(source: Path, choice: Choice) -> Index:
+def list_tables(source: Path) -> Listing:
     """Rows of all files, in the order of the files' names. Raises UserError where there is no image or label column."""
     root = source if source.is_dir() else source.parent
     files = _table_files(source) if source.is_dir() else [source.name]
@@ -24,7 +24,7 @@ def list_tables(source: Path, choice: Choice) -> Index:
     if len(splits) > 1 and splits & {"train", "training"}:
         found = ", ".join(sorted(splits))
         raise UserError(f"--source {source}: holds the splits {found}; move one of them to a folder of its own")
-    entries: list[Entry] = []
+    items: list[Item] = []
     names: list[str] | None = None
     for number, file in enumerate(files):
         table = Table(root / file)
@@ -35,10 +35,10 @@ def list_tables(source: Path, choice: Choice) -> Index:
             if None in labels or any(not isinstance(label, int) for label in labels):
                 raise UserError(f"{root / file}: column {table.label!r} must hold class numbers, found {labels[:1]}")
             for within, label in enumerate(labels):
-                entries.append(Entry(f"{file}#{row}", label, (number, group, within, -1, -1)))
+                items.append(Item(f"{file}#{row}", label, number, group, within))
                 row += 1
     kind = "parquet" if files[0].endswith(".parquet") else "arrow"
-    return build(kind, root, files, entries, names, choice)
+    return Listing(kind, root, files, items, names)
 
 
 class Table:

@@ -1,4 +1,4 @@
-"""Re-read every checksum of a packed dataset; say what is broken, down to the record, and clear it away for redoing."""
+"""Re-read every checksum of a packed dataset, name what is broken, down to the record, and delete it to be packed again."""
 
 import os
 import sys
@@ -11,49 +11,41 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.files import sha256
-from common.reporting import progress
-from config import UserError
-from packed.format import CRC, MANIFEST, entry_file, npy_size, read_json, read_manifest
+from common.reporting import progress, say
+from config import MissingFile, UserError
+from packed.format import CRC, MANIFEST, Field, entry_file, read_json, read_manifest
 from preprocessing.extend import joined
-from preprocessing.finish import describe, has_means, means_file
 from preprocessing.index import Index
+from preprocessing.manifest import build_manifest, has_means, means_file
 from preprocessing.plan import PLAN, Plan, index_file, index_is_whole, read_parts, read_plan
 
 _SHOWN = 5  # names of broken records in a line
 
 
 class Fault(NamedTuple):
-    """file: what is broken, relative to the folder. text: how. shard: the one to redo, None if it is no shard's file."""
+    """file: what is broken, relative to the folder. text: how. shard: the one to redo, None if the file is not a shard's."""
 
     file: str
     text: str
     shard: int | None
 
 
-def verify(out: Path, *, repair: bool) -> None:
-    """Print the faults of a dataset. Without `repair`, raises UserError if there are any; with it, deletes what is broken,
-    so that packing does it again."""
-    if not out.is_dir():
-        raise UserError(f"--out {out}: no such folder")
-    if repair and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--repair: runs as one process; finish with the same command under torchrun without --repair")
+def verify(out: Path) -> None:
+    """Print the faults of a dataset, on rank 0. Raises UserError if there are any."""
     if int(os.environ.get("RANK", "0")):
         return
     faults = find_faults(out)
-    for fault in faults:
-        sys.stdout.write(f"{out / fault.file}: {fault.text}\n")
-    if not faults:
-        sys.stdout.write(f"{out}: every checksum is right\n")
-    elif repair:
-        clear(out, faults)
-    else:
+    if faults:
         raise UserError(f"{out}: {len(faults)} broken files, the first is {faults[0].file}; --repair redoes only those")
 
 
-def clear(out: Path, faults: list[Fault]) -> None:
-    """Delete broken files and the entries of their shards; the manifest first, as there is no dataset until it is whole.
+def repair(out: Path) -> None:
+    """Print the faults of a dataset and delete what is broken, so that packing does it again.
 
-    The manifest of a dataset whose extension is not finished stays if all faults are of the extension."""
+    Broken files go with the entries of their shards; the manifest goes first, as there is no dataset until it is whole.
+    The manifest of a dataset whose extension is not finished stays if all faults are of the extension.
+    """
+    faults = find_faults(out)
     plan = None if any(fault.file == PLAN for fault in faults) else read_plan(out)
     first = plan.parts[-1].first_shard if plan is not None and _is_being_extended(out, plan) else sys.maxsize
     faults = [fault for fault in faults if fault.file != MANIFEST or first == sys.maxsize]
@@ -66,20 +58,28 @@ def clear(out: Path, faults: list[Fault]) -> None:
 
 
 def find_faults(out: Path) -> list[Fault]:
-    """All faults of a packed dataset. Raises UserError if nothing was packed here."""
+    """All faults of a packed dataset, which are said. Raises UserError if nothing was packed here."""
+    faults = _find_faults(out)
+    for fault in faults:
+        say(f"{out / fault.file}: {fault.text}")
+    if not faults:
+        say(f"{out}: every checksum is right")
+    return faults
+
+
+def _find_faults(out: Path) -> list[Fault]:
     if not (out / PLAN).is_file() and not (out / MANIFEST).is_file():
         raise UserError(f"--out {out}: holds neither {MANIFEST} nor {PLAN}; nothing was packed here")
-    faults: list[Fault] = []
     try:
         plan = read_plan(out)
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         return [Fault(PLAN, str(error), None), *_faults_without_plan(out)]
-    index = None
-    for part in plan.parts:
-        if not index_is_whole(out, part):
-            faults.append(Fault(index_file(out, part.number).name, "is missing or does not match its checksum", None))
-    if not faults:
-        index = joined(read_parts(out, plan))
+    faults = [
+        Fault(index_file(out, part.number).name, "is missing or does not match its checksum", None)
+        for part in plan.parts
+        if not index_is_whole(out, part)
+    ]
+    index = None if faults else joined(read_parts(out, plan))
     if _is_being_extended(out, plan):
         return [
             Fault(MANIFEST, "its extension is not finished: give the packing command again", None),
@@ -96,7 +96,7 @@ def _is_being_extended(out: Path, plan: Plan) -> bool:
     """Whether there is a whole dataset and a plan for more."""
     try:
         return bool(plan.extends) and read_manifest(out).files.get(PLAN) != sha256(out / PLAN)
-    except (ValueError, FileNotFoundError):
+    except UserError:
         return False
 
 
@@ -115,86 +115,82 @@ def _shard_faults(out: Path, plan: Plan, index: Index | None, number: int) -> li
     path = entry_file(out, number)
     try:
         entry = read_json(path)
-    except FileNotFoundError:
+    except MissingFile:
         return [Fault(path.name, "is missing: this shard was never finished", number)]
-    except ValueError:
+    except UserError:
         return [Fault(path.name, "does not match its checksum", number)]
     if entry["plan"] != plan.part(number).id:
         return [Fault(path.name, f"was written by a packing other than that of {PLAN}", number)]
-    faults = []
-    for name, file in entry["files"].items():
-        if not (out / file["file"]).is_file():
-            faults.append(Fault(file["file"], "is missing", number))
-        elif sha256(out / file["file"]) != file["sha256"]:
-            faults.append(Fault(file["file"], _say(out, plan, index, number, entry, name), number))
-    return faults
+    return [
+        Fault(file["file"], _damage(out, plan, index, number, entry, name), number)
+        for name, file in entry["files"].items()
+        if _differs(out / file["file"], file["sha256"])
+    ]
 
 
-def _say(out: Path, plan: Plan, index: Index | None, number: int, entry: dict[str, Any], name: str) -> str:
-    """Which records of a file are broken, by their own checksums."""
+def _differs(path: Path, digest: str) -> bool:
+    return not path.is_file() or sha256(path) != digest
+
+
+def _damage(out: Path, plan: Plan, index: Index | None, number: int, entry: dict[str, Any], name: str) -> str:
+    """What is wrong with a file of a shard: which records, by their own checksums."""
+    path, checksums = (out / entry["files"][key]["file"] for key in (name, CRC))
+    if not path.is_file():
+        return "is missing"
     if name == CRC:
         return "does not match its checksum (checksums of single records; the records may be whole)"
-    spec, path = plan.fields[name], out / entry["files"][name]["file"]
-    expected = npy_size(np.dtype(spec["dtype"]), tuple(spec["shape"]), entry["count"])
-    if path.stat().st_size != expected:
-        return f"is truncated or longer than it was: {path.stat().st_size} bytes, not {expected}"
-    try:
-        records = np.load(path, mmap_mode="r", allow_pickle=False)
-        checksums = np.load(out / entry["files"][CRC]["file"], allow_pickle=False)
-    except Exception as error:  # numpy fails in many ways at a flipped bit of a header
-        return f"does not match its checksum ({error})"
-    fields = sorted(field for field in entry["files"] if field != CRC)
-    wanted = checksums[:, fields.index(name)]
-    if len(records) != len(wanted):
-        return "does not match its checksum; its header is broken"
-    broken = [
-        row for row in range(len(records)) if zlib.crc32(np.ascontiguousarray(records[row]).tobytes()) != wanted[row]
-    ]
+    field = Field.of(plan.fields[name])
+    size, expected = path.stat().st_size, field.file_bytes(entry["count"])
+    if size != expected:
+        return f"is truncated or longer than it was: {size} bytes, not {expected}"
+    if _differs(checksums, entry["files"][CRC]["sha256"]):
+        return "does not match its checksum"
+    wanted = np.load(checksums, allow_pickle=False)[:, sorted(plan.fields).index(name)]
+    with path.open("rb") as stream:
+        stream.seek(len(field.header(0)))
+        broken = [row for row, crc in enumerate(wanted) if zlib.crc32(stream.read(field.record_bytes)) != crc]
     if not broken:
         return "does not match its checksum; its header is broken"
-    start = _first_record(out, number)
+    start = sum(_count(out, plan, before) for before in range(number))
     skipped = {image for image, _ in entry["skipped"]}
     images = [image for image in index.names[slice(*plan.range(number))] if image not in skipped] if index else None
     shown = [f"record {start + row}" + (f" ({images[row]})" if images else "") for row in broken[:_SHOWN]]
     more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
-    return f"{len(broken)} of {len(records)} records do not match their checksums: {', '.join(shown)}{more}"
+    return f"{len(broken)} of {len(wanted)} records do not match their checksums: {', '.join(shown)}{more}"
 
 
-def _first_record(out: Path, number: int) -> int:
-    """Number of a shard's first record, by the entries of the shards before it (as planned where one is broken)."""
-    first = 0
-    for before in range(number):
-        try:
-            first += read_json(entry_file(out, before))["count"]
-        except (FileNotFoundError, ValueError):
-            first += read_plan(out).shard_size
-    return first
+def _count(out: Path, plan: Plan, number: int) -> int:
+    """Records of a shard, as planned where its entry is broken."""
+    try:
+        return read_json(entry_file(out, number))["count"]
+    except UserError:
+        start, stop = plan.range(number)
+        return stop - start
 
 
 def _manifest_faults(out: Path, plan: Plan, index: Index) -> list[Fault]:
-    faults = []
+    means = out / means_file(plan)
+    missing = [Fault(means.name, "is missing or does not match its checksum", None)]
     try:
         manifest = read_manifest(out)
-    except (ValueError, FileNotFoundError) as error:
-        manifest, faults = None, [Fault(MANIFEST, str(error), None)]
-    means = means_file(plan)
-    wanted = manifest.files.get(means) if manifest is not None else None
-    if has_means(plan) and (not (out / means).is_file() or (wanted and sha256(out / means) != wanted)):
-        return [*faults, Fault(means, "is missing or does not match its checksum", None)]
-    if manifest is not None and asdict(manifest) != asdict(describe(out, plan, index)):
-        faults.append(Fault(MANIFEST, "does not describe the shards that are here", None))
-    return faults
+    except UserError as error:
+        return [Fault(MANIFEST, str(error), None), *(missing if has_means(plan) and not means.is_file() else [])]
+    if has_means(plan) and _differs(means, manifest.files.get(means.name, "")):
+        return missing
+    if asdict(manifest) != asdict(build_manifest(out, plan, index)):
+        return [Fault(MANIFEST, "does not describe the shards that are here", None)]
+    return []
 
 
 def _faults_without_plan(out: Path) -> list[Fault]:
     """The plan is broken, the shards can be checked against the manifest's copy of their entries."""
     try:
         manifest = read_manifest(out)
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         return [Fault(MANIFEST, str(error), None)]
     return [
         Fault(file["file"], "is missing or does not match its checksum", int(file["file"].split("-")[-1].split(".")[0]))
         for shard in manifest.shards
         for file in shard["files"].values()
-        if not (out / file["file"]).is_file() or sha256(out / file["file"]) != file["sha256"]
+        if _differs(out / file["file"], file["sha256"])
     ]

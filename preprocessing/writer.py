@@ -1,13 +1,13 @@
 """Shards are written by a thread of their own, so that neither GPU nor decoding waits for the disk."""
 
-import errno
-import queue
-import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.files import write_error
 from config import UserError
 from packed.writer import ShardWriter
 
@@ -15,57 +15,62 @@ _DEPTH = 4  # batches that may wait for the disk
 
 
 class BackgroundWriter:
-    """`put` batches in order, then `close`; what goes wrong in the thread is raised by the next call of either.
+    """`put` batches in order; what goes wrong in the thread is raised by a later call, or where the context ends.
 
     Use as a context manager: left by an error, it drops the unfinished shard.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._queue: queue.Queue = queue.Queue(_DEPTH)
-        self._error: OSError | ValueError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+        self._shard: ShardWriter | None = None
+        self._broken = False  # after an error, batches that are still waiting must not be written
 
     def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
+        try:
+            if kind is None:
+                self._wait(0)
+        finally:
+            self._thread.shutdown()
+            if self._shard is not None:
+                self._shard.abandon()
 
     def put(self, shard: int, arrays: dict[str, np.ndarray], notes: dict[str, Any] | None) -> None:
-        """Append records to a shard; notes, given with the last of them, finish it. Raises UserError on a full disk."""
-        self._raise()
-        self._queue.put((shard, arrays, notes))
+        """Append records to a shard.
 
-    def _run(self) -> None:
-        writer: ShardWriter | None = None
-        while (work := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # keep emptying the queue, so that `put` never hangs
-            shard, arrays, notes = work
+        Args:
+            shard: its number.
+            arrays: field => (n, ...) array; or empty.
+            notes: given with the last records, they finish the shard.
+
+        Raises:
+            UserError: an earlier batch could not be written.
+        """
+        self._wait(_DEPTH)
+        self._waiting.append(self._thread.submit(self._write, shard, arrays, notes))
+
+    def _wait(self, depth: int) -> None:
+        while len(self._waiting) > depth:
             try:
-                writer = writer or ShardWriter(self.directory, shard)
-                if arrays:
-                    writer.append(arrays)
-                if notes is not None:
-                    writer.finish(notes)
-                    writer = None
-            except (OSError, ValueError) as error:
-                self._error = error
-        if writer is not None:
-            writer.abandon()
+                self._waiting.popleft().result()
+            except OSError as error:
+                raise UserError(
+                    f"{write_error(self.directory, error)}; finished shards are kept: run the same command again"
+                ) from error
 
-    def _raise(self) -> None:
-        if self._error is None:
+    def _write(self, number: int, arrays: dict[str, np.ndarray], notes: dict[str, Any] | None) -> None:
+        if self._broken:
             return
-        if isinstance(self._error, OSError):
-            full = self._error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise UserError(
-                f"{self.directory}: {'the disk is full' if full else self._error}; finished files are kept: make room and "
-                "run the same command again"
-            ) from self._error
-        raise self._error
+        self._broken = True
+        if self._shard is None:
+            self._shard = ShardWriter(self.directory, number)
+        if arrays:
+            self._shard.append(arrays)
+        if notes is not None:
+            self._shard.finish(notes)
+            self._shard = None
+        self._broken = False

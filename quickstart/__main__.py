@@ -40,9 +40,9 @@ def prepare(out: Path) -> list[Stage]:
     images, networks = out / "images", out / "networks"
     stages = [Stage("images", ("python", "-m", "quickstart.digits", str(images)), (images / "test.npz",))]
     for name in ("vae", "encoder", "judge"):
-        command = ("python", "-m", "quickstart.networks", name, str(images / "train"), str(networks / name))
+        command = ("python", "-m", "quickstart.toy_networks", name, str(images / "train"), str(networks / name))
         stages.append(Stage(name, command, (networks / name / "figures.json",), ("images",)))
-    command = (
+    pack = (
         "python",
         "preprocessing/pack.py",
         "--source",
@@ -56,7 +56,7 @@ def prepare(out: Path) -> list[Stage]:
         "--enc-type",
         str(networks / "encoder"),
     )
-    return [*stages, Stage("pack", command, (out / "packed" / "dataset.json",), ("images", "vae", "encoder"))]
+    return [*stages, Stage("pack", pack, (out / "packed" / "dataset.json",), ("images", "vae", "encoder"))]
 
 
 def train_and_sample(out: Path, run: str, gpu: bool, samples: int) -> list[Stage]:
@@ -153,7 +153,7 @@ def main() -> None:
     import torch
 
     gpu = torch.cuda.is_available()
-    # Threads that sleep instead of spin: on a machine that is busy otherwise, spinning ones make a step 30 times slower.
+    # Threads that sleep instead of spin: on a busy machine, spinning ones make a step 30 times slower.
     runner = Runner(out, {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "TQDM_MININTERVAL": "1"})
     for stage in prepare(out):
         runner.run(stage)

@@ -5,13 +5,13 @@ arr_1 labels) for evaluation.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common.reporting import run
+from common.files import write_json
+from common.reporting import run, say
 from config import MissingFile, UserError
 
 SIZE = 16  # pixels; the scans are 8 x 8 and are enlarged
@@ -60,8 +60,8 @@ def main() -> None:
     for part in ("train", "test"):
         pixels, labels = read_image_folder(out / part)
         np.savez(out / f"{part}.npz", arr_0=pixels, arr_1=labels)
-        (out / f"{part}.json").write_text(json.dumps({"source": f"scikit-learn's digits, {part} part"}))
-    print(f"{train} digits to train on, {test} held out, in {out}")
+        write_json(out / f"{part}.json", {"source": f"scikit-learn's digits, {part} part"})
+    say(f"{train} digits to train on, {test} held out, in {out}")
 
 
 if __name__ == "__main__":

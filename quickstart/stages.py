@@ -1,6 +1,5 @@
 """Run the commands of the quickstart one after the other; a finished one is not run again."""
 
-import hashlib
 import json
 import os
 import shlex
@@ -9,6 +8,8 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from common.files import fingerprint, write_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Runner:
         """
         command = shlex.join(stage.command)
         before = [self.records[name].key for name in stage.after]
-        key = hashlib.sha256(json.dumps([command, before]).encode()).hexdigest()[:16]
+        key = fingerprint([command, before])[:16]
         record = self._finished(stage, key)
         if record is None:
             print(f"\n== {stage.name} ==\n$ {command}", flush=True)
@@ -80,7 +81,7 @@ class Runner:
             print(f"error: stage {stage.name} did not write {missing[0]}", file=sys.stderr)
             raise SystemExit(1)
         record = Record(stage.name, command, time.monotonic() - start, usage.ru_maxrss / 2**20, key)
-        (self.folder / f"{stage.name}.json").write_text(json.dumps(asdict(record), indent=1))
+        write_json(self.folder / f"{stage.name}.json", asdict(record))
         return record
 
 

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from common.files import write_json
+from common.pictures import write_png as write_picture
+from evaluations.report import Report, Table, write_html, write_png
 from quickstart.stages import Record
 
 TITLES = {"reg": "SiT + REG", "repa": "SiT + REPA", "sit": "SiT"}
@@ -74,10 +76,8 @@ def rows(results: dict) -> list[list[str]]:
 
 def summarize(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool) -> str:
     """Write results.json, report.html and report.png into `out`; returns the text to print."""
-    from evaluations.report import Report, Table, write_html, write_png
-
     results = collect(out, runs, records, gpu)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_json(out / "results.json", results)
     table = rows(results)
     pictures = [("Real digits, held out", _grid_of_real(out))]
     pictures += [
@@ -130,5 +130,5 @@ def _grid_of_real(out: Path) -> Path:
         pixels, labels = stream["arr_0"], stream["arr_1"]
     rows = [np.concatenate([pixels[np.flatnonzero(labels == c)[r]] for c in range(10)], axis=1) for r in range(10)]
     file = out / "images" / "held-out.png"
-    Image.fromarray(np.concatenate(rows, axis=0)).save(file)
+    write_picture(file, np.concatenate(rows, axis=0))
     return file

@@ -1,34 +1,30 @@
-"""What generate.py says: what it will make before it starts, how long all of it takes after the first batch."""
-
-from typing import TYPE_CHECKING
+"""What generate.py says: what it will make, before it starts; how long all of it takes, after the first batch."""
 
 import torch
 
 from common.presets import PRESETS
 from models.samplers import Solver
-
-if TYPE_CHECKING:
-    from sampling.job import Job
+from sampling.job import Job
 
 LONG = 600  # seconds; for jobs that take longer the quick preset is named
 
 
-def what_it_makes(job: "Job") -> str:
+def what_it_makes(job: Job) -> str:
     """One line: number and size, solver, guidance, labels, arithmetic and device, folder."""
-    request, side = job.request, job.model.info.resolution
+    settings, side = job.settings, job.model.info.resolution
     parts = [
-        f"{_counted(request.count, 'image')} of {side} x {side}",
-        _solver(request.solver),
+        f"{_counted(settings.num_fid_samples, 'image')} of {side} x {side}",
+        _solver(job.sampler.solver),
         _guidance(job),
         _token(job),
         _labels(job),
         _machine(job),
-        f"to {request.out}",
+        f"to {settings.out}",
     ]
     return ", ".join(part for part in parts if part)
 
 
-def how_long(job: "Job", work: list[range], seconds: float, forwards: int) -> str | None:
+def how_long(job: Job, work: list[range], seconds: float, forwards: int) -> str | None:
     """One line after the first batch, or None when there is no other.
 
     Args:
@@ -42,13 +38,13 @@ def how_long(job: "Job", work: list[range], seconds: float, forwards: int) -> st
         return None
     rate = len(work[0]) * at_once / seconds
     missing = sum(map(len, work))
-    whole = "all" if missing == job.request.count else "the remaining"
+    whole = "all" if missing == job.settings.num_fid_samples else "the remaining"
     text = (
         f"about {duration(missing / rate)} for {whole} {missing:,} images, judged by the first batch "
         f"({rate:.2g} images/s, start-up included)"
     )
     preview = PRESETS["preview"]
-    if missing / rate > LONG and job.request.preset != "preview":
+    if missing / rate > LONG and job.settings.preset != "preview":
         passes = preview["num_fid_samples"] * 2 * preview["num_steps"]  # guided: two for each step
         quick = duration(passes * seconds / (len(work[0]) * forwards))
         text += f"; --preset preview makes {preview['num_fid_samples']} in about {quick}"
@@ -81,10 +77,9 @@ def _solver(solver: Solver) -> str:
     return f"{solver.mode.upper()} {solver.name} {solver.num_steps} steps{grid}"
 
 
-def _guidance(job: "Job") -> str:
-    request = job.request
-    if request.guidance.off:
-        why = ", as the model was trained without label dropout (cfg-prob 0)" if request.guidance_optional else ""
+def _guidance(job: Job) -> str:
+    if job.sampler.guidance.off:
+        why = ", as the model was trained without label dropout (cfg-prob 0)" if job.left_unguided else ""
         return "unguided" + why
     names = ("cfg_scale", "guidance_low", "guidance_high")
     latent, token = ([job.identity[prefix + name] for name in names] for prefix in ("", "cls_"))
@@ -94,29 +89,27 @@ def _guidance(job: "Job") -> str:
     return text
 
 
-def _token(job: "Job") -> str:
-    request = job.request
-    if request.like:
-        return f"class token of {' '.join(request.like)}"
-    return f"best of {request.best_of}" if request.best_of > 1 else ""
+def _token(job: Job) -> str:
+    if job.settings.like:
+        return f"class token of {' '.join(job.settings.like)}"
+    return f"best of {job.settings.best_of}" if job.settings.best_of > 1 else ""
 
 
-def _labels(job: "Job") -> str:
-    labels, request = job.labels, job.request
-    classes = _counted(len(request.classes) or job.model.info.network.num_classes, "class")
+def _labels(job: Job) -> str:
+    classes = _counted(len(job.settings.classes) or job.model.info.network.num_classes, "class")
     return {
         "random": f"random labels of {classes}",
         "balanced": f"labels balanced over {classes}",
         "spread": f"labels spread over {classes}",
-        "list": f"{_counted(len(labels.values), 'given label')} in turn",
+        "list": f"{_counted(len(job.labels.values), 'given label')} in turn",
         "null": "no labels",
         "token": "labels by the tokens",
-    }[labels.kind]
+    }[job.labels.kind]
 
 
-def _machine(job: "Job") -> str:
-    precision, process = job.request.precision, job.process
+def _machine(job: Job) -> str:
+    settings, process = job.settings, job.process
     cuda = process.device.type == "cuda"
-    tf32 = " (TF32)" if cuda and precision.tf32 and precision.dtype == "fp32" else ""
+    tf32 = " (TF32)" if cuda and settings.tf32 and settings.dtype == "fp32" else ""
     count = f"{process.world} x " if process.world > 1 else ""
-    return f"{precision.dtype}{tf32} on {count}{torch.cuda.get_device_name(process.device) if cuda else 'cpu'}"
+    return f"{settings.dtype}{tf32} on {count}{torch.cuda.get_device_name(process.device) if cuda else 'cpu'}"

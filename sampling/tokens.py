@@ -1,24 +1,46 @@
-"""The class tokens that `--like` names."""
+"""Given class tokens: what `--like` means."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.crop import center_crop
+from common.images import BadImage, decode_image
 from config import MissingFile, UserError
+from models.encoder import VisionEncoder, load_encoder
+from models.model_file import ModelInfo
 
 
-def read_tokens(sources: tuple[str, ...], dim: int, encoder: str, resolution: int, grid: int) -> Tensor:
-    """The tokens that `--like` names: (K, D) float32.
+def read_tokens(sources: Sequence[str], info: ModelInfo) -> Tensor:
+    """The tokens that `--like` means, (K, D) float32.
 
-    sources: image files, encoded by the model's own encoder after the training crop; .npy files of tokens (a row, or all
-    rows), FILE.npy:I for row I. Raises FileNotFoundError or ValueError naming the source.
+    Args:
+        sources: image files, encoded by the model's own encoder after the training crop; .npy files of tokens (all rows);
+            FILE.npy:I for row I.
+        info: of the model.
+
+    Raises:
+        UserError: names the source and what is wrong with it.
     """
-    rows = [
-        _rows_of_file(source, dim) if ".npy" in source else _encode(Path(source), dim, encoder, resolution, grid)
-        for source in sources
-    ]
+    encoder: VisionEncoder | None = None
+    rows = []
+    for source in sources:
+        if ".npy" in source:
+            rows.append(_rows_of_file(source, info.network.class_token_dim))
+            continue
+        if not info.encoders:
+            raise UserError("--like: the model file names no encoder; give tokens as .npy")
+        pixels = _pixels(source, info.resolution)
+        encoder = encoder or load_encoder(info.encoders[0], info.network.input_size // info.network.patch_size)
+        rows.append(encoder(pixels).class_token.float())
+        width, expected = rows[-1].shape[1], info.network.class_token_dim
+        if width != expected:
+            raise UserError(
+                f"--like {source}: encoder {encoder.name} gives tokens of width {width}, the model has {expected}"
+            )
     return torch.cat(rows)
 
 
@@ -40,20 +62,13 @@ def _rows_of_file(source: str, dim: int) -> Tensor:
     return torch.from_numpy(tokens.astype(np.float32))
 
 
-def _encode(path: Path, dim: int, encoder: str, resolution: int, grid: int) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
-    from common.crop import center_crop
-    from models.encoder import load_encoder
-
+def _pixels(source: str, resolution: int) -> Tensor:
+    """The centre crop of an image file: (1, 3, H, W) uint8."""
+    path = Path(source)
+    if not path.is_file():
+        raise MissingFile(f"--like {source}: no such file")
     try:
-        with Image.open(path) as image:
-            pixels = center_crop(image.convert("RGB"), resolution)
-    except FileNotFoundError as error:
-        raise MissingFile(f"--like {path}: no such file") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"--like {path}: neither an image nor an .npy file of tokens ({error})") from error
-    token = load_encoder(encoder, grid)(torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]).class_token.float()
-    if token.shape[1] != dim:
-        raise UserError(f"--like {path}: encoder {encoder} gives tokens of width {token.shape[1]}, the model has {dim}")
-    return token
+        crop = center_crop(decode_image(path), resolution)
+    except BadImage as error:
+        raise UserError(f"--like {source}: neither an image nor an .npy file of tokens ({error})") from error
+    return torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None]

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import diffusers.models.autoencoders  # noqa: F401 (this and the others so marked: loaded once, in the fork server)
@@ -15,7 +14,7 @@ import torch._dynamo
 
 import train
 from preprocessing import pack, packing  # noqa: F401
-from training import runner, state  # noqa: F401
+from training import checkpoints, run  # noqa: F401
 
 # Not a plain fork of the tests' own process: a child killed inside a lock that it shares with its parent (tqdm's, for one)
 # would leave the parent waiting for ever.
@@ -24,30 +23,29 @@ _FORKS.set_forkserver_preload(["tests.killable"])
 
 # Every part of a save, in order: (module or class, name of the function, how many calls of it to let pass).
 STAGES = {
-    "before the weights": (state, "save", 0),
-    "model file": (state, "save_model", 0),
+    "before the weights": (checkpoints, "save", 0),
+    "model file": (checkpoints, "save_model", 0),
     "optimiser": (torch, "save", 0),
-    "first fsync": (state, "_sync", 0),
-    "second fsync": (state, "_sync", 1),
-    "before the manifest": (Path, "write_text", 0),
-    "after the manifest": (state, "_sync", 3),
-    "read back": (state, "verify", 0),
-    "rename": (Path, "rename", 1),  # the first is the model file's
-    "after the rename": (state, "_sync", 5),
-    "rotation": (state, "rotate", 0),
-    "deletion": (state, "_delete", 0),
-    "half deleted": (state, "_remove_own_files", 0),
+    "first fsync": (checkpoints, "sync", 0),
+    "second fsync": (checkpoints, "sync", 1),
+    "before the manifest": (checkpoints, "write_json", 0),
+    "read back": (checkpoints, "verify", 0),
+    "before the rename": (checkpoints, "_publish", 0),
+    "after the rename": (checkpoints, "sync", 3),
+    "rotation": (checkpoints, "rotate", 0),
+    "deletion": (checkpoints, "_delete", 0),
+    "half deleted": (checkpoints, "_remove_own_files", 0),
 }
 
 
 def at_stage(stage: str, act: Any) -> None:
     """Call `act` instead of the chosen function, at the chosen call during the save of the fourth step from now."""
     place, name, skip = STAGES[stage]
-    original_save, original, calls = state.save, getattr(place, name), {"saves": 0, "here": 0}
+    original_save, original, calls = checkpoints.save, getattr(place, name), {"saves": 0, "here": 0}
 
     def counted_save(*args: Any, **kwargs: Any) -> Any:
         calls["saves"] += 1
-        if calls["saves"] == 4 and (place, name) == (state, "save"):
+        if calls["saves"] == 4 and (place, name) == (checkpoints, "save"):
             act()
         return original_save(*args, **kwargs)
 
@@ -58,9 +56,9 @@ def at_stage(stage: str, act: Any) -> None:
                 act()
         return original(*args, **kwargs)
 
-    if (place, name) != (state, "save"):
+    if (place, name) != (checkpoints, "save"):
         setattr(place, name, replaced)
-    state.save = counted_save
+    checkpoints.save = counted_save
 
 
 def kill() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from common.processes import leave
 from config import parse
 from train import TrainConfig, train
-from training.launch import leave
 
 
 def main() -> None:

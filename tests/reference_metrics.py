@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from evaluations.metrics import frechet_distance, inception_score
+from evaluations.metrics import Estimate, InceptionScore, frechet_distance
 from evaluations.neighbours import precision_recall
 from evaluations.statistics import compute_statistics
 
@@ -19,6 +19,13 @@ class Line(NamedTuple):
     max_abs: float
     max_rel: float
     limit: float
+
+
+def inception_score(log_probabilities: np.ndarray | torch.Tensor, split: int = 5000) -> Estimate:
+    """Inception Score of log p (N, K) held in memory."""
+    score = InceptionScore(*log_probabilities.shape, split)
+    score.update(torch.as_tensor(log_probabilities).double(), 0)
+    return score.estimate()
 
 
 def check(path: Path) -> list[Line]:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+LIBRARY = [path for path in MODULES if module_name(path).split(".")[0] not in ("benchmarks", "quickstart")]
+TESTS = sorted((ROOT / "tests").glob("*.py"))
 NAMES = {module_name(path) for path in MODULES}
 
 
@@ -89,15 +92,69 @@ def test_no_import_cycles():
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_habits(path):
-    """No sys.path edits, exit(), unsafe unpickling, argparse namespaces below the programs, or file past 350 lines."""
+    """No sys.path edits, exit(), unsafe unpickling, to-do notes, or argparse namespaces below the programs."""
     text = path.read_text()
     assert "sys.path" not in text
     assert not re.search(r"(?<![\w.])exit\(", text)
     assert "weights_only=False" not in text and "allow_pickle=True" not in text
     assert not re.search(r"\bTODO\b|\bFIXME\b", text)
-    assert text.count("\n") <= 350, f"{path.name} has {text.count(chr(10))} lines"
     if path.parent.name == "models" or path.stem in ("loss", "dataset"):
         assert not re.search(r"\bargs\.", text)
+
+
+@pytest.mark.parametrize("path", MODULES + TESTS, ids=module_name)
+def test_files_are_short(path):
+    assert path.read_text().count("\n") <= 350, f"{path.name} has {path.read_text().count(chr(10))} lines"
+
+
+def test_the_formatter_is_rarely_switched_off():
+    """`# fmt: skip` keeps a table of numbers and nothing else."""
+    mark = "fmt: " + "skip"
+    found = [path.name for path in MODULES + TESTS for line in path.read_text().splitlines() if line.endswith(mark)]
+    assert len(found) < 10, found
+
+
+@pytest.mark.parametrize("folder", ["training", "sampling", "preprocessing", "evaluations"])
+def test_settings_import_no_more_than_their_words(folder):
+    """A program's settings are read, and its --help printed, without torch: from config, the tables of words, and Python."""
+    path = ROOT / folder / "settings.py"
+    allowed = {"config", "models.choices", "common.presets"}
+    assert GRAPH.get(f"{folder}.settings", set()) <= allowed
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            top = name.split(".")[0]
+            assert top in sys.stdlib_module_names or top in HEIGHT, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
+def test_settings_are_typed(path):
+    """A parameter that carries settings has the type of its dataclass, so that a typing error is found by mypy."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+                if argument.arg in ("settings", "config", "args", "request"):
+                    kind = ast.unparse(argument.annotation) if argument.annotation else "nothing"
+                    assert kind not in ("nothing", "Any"), f"{path.name}, {node.name}: {argument.arg} is {kind}"
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if path.stem != "files"], ids=module_name)
+def test_files_are_written_in_one_place(path):
+    """Temporary name, fsync, rename: common/files.py alone. A checkpoint is a folder and renamed as one."""
+    if module_name(path) == "training.checkpoints":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, count = node.func.attr, len(node.args)
+            renames = name == "rename" or (
+                name == "replace" and count == 1 and not node.keywords
+            )  # str.replace has two
+            on_os = isinstance(node.func.value, ast.Name) and node.func.value.id == "os" and name == "replace"
+            assert not renames and not on_os and name != "fsync", (
+                f"{path.name}, line {node.lineno}: {ast.unparse(node)}"
+            )
 
 
 def test_one_owner_of_the_interpolant():
@@ -150,7 +207,7 @@ def test_the_core_imports_without_the_optional_packages():
         "models.samplers",
         "models.ema",
         "models.cost",
-        "models.checkpoint",
+        "models.model_file",
         "models.encoder",
         "models.autoencoder",
     ]

@@ -58,6 +58,22 @@ def test_per_channel_normalisation_is_read_from_the_config(tmp_path):
     assert load_autoencoder(str(folder)).normalization.normalize(z).flatten().tolist() == [0.0, -2.0, -1.0, -1.5]
 
 
+def test_latents_are_decoded_a_few_at_a_time(tmp_path, monkeypatch):
+    """A batch bounds what the VAE sees at once; the pixels are those of one call."""
+    vae = load_autoencoder(str(write_vae(tmp_path / "vae")))
+    latent = torch.randn(5, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    whole, seen, original = vae.decode(latent), [], vae.vae.decode
+
+    def decode(z):
+        seen.append(len(z))
+        return original(z)
+
+    monkeypatch.setattr(vae.vae, "decode", decode)
+    parts = vae.decode(latent, batch=2)
+    assert seen == [2, 2, 1] and parts.shape == whole.shape
+    assert (parts.int() - whole.int()).abs().max() <= 1
+
+
 def test_published_latent_space_needs_no_weights():
     """What the published moments need to be used is known without the network."""
     space = latent_space("ema")
@@ -66,7 +82,7 @@ def test_published_latent_space_needs_no_weights():
 
 
 def test_missing_vae_is_one_sentence(tmp_path, monkeypatch):
-    """A folder without a network, a half-copied one, and weights that are nowhere are each told with the mend."""
+    """A folder without a network, a half-copied one, and absent weights: each message says what to do."""
     from huggingface_hub import constants
 
     (tmp_path / "empty").mkdir()

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dataset import encode_moments
-from evaluations.cknna import cknna, main
-from models.checkpoint import ModelInfo, save_model
+from evaluations.cknna import main
+from evaluations.kernel_alignment import cknna
+from models.model_file import ModelInfo, save_model
 from models.sit import SiT, SiTConfig
 from packed.format import EncoderInfo, Manifest, write_manifest
 from packed.writer import write_shard
@@ -155,8 +156,9 @@ def test_measurement_of_a_network(small, tmp_path, monkeypatch):
 def test_network_without_class_token(small, tmp_path):
     """Plain SiT: patch tokens alone."""
     from dataset import PackedDataset
-    from evaluations.cknna import CknnaConfig, measure, plot, read_targets
-    from models.checkpoint import load_model
+    from evaluations.layers import measure, plot, read_targets
+    from evaluations.settings import CknnaConfig
+    from models.model_file import load_model
 
     data, model = small
     path = model("sit", class_token_dim=0, align_dims=())
@@ -174,8 +176,9 @@ def test_mistakes_are_one_line(small, tmp_path):
     data, model = small
     from config import UserError
     from dataset import PackedDataset
-    from evaluations.cknna import CknnaConfig, measure, read_targets
-    from models.checkpoint import load_model
+    from evaluations.layers import measure, read_targets
+    from evaluations.settings import CknnaConfig
+    from models.model_file import load_model
 
     dataset, rows = PackedDataset(data), torch.arange(30)
     targets = read_targets(dataset, rows, None, 8, torch.device("cpu"))
@@ -189,4 +192,4 @@ def test_mistakes_are_one_line(small, tmp_path):
             measure(load_model(path), dataset, rows, targets, CknnaConfig(path, data, neighbours=5, **settings))
     command = [sys.executable, "evaluations/cknna.py", "--checkpoint", "x", "--dataset", str(data), "--times", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: --times must lie between 0 and 1, got 0.0\n"
+    assert done.returncode == 2 and done.stderr == "error: --times must be above 0, got 0.0\n"

@@ -11,9 +11,9 @@ import pytest
 
 from common.reporting import run
 from config import UserError, as_dict, parse, setting
-from evaluations.evaluate import EvaluateConfig
-from generate import SampleConfig
+from evaluations.settings import EvaluateConfig
 from preprocessing.pack import PackConfig
+from sampling.settings import SampleConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 @dataclass(frozen=True)
 class Example:
     data_dir: Path = setting(help="folder", group="data")
-    batch_size: int = setting(256, "images a step", group="data")
+    batch_size: int = setting(256, "images per step", group="data")
     lr: float = setting(1e-4, "learning rate", group="optimisation")
     path_type: str = setting("linear", "interpolant", group="model", choices=("linear", "cosine"))
     ema: bool = setting(True, "keep an average", group="model")
@@ -83,9 +83,16 @@ def test_a_preset_is_weaker_than_recipe_and_flags(tmp_path):
     ("text", "words"),
     [
         ("batchsize: 3", r"unknown key 'batchsize' \(did you mean 'batch_size'\?\)"),
-        ("batch_size: many", "batch_size: 'many' is not a int"),
-        ("batch_size: 1.5", "batch_size: 1.5 is not a int"),
-        ("ema: 1", "ema: 1 is not a bool"),
+        ("batch_size: many", "batch_size: 'many' is not a whole number"),
+        ("batch_size: 1.5", "batch_size: 1.5 is not a whole number"),
+        ("batch_size: true", "batch_size: True is not a whole number"),
+        ("batch_size: [1, 2]", r"batch_size: \[1, 2\] is not a whole number"),
+        ("batch_size: null", "batch_size: None is not a whole number"),
+        ("batch_size: 1\nlr: 1\nbatch-size: 2", "batch_size is given twice, in lines 1 and 3"),
+        ("batch_size: 1\nbatch_size: 1", "batch_size is given twice, in lines 1 and 2"),
+        ("lr: fast", "lr: 'fast' is not a number"),
+        ("classes: [1, a]", "classes: 'a' is not a whole number"),
+        ("ema: 1", "ema: 1 is not true or false"),
         ("path_type: edm", "path_type: 'edm' is none of linear, cosine"),
         ("- a", "expected `name: value` lines, found list"),
         ("a: [", "not valid YAML"),
@@ -94,6 +101,23 @@ def test_a_preset_is_weaker_than_recipe_and_flags(tmp_path):
 def test_bad_recipes_are_named(tmp_path, text, words):
     with pytest.raises(UserError, match=words):
         read("--config", recipe(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--batch-size", "many"), "^--batch-size: 'many' is not a whole number$"),
+        (("--batch-size", "1.5"), "^--batch-size: '1.5' is not a whole number$"),
+        (("--lr", "fast"), "^--lr: 'fast' is not a number$"),
+        (("--path-type", "edm"), "^--path-type: 'edm' is none of linear, cosine$"),
+        (("--classes", "1", "a"), "^--classes: 'a' is not a whole number$"),
+        (("--batch-size",), "^--batch-size: expected one argument; see --help$"),
+        (("--classes",), "^--classes: expected at least one argument; see --help$"),
+    ],
+)
+def test_bad_flags_are_named(flags, words):
+    with pytest.raises(UserError, match=words):
+        read("--data-dir", "d", *flags)
 
 
 def test_missing_recipe_and_required_flag():

@@ -11,8 +11,8 @@ import torch
 
 import convert
 from config import UserError
-from models.checkpoint import load_model
-from models.convert import derive_config, from_published, read_published, to_published, unify_sit
+from models.model_file import load_model
+from models.published import derive_config, from_published, read_published, to_published, unify_sit
 from models.sit import SiT, SiTConfig
 
 DATA = Path(__file__).parent / "data"
@@ -120,7 +120,7 @@ def test_legacy_repa_names():
             part[:2] = ["decoder_blocks", str(int(part[1]) - 1)]
         legacy[".".join(part)] = tensor
     assert any("decoder" in name for name in legacy)
-    from models.convert import _modern_names
+    from models.published import _modern_names
 
     restored = _modern_names(legacy)
     assert {n: t.data_ptr() for n, t in restored.items()} == {n: t.data_ptr() for n, t in modern.items()}
@@ -128,7 +128,7 @@ def test_legacy_repa_names():
 
 
 def convert_heads(n):
-    from models.convert import Given
+    from models.published import Given
 
     return Given(num_heads=n, encoder_depth=1)
 

@@ -1,4 +1,4 @@
-"""The packed dataset: what was written is read back, damage is told at once, the order of training is a function."""
+"""The packed dataset: what was written is read back, damage is found at once, the order of training is a function."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from common.files import fingerprint
 from dataset import PackedDataset, StepSampler, decode_moments, encode_moments, read_ahead
 from packed import memory
-from packed.format import Manifest, npy_header, read_json, read_manifest, write_json, write_manifest
+from packed.format import Field, Manifest, read_json, read_manifest, write_json, write_manifest
 from packed.writer import ShardWriter, write_shard
 from tests.tiny import write_dataset
 
@@ -83,7 +83,7 @@ def test_appended_shard_equals_one_written_at_once(tmp_path):
 
 def test_header_room():
     """The header of a file has the same length for every count: it is written before the count is known."""
-    lengths = {len(npy_header(np.dtype("float16"), (256, 768), count)) for count in (0, 1, 10**6, 10**12)}
+    lengths = {len(Field(np.dtype("float16"), (256, 768)).header(count)) for count in (0, 1, 10**6, 10**12)}
     assert len(lengths) == 1 and lengths.pop() % 64 == 0
 
 
@@ -120,7 +120,7 @@ def test_workers_read_the_same(tmp_path):
     ],
     ids=["missing", "truncated", "edited manifest", "truncated manifest", "no manifest", "no object"],
 )
-def test_damage_is_told_at_the_start(tmp_path, harm, message):
+def test_damage_is_found_at_the_start(tmp_path, harm, message):
     """A missing or truncated file, or an edited manifest, is named before any batch is read."""
     folder = write_dataset(tmp_path / "data")
     harm(folder)
@@ -128,7 +128,7 @@ def test_damage_is_told_at_the_start(tmp_path, harm, message):
         PackedDataset(folder)
 
 
-def test_wrong_header_is_told(tmp_path):
+def test_wrong_header_is_named(tmp_path):
     """A file of the right length that holds something else is named when it is first read."""
     folder = write_dataset(tmp_path / "data")
     path = folder / "label-00000.npy"
@@ -156,7 +156,7 @@ def test_absent_field_is_named(tmp_path):
 
 
 def test_json_checks_itself(tmp_path):
-    """JSON files are read back, in any order of keys, and any change of a character is told."""
+    """JSON files are read back, in any order of keys, and any change of a character is found."""
     path = tmp_path / "x.json"
     write_json(path, {"b": [1, 2.5], "a": "text"})
     assert read_json(path) == {"a": "text", "b": [1, 2.5]}
@@ -255,7 +255,7 @@ def test_reading_ahead_raises_and_stops(tmp_path):
 
 
 def test_memory_is_used_again_but_never_while_it_is_held(tmp_path):
-    """A batch that somebody holds, even a part of it, keeps its values; memory that nobody holds is lent again."""
+    """A batch that is referred to, even in part, keeps its values; other memory is used again."""
     folder = tmp_path / "data"
     folder.mkdir()
     arrays = {

@@ -96,7 +96,8 @@ def program(words: list[str]) -> tuple[str | None, list[str]]:
         from torch.distributed.run import get_args_parser
 
         launched = get_args_parser().parse_args(rest)
-        return module_of(launched.training_script), launched.training_script_args
+        script = launched.training_script
+        return script if launched.module else module_of(script), launched.training_script_args
     if name == "accelerate":
         from accelerate.commands.launch import launch_command_parser
 
@@ -115,6 +116,11 @@ def module_of(file: str) -> str:
     return file.removesuffix(".py").replace("/", ".")
 
 
+def parses(module):
+    """The module that calls config.parse for a program: its own, or that of its settings."""
+    return module if hasattr(module, "parse") or not hasattr(module, "read") else sys.modules[module.read.__module__]
+
+
 def parse(command: Command, monkeypatch) -> None:
     """Let the program's own main parse the arguments (and required ones for those left out); stop it right after."""
     module = importlib.import_module(command.module)
@@ -128,8 +134,8 @@ def parse(command: Command, monkeypatch) -> None:
         return parse_and_stop
 
     monkeypatch.chdir(ROOT)
-    if hasattr(module, "parse"):
-        monkeypatch.setattr(module, "parse", stop_after(module.parse))
+    if hasattr(parses(module), "parse"):
+        monkeypatch.setattr(parses(module), "parse", stop_after(parses(module).parse))
     else:
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
     while True:
@@ -173,7 +179,7 @@ def test_examples_of_help_are_parsed(module, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(Parsed):
         patched.setattr(sys, "argv", [module])
-        patched.setattr(importlib.import_module(module), "parse", record)
+        patched.setattr(parses(importlib.import_module(module)), "parse", record)
         importlib.import_module(module).main()
     for example in shown:
         with monkeypatch.context() as patched:

@@ -80,7 +80,7 @@ def test_networks_that_cannot_serve(name, message):
 
 
 def test_missing_weights_are_one_sentence(tmp_path, monkeypatch):
-    """Weights that are neither cached nor to be downloaded: the command that mends it."""
+    """Weights that are neither cached nor to be downloaded: the message has the command that gets them."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

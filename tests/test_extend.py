@@ -13,10 +13,23 @@ from config import UserError
 from dataset import PackedDataset, decode_moments
 from packed.format import read_manifest
 from preprocessing import pack
-from tests.test_packing import IMAGES, content, flags, flip, killed, one_thread, records, torchrun  # noqa: F401
-from tests.test_preprocessing import encoded, noise, write_folder, write_table, write_tar
+from tests.packs import (
+    IMAGES,
+    content,
+    encoded,
+    flags,
+    flip,
+    killed,
+    noise,
+    records,
+    torchrun,
+    write_folder,
+    write_table,
+    write_tar,
+)
 from tests.tiny import write_encoder, write_vae
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # a new class between old ones, one after them, and more images of an old class that sort before, between and after
 NEW = {
     f"{name}.png": encoded(noise(9 + i, 11))
@@ -25,7 +38,7 @@ NEW = {
 
 
 @pytest.fixture(scope="module")
-def toys(tmp_path_factory):
+def toys(tmp_path_factory, one_thread):
     """A VAE and an encoder; images that have grown; `packed` before they grew, `extended` after, `at_once` all together."""
     folder = tmp_path_factory.mktemp("toys")
     write_vae(folder / "vae")
@@ -153,10 +166,10 @@ def test_repair_of_an_unfinished_extension_keeps_the_old_dataset(toys, tmp_path)
 
     out = shutil.copytree(toys / "packed", tmp_path / "out")
     assert killed(flags(toys, out, "--extend"), tmp_path / "log", 20)
-    verify.verify(out, repair=True)
+    verify.repair(out)
     assert len(PackedDataset(out)) == 15
     flip(out / "pixels-00001.npy", -5)
-    verify.verify(out, repair=True)
+    verify.repair(out)
     assert not (out / "dataset.json").exists()
     pack.main(flags(toys, out))
     assert content(out) == content(toys / "extended")

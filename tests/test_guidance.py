@@ -157,7 +157,7 @@ def test_bad_settings_are_named(arguments, words):
 def test_a_gpu_samples_the_same_states(mode, name):
     """Noise, guidance and solver on CUDA: the states of the CPU within 1e-4 (float32 networks, TF32 off)."""
     from models import acceleration
-    from sampling.draw import Sampler
+    from sampling.sampler import Sampler
 
     acceleration.allow_tf32(False)
     ends = []

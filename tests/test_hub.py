@@ -10,7 +10,7 @@ import torch
 
 from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
-from models.published import locate, obtain
+from models.obtain import locate, obtain
 from tests.tiny import PUBLISHED_ARGS, published_weights, sit_weights
 
 pytestmark = pytest.mark.usefixtures("caches")
@@ -114,7 +114,7 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("kind", "words"), [*SENTENCES, ("file", r"Martinser/REG on huggingface.co has no such file")])
-def test_causes_are_told_apart(monkeypatch, kind, words):
+def test_causes_are_distinguished(monkeypatch, kind, words):
     """No network, a busy server, a gated or unknown repository and an unknown file: one sentence each, with what to do."""
     import huggingface_hub
 

@@ -1,4 +1,4 @@
-"""A run survives kill -9 at any instant, a failing disk, and being told to stop."""
+"""A run survives kill -9 at any instant, a failing disk, and signals to stop."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from config import UserError
 from tests import killable
 from tests.killable import STAGES
 from tests.tiny import FLAGS, write_dataset
-from training import state
+from training import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def logged(run: Path) -> int:
 def newest(run: Path) -> int:
     """The step of the checkpoint that a resume takes; it loads, and so does its model file."""
     warnings: list[str] = []
-    found = state.newest(run / "checkpoints", warnings.append)
+    found = checkpoints.newest(run / "checkpoints", warnings.append)
     assert not warnings, warnings  # a kill leaves no damaged checkpoint behind, only hidden folders
     if found is None:
         return 0
-    loaded = state.load(found)
+    loaded = checkpoints.load(found)
     assert all(t.isfinite().all() for t in loaded.model.values()) and loaded.step == int(found.name)
     return loaded.step
 
@@ -87,7 +87,7 @@ def same_end(run: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", [s if s in ("after the manifest", "rename") else pytest.param(s, marks=pytest.mark.slow) for s in STAGES]
+    "stage", [s if s in ("read back", "before the rename") else pytest.param(s, marks=pytest.mark.slow) for s in STAGES]
 )
 def test_killed_inside_a_save(data, unbroken, tmp_path, stage):
     """kill -9 inside each part of a save: the newest checkpoint loads, is at most one interval old, and the resumed run
@@ -130,8 +130,8 @@ def test_killed_at_random_instants(data, tmp_path, kills):
 
 
 FAULTS = {
-    "ENOSPC in fsync": (state, "_sync", OSError(errno.ENOSPC, "No space left on device")),
-    "EIO in fsync": (state, "_sync", OSError(errno.EIO, "Input/output error")),
+    "ENOSPC in fsync": (checkpoints, "sync", OSError(errno.ENOSPC, "No space left on device")),
+    "EIO in fsync": (checkpoints, "sync", OSError(errno.EIO, "Input/output error")),
     "ENOSPC in torch.save": (
         torch,
         "save",
@@ -139,19 +139,19 @@ FAULTS = {
     ),
     "failed rename": (Path, "rename", OSError(errno.EIO, "Input/output error")),
     "read-only folder": (Path, "mkdir", PermissionError(errno.EACCES, "Permission denied")),
-    "damage found on reading back": (state, "verify", state.DamagedCheckpoint("optimizer.pt has changed")),
+    "damage found on reading back": (checkpoints, "verify", checkpoints.DamagedCheckpoint("optimizer.pt has changed")),
 }
 
 
 @pytest.mark.parametrize(
     "fault", [f if "fsync" not in f and "torch" not in f else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS]
 )
-def test_failing_disk_is_told_and_training_goes_on(data, tmp_path, capsys, monkeypatch, fault):
+def test_failing_disk_is_reported_and_training_goes_on(data, tmp_path, capsys, monkeypatch, fault):
     """--on-save-error continue: the run says what happened, the former checkpoint is intact, and once the disk works again
     the next save succeeds."""
     place, name, error = FAULTS[fault]
     broken = {"saves": 0}
-    original, original_save = getattr(place, name), state.save
+    original, original_save = getattr(place, name), checkpoints.save
 
     def save(*args, **kwargs):
         broken["saves"] += 1
@@ -167,7 +167,7 @@ def test_failing_disk_is_told_and_training_goes_on(data, tmp_path, capsys, monke
     def failing(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(state, "save", save)
+    monkeypatch.setattr(checkpoints, "save", save)
     train.main(flags(data, tmp_path, "run", steps=5))
     said = capsys.readouterr().out
     assert "step 3 could not be saved, training goes on" in said and "step 4 could not be saved" in said
@@ -177,14 +177,14 @@ def test_failing_disk_is_told_and_training_goes_on(data, tmp_path, capsys, monke
 
 def test_failing_disk_can_stop_the_run(data, tmp_path, monkeypatch):
     """--on-save-error stop, or the last save of a run: it ends with an error that names the step; what was saved stays."""
-    original = state.save
+    original = checkpoints.save
 
     def save(folder, content, *rest):
         if content.step == 3:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder))
         return original(folder, content, *rest)
 
-    monkeypatch.setattr(state, "save", save)
+    monkeypatch.setattr(checkpoints, "save", save)
     with pytest.raises(UserError, match=r"step 3 could not be saved.*No space left on device"):
         train.main(flags(data, tmp_path, "run", "--on-save-error", "stop", steps=5))
     assert newest(tmp_path / "run") == 2
@@ -194,7 +194,7 @@ def test_failing_disk_can_stop_the_run(data, tmp_path, monkeypatch):
 
 def test_a_real_limit_of_the_file_system(data, tmp_path):
     """Beyond a file-size limit of the operating system (EFBIG, as from a full quota) the writers fail in their own ways:
-    told in one line, training goes on, no half-written checkpoint."""
+    reported in one line, training goes on, no half-written checkpoint."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -270,7 +270,7 @@ def test_damaged_checkpoints_fall_back(data, tmp_path, capsys):
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     train.main(flags(data, tmp_path, "run", steps=4))
     said = capsys.readouterr().out
-    assert "0000004 is damaged and passed over" in said and "optimizer.pt is missing" in said
+    assert "0000004 is damaged and skipped" in said and "optimizer.pt is missing" in said
     assert "0000003 is damaged" in said and "model.safetensors has changed" in said and "resuming from" in said
     for step in ("0000001", "0000002"):
         text = (tmp_path / "again/checkpoints" / step / "state.json").read_text()
@@ -296,7 +296,7 @@ def test_a_checkpoint_holds_no_code(data, tmp_path):
     torch.save({"optimizer": Bomb()}, checkpoint / "optimizer.pt")
     content = json.loads((checkpoint / "state.json").read_text())
     size = (checkpoint / "optimizer.pt").stat().st_size
-    content["files"]["optimizer.pt"] = {"bytes": size, "sha256": state._sha256(checkpoint / "optimizer.pt")}
+    content["files"]["optimizer.pt"] = {"bytes": size, "sha256": checkpoints.sha256(checkpoint / "optimizer.pt")}
     (checkpoint / "state.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="0000002 cannot be read"):
         train.main(flags(data, tmp_path, "run", steps=3))

@@ -7,11 +7,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from evaluations import neighbours
 from evaluations.coherence import token_metrics
-from evaluations.memorization import closest_pairs
-from evaluations.metrics import InceptionScore, clip_mmd, frechet_distance, inception_score, kernel_distance
-from evaluations.neighbours import density_coverage, nearest, neighbour_radii, precision_recall
+from evaluations.metrics import InceptionScore, clip_mmd, frechet_distance, kernel_distance
 from evaluations.statistics import (
     Moments,
     Statistics,
@@ -21,7 +18,7 @@ from evaluations.statistics import (
     jackknife_groups,
     without,
 )
-from tests.reference_metrics import check
+from tests.reference_metrics import check, inception_score
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,9 +27,6 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def gaussian(mean: np.ndarray, covariance: np.ndarray) -> Statistics:
     return Statistics(100, np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64))
-
-
-# ------------------------------------------------------------------------------------------------------ recordings
 
 
 def test_recorded_metrics_of_the_adm_evaluator():
@@ -51,9 +45,6 @@ def test_a_recording_without_its_arrays_is_named(tmp_path):
     np.savez(tmp_path / "metrics_b.npz", other=np.zeros(3))
     with pytest.raises(ValueError, match="records no metric"):
         check(tmp_path / "metrics_b.npz")
-
-
-# ------------------------------------------------------------------------------------------------------- statistics
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 1000])
@@ -128,9 +119,6 @@ def test_statistics_without_a_group():
         without(compute_moments(x), compute_moments(x[:89]))
 
 
-# ------------------------------------------------------------------------------------------------- Frechet distance
-
-
 def test_frechet_of_diagonal_gaussians():
     """Closed form: |m1 - m2|^2 + sum (s1 - s2)^2, to 1e-12."""
     rng = np.random.default_rng(0)
@@ -185,9 +173,6 @@ def test_frechet_refuses_what_it_cannot_compare():
         frechet_distance(a, a._replace(mean=np.full(3, np.nan)))
 
 
-# -------------------------------------------------------------------------------------------------- Inception Score
-
-
 def test_inception_score_extremes():
     """Uncertain images score 1, certain and evenly spread ones the number of classes, also with zero probabilities."""
     assert inception_score(torch.full((20, 5), 0.2).log()).value == pytest.approx(1, abs=1e-12)
@@ -208,117 +193,6 @@ def test_inception_score_takes_chunks_in_file_order():
     assert score.estimate().value == pytest.approx(np.mean(chunks), rel=1e-13)
     assert score.estimate().error == pytest.approx(np.std(chunks, ddof=1) / 3**0.5, rel=1e-12)
     assert inception_score(log_p, 100).error is None
-
-
-# ------------------------------------------------------------------------------------------------------- neighbours
-
-
-def brute_radii(x: torch.Tensor, k: int) -> torch.Tensor:
-    distances = ((x[:, None] - x[None]) ** 2).sum(-1)
-    return distances.sort(1).values[:, k]
-
-
-@pytest.mark.parametrize("block", [10_000, 37])
-def test_float32_rule_equals_brute_force(block, monkeypatch):
-    """Radii to float32 rounding; precision, recall, density and coverage equal, also over many small blocks."""
-    monkeypatch.setattr(neighbours, "BLOCK", block)
-    real, fake = normal(90, 6), normal(70, 6, seed=1) * 0.8 + 0.3
-    cross = ((real[:, None] - fake[None]) ** 2).sum(-1)
-    result = precision_recall(real, fake, rule="fp32")
-    torch.testing.assert_close(result.radii_reference, brute_radii(real, 3), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(result.radii_samples, brute_radii(fake, 3), rtol=1e-4, atol=1e-5)
-    inside = cross <= brute_radii(real, 3)[:, None]
-    assert result.precision == inside.any(0).double().mean().item()
-    assert result.recall == (cross <= brute_radii(fake, 3)[None]).any(1).double().mean().item()
-    wide = cross <= brute_radii(real, 5)[:, None]
-    both = density_coverage(real, fake, k=5)
-    assert both.density == pytest.approx(wide.sum().item() / (5 * 70)) and both.density > 0
-    assert both.coverage == wide.any(1).double().mean().item()
-    found = nearest(real, fake)
-    assert torch.equal(found.indices, cross.argmin(0))
-
-
-def eigen_half_sum(row: np.ndarray) -> np.float16:
-    """The documented summation order, one number at a time."""
-    if len(row) > 1600:
-        middle = -(-len(row) // 16) * 8
-        return np.float16(eigen_half_sum(row[:middle]) + eigen_half_sum(row[middle:]))
-    lanes = np.zeros((4, 8), np.float16)
-    vectors = [row[i : i + 8] for i in range(0, len(row) // 8 * 8, 8)]
-    whole = len(vectors) // 4 * 4
-    for i in range(whole):
-        lanes[i % 4] = lanes[i % 4] + vectors[i]
-    total = lanes[0]
-    for extra in (*lanes[1:], *vectors[whole:]):
-        total = total + extra
-    wide = total.astype(np.float32)
-    while len(wide) > 1:
-        wide = wide[: len(wide) // 2] + wide[len(wide) // 2 :]
-    rest = np.float16(0)
-    for value in row[len(row) // 8 * 8 :]:
-        rest = np.float16(rest + value)
-    return np.float16(rest + np.float16(wide[0]))
-
-
-@pytest.mark.parametrize("width", [3, 8, 48, 50, 200, 1700, 2048])
-def test_adm_rule_rounds_each_step_to_float16(width):
-    """Radii equal a scalar walk through ADM's formula in float16, for widths off and on the vector length."""
-    x = normal(12, width).abs() * 0.4
-    half = x.numpy().astype(np.float16)
-    norms = [eigen_half_sum(row) for row in half * half]
-    distances = np.empty((12, 12), np.float16)
-    for i in range(12):
-        for j in range(12):
-            product = np.float16(half[i].astype(np.float32) @ half[j].astype(np.float32))
-            distances[i, j] = max(np.float16(np.float16(norms[i] - 2 * product) + norms[j]), np.float16(0))
-    expected = np.sort(distances.astype(np.float32), axis=1)[:, 3]
-    assert np.array_equal(neighbour_radii(x, k=3, rule="adm").numpy(), expected)
-
-
-def test_adm_rule_falls_back_to_float32_where_float16_overflows():
-    """Features whose squared norms pass 65504 give float32's radii; a block that fits is still rounded."""
-    x = normal(40, 30) * 60
-    torch.testing.assert_close(
-        neighbour_radii(x, k=3, rule="adm"), neighbour_radii(x, k=3, rule="fp32"), rtol=0, atol=0
-    )
-    small = x / 60
-    assert not torch.equal(neighbour_radii(small, k=3, rule="adm"), neighbour_radii(small, k=3, rule="fp32"))
-
-
-@pytest.mark.parametrize("rule", ["adm", "fp32"])
-def test_mode_collapse_is_precise_and_forgetful(rule):
-    """Samples of one of ten modes: high precision, low recall and coverage. Identical sets: 1 and 1."""
-    centres = normal(10, 8) * 10
-    real = (centres[:, None] + normal(10, 40, 8, seed=1)).flatten(0, 1)
-    fake = centres[0] + normal(200, 8, seed=2) * 0.9
-    result = precision_recall(real, fake, rule=rule)
-    assert result.precision > 0.8 and result.recall < 0.15
-    assert density_coverage(real, fake).coverage < 0.15
-    same = precision_recall(real, real, rule=rule)
-    assert (same.precision, same.recall) == (1.0, 1.0)
-
-
-def test_neighbours_refuse_too_few_points():
-    with pytest.raises(ValueError, match="3 nearest neighbours need more than 3 images in each set, got 3"):
-        precision_recall(normal(3, 4), normal(9, 4))
-    with pytest.raises(ValueError, match="must be 'adm' or 'fp32', got 'half'"):
-        precision_recall(normal(9, 4), normal(9, 4), rule="half")
-    with pytest.raises(ValueError, match="dimensions differ"):
-        precision_recall(normal(9, 4), normal(9, 5))
-
-
-def test_copies_of_reference_images_are_found():
-    """Samples that repeat reference images lead the list of pairs, with their images, and authenticity counts them."""
-    reference = normal(50, 12)
-    fresh = normal(30, 12, seed=1) * 1.5
-    samples = torch.cat([fresh, reference[[7, 3]] + 1e-3])
-    pairs = closest_pairs(reference, samples, 2)
-    assert set(zip(pairs.samples, pairs.reference, strict=True)) == {(30, 7), (31, 3)}
-    assert closest_pairs(reference, reference, 1).authenticity == 0
-    assert closest_pairs(reference, fresh, 1).authenticity > 0.5
-
-
-# -------------------------------------------------------------------------------------------------- kernel distances
 
 
 def test_kernel_distance_equals_torch_fidelity():
@@ -349,23 +223,19 @@ def test_clip_mmd_of_two_directions():
     assert clip_mmd(a, 3 * a) == pytest.approx(0, abs=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------ class tokens
-
-
 def test_token_agreement_on_constructed_pairs():
     """Equal tokens agree fully; tokens of other images of the class keep the class and lose the image."""
     classes = torch.arange(40) % 4
     means = torch.eye(4, 16) * 5
     read = means[classes] + normal(40, 16) * 0.3
-    same = token_metrics(2 * read, read, means)
-    assert same["token_cosine"].value == pytest.approx(1) and same["token_retrieval"].value == 1
-    assert same["token_class_agreement"].value == 1
+    cosine, shuffled, retrieval, agreement = token_metrics(2 * read, read, means)
+    assert cosine.value == pytest.approx(1) and retrieval.value == 1 and agreement.value == 1
     a, b = (torch.nn.functional.normalize(x.double(), dim=1) for x in (read, read))
     off_diagonal = (a @ b.T)[~torch.eye(40, dtype=torch.bool)].mean().item()
-    assert same["token_cosine_shuffled"].value == pytest.approx(off_diagonal, rel=1e-10)
-    moved = token_metrics(read.roll(4, 0), read, means)
-    assert moved["token_retrieval"].value < 0.2 and moved["token_class_agreement"].value == 1
-    wrong = token_metrics(read.roll(1, 0), read, means)
-    assert wrong["token_class_agreement"].value == 0
+    assert shuffled.value == pytest.approx(off_diagonal, rel=1e-10)
+    *_, retrieval, agreement = token_metrics(read.roll(4, 0), read, means)
+    assert retrieval.value < 0.2 and agreement.value == 1
+    assert token_metrics(read.roll(1, 0), read, means)[3].value == 0
+    assert token_metrics(read[:1], read[:1])[1:] == (None, None, None)
     with pytest.raises(ValueError, match="class tokens have shape"):
         token_metrics(read[:, :3], read)

@@ -111,7 +111,7 @@ def test_unfinished_parts_of_other_settings_are_refused(old, monkeypatch, capsys
 
 
 def test_finished_samples_are_complete_and_measured(old, monkeypatch, capsys):
-    from evaluations.images import open_images
+    from evaluations.image_sets import open_images
 
     before = (old / "samples/samples.npz").read_bytes()
     program(monkeypatch, "generate.py", *GENERATE, "--out", old / "samples")
@@ -121,8 +121,8 @@ def test_finished_samples_are_complete_and_measured(old, monkeypatch, capsys):
 
 
 def test_a_model_file_is_exported(old):
-    from models.checkpoint import load_model
-    from models.convert import Given, export_published, import_published
+    from models.model_file import load_model
+    from models.published import Given, export_published, import_published
 
     export_published(old / "model.safetensors", Path("out.pt"))
     info = import_published(Path("out.pt"), Path("back.safetensors"), given=Given(num_heads=2))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from common import pictures
 from common.pictures import Cell, Line, class_caption, write_png, write_sheet
-from sampling.pictures import Shown, arrange
+from sampling.gallery import Shown, arrange
 
 NAMES = ("cat", "Übergröße", "собака", "ελληνικά", "猫", "bad\udce9name", "", "a\u0308pfel")
 
@@ -22,7 +22,7 @@ def shown(labels):
 
 
 def numbers(rows):
-    return [[entry.index for entry in row] for row in rows]
+    return [[entry.number for entry in row] for row in rows]
 
 
 def test_pictures_are_enlarged_and_stay_as_they_are(tmp_path):

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +12,22 @@ import torch
 
 import generate as program
 from common.presets import GUIDANCE_HIGH, GUIDANCE_SCALE, PRESETS
+from common.processes import Processes
 from config import as_dict
-from generate import SampleConfig, read, requested
+from generate import read
 from models import acceleration
 from models.guidance import Guidance
-from sampling import job as jobs
-from sampling.job import Request, load
+from sampling import run
+from sampling.job import load
 from sampling.messages import what_it_makes
-from sampling.processes import Process
-from tests import test_generate as sampled
+from sampling.sampler import guidance_of, solver_of
+from sampling.settings import SampleConfig, resolved
+from tests import toy_model
 from train import TrainConfig
-from training import runner
+from training import previews
 
 ROOT = Path(__file__).parents[1]
-place = sampled.place  # a folder with a VAE and a model file m
+place = toy_model.place  # a fixture
 
 
 def flags(place, out, *more, model="m", preset="preview"):
@@ -34,13 +36,13 @@ def flags(place, out, *more, model="m", preset="preview"):
 
 def sample(place, out, *more, **names):
     """Run in this process; the sidecar."""
-    jobs.generate(Request(**requested(read(flags(place, out, *more, **names)))), say=print)
+    run.generate(read(flags(place, out, *more, **names)))
     return json.loads((out / "samples.json").read_text())
 
 
 def job(place, *more, **names):
     settings = read(flags(place, place / "unused", *more, **names))
-    return load(Request(**requested(settings)), Process(0, 1, torch.device("cpu")))
+    return load(settings, Processes("cpu"))
 
 
 def test_presets_speak_of_settings():
@@ -50,7 +52,7 @@ def test_presets_speak_of_settings():
         assert set(values) <= known - {"preset"} and not any(key.startswith("cls_") for key in values)
         settings = read(["--checkpoint", "c", "--out", "o", "--preset", name])
         assert {key: getattr(settings, key) for key in values} == values
-        requested(settings)
+        solver_of(resolved(settings)), guidance_of(resolved(settings))
 
 
 def test_paper_is_the_setting_of_the_readme_and_the_recipes():
@@ -58,13 +60,13 @@ def test_paper_is_the_setting_of_the_readme_and_the_recipes():
     text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/sampling.md")).replace("\\\n", " ")
     found = re.findall(r"generate\.py (--checkpoint .*(?:50000|--preset paper).*)", text)
     assert found
-    preset = requested(read(["--checkpoint", "c", "--out", "o", "--preset", "paper"]))
-    times = torch.linspace(0, 1, 101)
+    preset = resolved(read(["--checkpoint", "c", "--out", "o", "--preset", "paper"]))
     for command in found:
-        written = requested(read(shlex.split(command)))
-        assert all(written[key] == preset[key] for key in ("count", "solver", "precision", "labels")), command
-        assert [written["guidance"].scales(t) for t in times] == [preset["guidance"].scales(t) for t in times], command
-    assert preset["guidance"].scales(0.85) == (2.3, 2.3) and preset["guidance"].scales(0.86) == (1, 1)
+        written = resolved(read(shlex.split(command)))
+        same = replace(written, checkpoint=preset.checkpoint, out=preset.out, preset="paper")
+        assert same == preset, command
+    guidance = guidance_of(preset)
+    assert guidance.scales(0.85) == (2.3, 2.3) and guidance.scales(0.86) == (1, 1)
     stated = [
         found
         for recipe in sorted((ROOT / "recipes").glob("*.yaml"))
@@ -76,10 +78,10 @@ def test_paper_is_the_setting_of_the_readme_and_the_recipes():
 def test_preview_is_what_training_shows(monkeypatch):
     """As many pictures, steps and the same guidance as the previews of a run."""
     train = {field.name: field.default for field in fields(TrainConfig)}
-    preview = requested(read(["--checkpoint", "c", "--out", "o", "--preset", "preview"]))
-    assert preview["count"] == runner.PREVIEWS and preview["solver"].num_steps == train["preview_steps"]
+    preview = resolved(read(["--checkpoint", "c", "--out", "o", "--preset", "preview"]))
+    assert preview.num_fid_samples == previews.PREVIEWS and preview.num_steps == train["preview_steps"]
     training = Guidance(train["preview_scale"], high=GUIDANCE_HIGH)
-    assert all(preview["guidance"].scales(t) == training.scales(t) for t in torch.linspace(0, 1, 101))
+    assert all(guidance_of(preview).scales(t) == training.scales(t) for t in torch.linspace(0, 1, 101))
 
 
 def test_what_preview_makes(place, tmp_path, capsys):
@@ -118,7 +120,7 @@ def test_flags_and_recipe_win(place, tmp_path):
     more = ["--config", str(recipe), "--cfg-scale", "1.5", "--num-steps", "10"]
     settings = read(["--checkpoint", "c", "--out", "o", *more])
     assert (settings.num_fid_samples, settings.num_steps, settings.guidance_high) == (50_000, 10, 0.5)
-    assert requested(settings)["guidance"].scales(0.4) == (1.5, 1.5)
+    assert guidance_of(resolved(settings)).scales(0.4) == (1.5, 1.5)
     assert as_dict(read(["--checkpoint", "c", "--out", "o"]))["cfg_scale"] == 1.0, "no preset: the defaults as before"
 
 
@@ -127,7 +129,7 @@ def test_dtype_auto_is_decided_before_it_is_recorded(place, monkeypatch):
     for device, decided in (("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32")):
         monkeypatch.setattr(acceleration, "best_precision", lambda _, device=device: device)
         found = job(place)
-        assert found.identity["dtype"] == found.request.precision.dtype == decided
+        assert found.identity["dtype"] == found.settings.dtype == decided
         assert found.sampler.dtype == acceleration.DTYPES[decided]
     monkeypatch.setattr(acceleration, "best_precision", lambda _: "bf16")
     assert job(place, "--dtype", "float32").identity["dtype"] == "fp32"
@@ -137,14 +139,14 @@ def test_dtype_auto_is_decided_before_it_is_recorded(place, monkeypatch):
 
 def test_a_model_without_null_class_is_previewed_unguided(place, tmp_path, capsys):
     """With one clause that says so; a scale asked for by a flag is refused as without a preset."""
-    sampled.write_model(place, "undropped", sampled.CONFIG, cfg_prob=0.0)
+    toy_model.write_model(place, "undropped", toy_model.CONFIG, cfg_prob=0.0)
     assert sample(place, tmp_path / "s", model="undropped")["cfg_scale"] == 1.0
     said = capsys.readouterr().out.splitlines()[1]
     assert "unguided, as the model was trained without label dropout (cfg-prob 0), labels spread" in said
     for more in (["--cfg-scale", "2.3"], ["--cls-cfg-scale", "2"], ["--labels", "null"]):
-        with pytest.raises(ValueError, match="knows no null class"):
+        with pytest.raises(ValueError, match="has no null class"):
             job(place, *more, model="undropped")
-    with pytest.raises(ValueError, match="knows no null class"):
+    with pytest.raises(ValueError, match="has no null class"):
         job(place, model="undropped", preset="paper")
     guided = job(place, "--guide-checkpoint", str(place / "m"), model="undropped")
     assert guided.identity["cfg_scale"] == 2.3, "autoguidance needs no null class"

@@ -15,14 +15,13 @@ import pytest
 import torch
 
 import convert
-import generate as program
-from config import parse
-from models import published
-from models.checkpoint import read_info
-from models.convert import imagenet_classes, read_published, to_published
-from models.published import describe, obtain
+from generate import read
+from models import obtain as obtaining
+from models.model_file import read_info
+from models.obtain import describe, obtain
+from models.published import imagenet_classes, read_published, to_published
 from models.sit import SiT, SiTConfig, preset
-from sampling import job as jobs
+from sampling import run
 from tests.tiny import PUBLISHED_ARGS, published_weights, sit_weights, write_vae
 
 ROOT = Path(__file__).parents[1]
@@ -74,8 +73,7 @@ def generate(out, checkpoint, *more):
         "3",
         *more,
     ]
-    settings = parse(program.SampleConfig, "", arguments)
-    jobs.generate(jobs.Request(**program.requested(settings)))
+    run.generate(read(arguments))
     return (out / "samples.npz").read_bytes()
 
 
@@ -111,14 +109,14 @@ def test_the_same_images_as_by_convert(place, tmp_path, caches, capsys, monkeypa
     assert file.read_bytes() == (tmp_path / "ours").read_bytes() and len(list(caches.iterdir())) == 2, (
         "nothing is left over"
     )
-    monkeypatch.setattr(published, "convert_published", no_conversion)
-    monkeypatch.setattr(published, "file_sha256", no_conversion)
+    monkeypatch.setattr(obtaining, "convert_published", no_conversion)
+    monkeypatch.setattr(obtaining, "sha256", no_conversion)
     assert generate(tmp_path / "c", source, *flags) == expected
     assert json.loads((tmp_path / "c/samples.json").read_text())["checkpoint"] == str(file)
 
 
 def test_a_model_file_is_shown_for_what_it_is(place, tmp_path, caches, capsys):
-    """Our own files are told by their content, not their name, and are used where they are."""
+    """Our own files are recognised by their content, not their name, and are used where they are."""
     convert.main(["--source", str(place / "REG.pt"), "--out", str(tmp_path / "ours.pt")])
     assert "ours.pt: SiT (depth 3" in capsys.readouterr().out
     assert obtain(tmp_path / "ours.pt") == tmp_path / "ours.pt" and not caches.exists()
@@ -193,16 +191,16 @@ def test_a_cache_that_cannot_be_written(place, tmp_path, monkeypatch, capsys, ho
     elif how == "no home":
         monkeypatch.delenv("REG_CACHE")
         monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home directory")))
-        monkeypatch.setattr(published, "locate", lambda name: published.Source(name, str(name)))
+        monkeypatch.setattr(obtaining, "locate", lambda name: obtaining.Source(name, str(name)))
     else:
-        original = published.save_model
+        original = obtaining.save_model
 
         def save(path, *rest):
             if "converting-" in str(path):
                 raise OSError(28, "No space left on device")
             original(path, *rest)
 
-        monkeypatch.setattr(published, "save_model", save)
+        monkeypatch.setattr(obtaining, "save_model", save)
     file = obtain(place / "REG.pt")
     assert read_info(file).step == 400_000 and tmp_path / "cache" not in file.parents
     assert capsys.readouterr().out.count("the cache of converted weights cannot be written (") == 1

@@ -54,5 +54,11 @@ def test_an_empty_folder_is_refused(tmp_path):
         list(check_folder(tmp_path))
 
 
+def test_large_values_are_judged_relative_to_their_size():
+    """float32 has 1e-5 at values of 100; below 1 the limit is absolute."""
+    assert compare("x", np.array([100.001]), np.array([100.0])).passed
+    assert not compare("x", np.array([0.01 + 1e-4]), np.array([0.01])).passed
+
+
 def test_nan_never_passes():
     assert not compare("x", np.array([float("nan")]), np.array([1.0])).passed

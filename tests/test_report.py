@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluations.registry import Metric
 from evaluations.report import Report, Table, read_curves, write_html, write_png
-from evaluations.results import Metric, Results
+from evaluations.results import Results
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +61,7 @@ def test_curves_are_read_as_logged(run_folder):
     file.write_text("\n".join(lines))
     assert read_curves(folder)["loss"] == ([1, 2], [2.0, 3.0])
     file.write_text('{"loss": 1}\n{"step": 2, "loss": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1, is no JSON object with a step"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1, is not a JSON object with a step"):
         read_curves(folder)
     with pytest.raises(FileNotFoundError, match=r"is .* the folder of a training run"):
         read_curves(folder / "previews")

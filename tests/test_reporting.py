@@ -28,7 +28,7 @@ def run_bar(monkeypatch, stream: io.StringIO, seconds: float) -> str:
 
 
 def test_a_log_file_gets_few_whole_lines(monkeypatch, capsys):
-    """Where stderr is no terminal: a line each 20 seconds here, each ended, the last one at 100 %."""
+    """Where stderr is not a terminal: a whole line every 20 seconds here, the last one at 100 %."""
     lines = run_bar(monkeypatch, io.StringIO(), 20).splitlines()
     assert len(lines) == 3 and all(line.startswith("packing: ") for line in lines), lines
     assert [line.split()[1].split("%")[0] for line in lines] == ["33", "67", "100"]

@@ -17,7 +17,7 @@ from tests.tiny import FLAGS, write_dataset, write_encoder
 ROOT = Path(__file__).parents[1]
 TIMING = {"images_per_second", "data_wait", "mfu", "peak_memory_gib", "hours_left"}
 STEPS = 8
-BORDER = (4, 5, 6)  # 20 records, 8 a step: two epochs end with step 5
+BORDER = (4, 5, 6)  # 20 records, 8 per step: two epochs end with step 5
 
 
 @pytest.fixture(scope="module")

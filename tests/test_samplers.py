@@ -138,7 +138,7 @@ def test_stochastic_dpmpp_keeps_the_marginals_in_between():
 
 
 def test_evaluations_of_each_solver():
-    """NFE: one a step; Heun two, but one in the last step; dopri5 as the tolerance needs."""
+    """NFE: one per step; for Heun two, but one in the last step; for dopri5 what the tolerance needs."""
     for mode, names in SOLVERS.items():
         for name in names:
             calls = []

@@ -16,14 +16,13 @@ from models.interpolant import Interpolant
 from models.samplers import Solver
 from models.solvers import Diffusion
 from models.state import State
-from sampling import job as jobs
-from sampling import loop
-from sampling.job import Request
+from sampling import run
 from sampling.messages import duration, how_long, size
 from sampling.parts import Parts
-from tests import test_generate as sampled
+from tests import toy_model
+from tests.toy_model import ROOT, flags, generate, loaded
 
-place = sampled.place  # a folder with a VAE and a model file m
+place = toy_model.place  # a fixture
 
 
 def solve(solver):
@@ -53,15 +52,8 @@ def test_the_adaptive_solver_reports_how_far_it_is():
 def test_best_of_is_one_progress(place):
     """Three candidates of four steps are twelve parts of one batch."""
     fractions = []
-    sampled.loaded(place, "--best-of", "3").sample(range(0, 2), fractions.append)
+    loaded(place, "--best-of", "3").sample(range(0, 2), fractions.append)
     assert fractions == pytest.approx([(i + 1) / 12 for i in range(12)])
-
-
-def generate(place, out, *more):
-    settings = sampled.parse(sampled.SampleConfig, "", sampled.flags(place, out, *more))
-    said = []
-    jobs.generate(Request(**sampled.requested(settings)), said.append)
-    return said
 
 
 @pytest.mark.parametrize("size", ["32", "4"])
@@ -74,7 +66,7 @@ def test_the_bar_moves_within_a_batch(place, tmp_path, monkeypatch, size):
             seen.append(self.n)
             return super().update(n)
 
-    monkeypatch.setattr(loop, "progress", lambda total, **_: Bar(total=total, file=io.StringIO()))
+    monkeypatch.setattr(run, "progress", lambda total, **_: Bar(total=total, file=io.StringIO()))
     generate(place, tmp_path / "s", "--per-proc-batch-size", size)
     assert seen == sorted(seen) and seen[-1] == 11 and type(seen[-1]) is int
     assert len({n for n in seen if 0 < n < 11}) >= 4 * -(-11 // int(size))
@@ -87,7 +79,7 @@ def test_the_bar_counts_the_images_of_all_processes(tmp_path):
     parts = Parts(tmp_path / "parts")
     parts.begin({})
     bar = reporting.tqdm(total=12, file=io.StringIO())
-    images = loop.Images(bar, parts, [range(0, 3), range(6, 9)])
+    images = run.Images(bar, parts, [range(0, 3), range(6, 9)])
     parts.write(range(3, 6), {"label": np.zeros(3)})
     images.show(3, 0.5)
     assert bar.n == pytest.approx(3 + 0.95 * 1.5, abs=0.05)
@@ -108,8 +100,8 @@ def test_the_bar_counts_the_images_of_all_processes(tmp_path):
 def test_a_log_file_gets_whole_lines(place, tmp_path):
     """From the command line, where stderr is no terminal: one line at the end of a short job, at 100 %."""
     done = subprocess.run(
-        [sys.executable, "generate.py", *sampled.flags(place, tmp_path / "s", "--per-proc-batch-size", "2")],
-        cwd=sampled.ROOT,
+        [sys.executable, "generate.py", *flags(place, tmp_path / "s", "--per-proc-batch-size", "2")],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
@@ -121,17 +113,21 @@ def test_a_log_file_gets_whole_lines(place, tmp_path):
     assert said[2].startswith("disk: ") and "for all 11 images, judged by the first batch" in said[3] and len(said) == 5
 
 
-def test_a_resumed_job_speaks_of_what_remains(place, tmp_path):
+def test_a_resumed_job_speaks_of_what_remains(place, tmp_path, capsys):
     generate(place, tmp_path / "s", "--num-fid-samples", "5", "--keep-parts")
-    said = generate(place, tmp_path / "s", "--per-proc-batch-size", "2")
-    assert said[1].startswith("6 of them are still to be made; disk: ")
-    assert "for the remaining 6 images" in said[2]
+    capsys.readouterr()
+    generate(place, tmp_path / "s", "--per-proc-batch-size", "2")
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].startswith("6 of them are still to be made; disk: ")
+    assert "for the remaining 6 images" in said[3]
     assert json.loads((tmp_path / "s" / "samples.json").read_text())["n"] == 11
 
 
 def line(count=50_000, seconds=15.0, preset=None, world=1, batch=32, missing=None, forwards=250):
     work = [range(start, min(start + batch, count)) for start in range(count - (missing or count), count, batch)]
-    job = SimpleNamespace(request=SimpleNamespace(count=count, preset=preset), process=SimpleNamespace(world=world))
+    job = SimpleNamespace(
+        settings=SimpleNamespace(num_fid_samples=count, preset=preset), process=SimpleNamespace(world=world)
+    )
     return how_long(job, work, seconds, forwards)
 
 
@@ -145,7 +141,7 @@ def test_how_long():
     assert line(world=8).startswith("about 49 min for all 50,000 images, judged by the first batch (17 images/s")
     assert line(count=1000, seconds=10.0).endswith("(3.2 images/s, start-up included)"), "5 minutes are not long"
     assert "for the remaining 40,000 images" in line(missing=40_000)
-    assert line(count=32) is None and line(count=64, world=2) is None, "one batch for each process: nothing to foretell"
+    assert line(count=32) is None and line(count=64, world=2) is None, "one batch per rank: nothing to estimate"
 
 
 @pytest.mark.parametrize(

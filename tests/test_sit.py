@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.convert import from_published, to_published
 from models.cost import cost
+from models.published import from_published, to_published
 from models.sit import PRESETS, SiT, SiTConfig, preset
 
 TOY = SiTConfig(

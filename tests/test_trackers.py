@@ -13,15 +13,10 @@ import pytest
 
 import train
 from config import UserError
-from tests.test_tracking import flags, lines
-from tests.tiny import write_dataset, write_vae
+from tests.tiny import log_lines as lines
+from tests.tiny import train_flags as flags
+from training.settings import TrainConfig
 from training.tracking import Tracker
-
-
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tools")
-    return {"data": write_dataset(folder / "data", vae=write_vae(folder / "vae"))}
 
 
 @pytest.mark.slow
@@ -198,7 +193,7 @@ def test_a_full_disk_at_the_end(tmp_path):
         def close(self):
             raise OSError(28, "No space left on device")
 
-    tracker = Tracker(tmp_path, "none", "", {}, 0)
+    tracker = Tracker(tmp_path, TrainConfig(), 0)
     closed = []
     tracker._stream.close()
     tracker._stream, tracker._external = Full(), SimpleNamespace(close=lambda: closed.append(True))

@@ -1,6 +1,5 @@
 """Training metrics: metrics.jsonl, previews, the Frechet distance, and no synchronisation between log lines."""
 
-import json
 import re
 
 import numpy as np
@@ -11,37 +10,12 @@ import train
 from loss import LossTerms, Objective
 from models.class_token import nearest_class
 from models.cost import GPUS, named_gpu
-from tests.tiny import FLAGS, write_dataset, write_encoder, write_vae
+from tests.tiny import log_lines as lines
+from tests.tiny import train_flags as flags
 from training.launch import Processes
 from training.previews import preview_labels
 from training.step import StepResult
-from training.tracking import Tracker, Window, averages, first_fault, merge_windows
-
-
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tools")
-    vae = write_vae(folder / "vae")
-    return {"vae": vae, "encoder": write_encoder(folder / "encoder"), "data": write_dataset(folder / "data", vae=vae)}
-
-
-def flags(data, out, *extra, steps=4, name="run"):
-    return [
-        *FLAGS,
-        "--data-dir",
-        str(data),
-        "--output-dir",
-        str(out),
-        "--exp-name",
-        name,
-        "--max-train-steps",
-        str(steps),
-        *extra,
-    ]
-
-
-def lines(out, name="run"):
-    return [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+from training.tracking import TERMS, Tracker, Window, averages, first_fault, merge_windows
 
 
 def result(n, seed, parameters=3):
@@ -88,7 +62,7 @@ def test_window_remembers_the_first_fault():
         good.add(step, r, torch.arange(4))
         bad.add(step, s, torch.arange(4) + 4)
     fault = first_fault(torch.stack([good.values, bad.values]))
-    assert fault == (1, 1, 6, "alignment", 0)
+    assert fault == (1, 1, 6, TERMS.index("alignment"), 0)
     values = averages(torch.stack([good.values, bad.values]), Objective())
     assert values["skipped_steps"] == 2 and np.isfinite(values["loss"])
 
@@ -111,9 +85,9 @@ def test_a_quiet_step_says_nothing(tools, tmp_path, monkeypatch):
     for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
         watch(torch.Tensor, name)
     watch(Tracker, "log")
-    from training.runner import Runner
+    from training.run import Run
 
-    original = Runner.advance
+    original = Run.advance
 
     def advance(self):
         batches = self.batches
@@ -125,7 +99,7 @@ def test_a_quiet_step_says_nothing(tools, tmp_path, monkeypatch):
         inside["quiet"] = False
         self.batches = batches
 
-    monkeypatch.setattr(Runner, "advance", advance)
+    monkeypatch.setattr(Run, "advance", advance)
     train.main(flags(tools["data"], tmp_path, "--log-every", "100", steps=5))
     assert waits == []
     assert [line["step"] for line in lines(tmp_path)] == [5]
@@ -235,7 +209,7 @@ def test_preview_labels_and_nearest_classes():
 
 
 def test_a_full_disk_does_not_end_the_log(tools, tmp_path, capsys, monkeypatch):
-    """A line that cannot be written is told once; training goes on."""
+    """A line that cannot be written is reported once; training goes on."""
     failing = {"count": 0}
 
     def write(self, line):
@@ -252,7 +226,8 @@ def test_a_full_disk_does_not_end_the_log(tools, tmp_path, capsys, monkeypatch):
 def test_utilization_is_the_share_of_the_peak(monkeypatch):
     """An H200's dense bf16 peak is 989.5 TFLOP/s: two of them at 500 do a good half of it; float32 runs at the TF32 rate."""
     processes = Processes.__new__(Processes)
-    processes.device, processes.world, processes.precision = torch.device("cuda"), 2, "bf16"
+    processes.device, processes.precision = torch.device("cuda"), "bf16"
+    monkeypatch.setattr(Processes, "world", 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     assert processes.utilization(1e15) == pytest.approx(1000 / (2 * GPUS["H200"].tflops))
     assert GPUS["H200"].tflops == pytest.approx(989, abs=1)

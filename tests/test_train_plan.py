@@ -12,22 +12,17 @@ from config import UserError, parse
 from dataset import PackedDataset
 from models.cost import USABLE, _by_depth, _count, training_memory
 from models.sit import preset
-from tests.test_train import flags, lines
-from tests.tiny import write_dataset, write_encoder, write_vae
+from tests.tiny import log_lines as lines
+from tests.tiny import train_flags as flags
+from tests.tiny import write_dataset, write_encoder
 from train import TrainConfig
 from training.assumed import ASSUMED, assumed_manifest, record_bytes
+from training.dry_run import Forecast, duration, start_text
 from training.launch import asked_precision, check_launcher
 from training.plan import make_plan
-from training.report import Machine, duration, needed_memory, start_text
 from training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tools")
-    return {"data": write_dataset(folder / "data", vae=write_vae(folder / "vae"))}
 
 
 # ------------------------------------------------------------------------------------------------------ what is printed
@@ -172,8 +167,7 @@ def test_encoders_count(tmp_path, capsys):
     weights = 4 * sum(p.numel() for p in plan.online[0].parameters())
 
     def needed(world):
-        machine = Machine(world, "fp32", ())
-        return needed_memory(settings, plan, machine, accumulation=1, recompute=False)
+        return Forecast(settings, plan, world, "fp32").needed_memory(1, recompute=False)
 
     counted = training_memory(plan.network, half=False)
     assert needed(2) == counted.total(4) + weights
@@ -220,7 +214,7 @@ def test_examples_are_commands(example, monkeypatch):
         ),
         (
             ("--dry-run", "--assume", "imagenet256", "--enc-type", "./mine"),
-            "--enc-type ./mine: --assume knows published",
+            "encoder folder ./mine does not exist",
         ),
         (
             ("--dry-run", "--assume", "imagenet256", "--resolution", "512"),

@@ -1,6 +1,7 @@
 """Toy sizes for tests: a packed dataset of random numbers, a VAE, an encoder, published weights, the flags of a tiny run."""
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import torch
 
 from dataset import encode_moments
 from models.autoencoder import LatentNormalization
-from models.convert import to_published
+from models.published import to_published
 from models.sit import SiT, SiTConfig
-from packed.format import EncoderInfo, Manifest, write_manifest
+from packed.format import EncoderInfo, Manifest, read_manifest, write_manifest
 from packed.writer import write_shard
 
 SIZE = 4  # latent; 8 pixels
@@ -41,11 +42,22 @@ FLAGS = (
 )
 
 
-def write_vae(folder: Path) -> Path:
+def train_flags(data: Path, out: Path, *extra: str, steps: int = 4, name: str = "run") -> list[str]:
+    """Flags of a tiny run on a packed dataset."""
+    own = ["--data-dir", str(data), "--output-dir", str(out), "--exp-name", name, "--max-train-steps", str(steps)]
+    return [*FLAGS, *own, *extra]
+
+
+def log_lines(out: Path, name: str = "run") -> list[dict]:
+    """The lines of metrics.jsonl of a run."""
+    return [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_vae(folder: Path, seed: int = 0, **config: float) -> Path:
     """An AutoencoderKL, 8 x 8 pixels to 4 x 4 x 4 latents, with random weights."""
     from diffusers import AutoencoderKL
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -54,6 +66,7 @@ def write_vae(folder: Path) -> Path:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=8,
+        **config,
     ).save_pretrained(folder)
     return folder
 
@@ -110,6 +123,16 @@ def write_dataset(
         ),
     )
     return folder
+
+
+def spoil(folder: Path, field: str, record: int) -> None:
+    """Put a NaN into one record of a dataset."""
+    shards = read_manifest(folder).shards
+    number, row = (0, record) if record < shards[0]["count"] else (1, record - shards[0]["count"])
+    file = folder / shards[number]["files"][field]["file"]
+    array = np.load(file)
+    array[row].reshape(-1)[1] = np.nan
+    np.save(file, array)
 
 
 PUBLISHED_ARGS = argparse.Namespace(resolution=8, path_type="linear", enc_type="dinov2-vit-b", encoder_depth=1)

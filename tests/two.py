@@ -1,4 +1,4 @@
-"""What two processes must do together, run by torchrun; prints one line a check. See test_train.py."""
+"""What two processes must do together, run by torchrun; prints one line a check. See test_train_ranks.py."""
 
 import os
 import signal
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from common.processes import leave
 from config import parse
 from tests.tiny import FLAGS
 from train import TrainConfig, train
-from training.launch import leave
 from training.step import TrainStep
 
 
@@ -40,9 +40,9 @@ def main() -> None:
         return original(self, step, batches)
 
     TrainStep.__call__ = step_with_signal
-    told = ending(settings(out, good, "signal", "--max-train-steps", "50", "--checkpointing-steps", "1000"))
+    end = ending(settings(out, good, "signal", "--max-train-steps", "50", "--checkpointing-steps", "1000"))
     saved = sorted(path.name for path in (out / "signal/checkpoints").iterdir())
-    print(f"signal rank {rank}: {told}, saved {saved}", flush=True)
+    print(f"signal rank {rank}: {end}, saved {saved}", flush=True)
 
     # weights that drift apart in one process are found at the next checkpoint
     def step_with_drift(self, step, batches):
@@ -53,15 +53,15 @@ def main() -> None:
         return result
 
     TrainStep.__call__ = step_with_drift
-    told = ending(settings(out, good, "drift", "--max-train-steps", "8", "--checkpointing-steps", "2"))
-    print(f"drift rank {rank}: {told}", flush=True)
+    end = ending(settings(out, good, "drift", "--max-train-steps", "8", "--checkpointing-steps", "2"))
+    print(f"drift rank {rank}: {end}", flush=True)
 
     TrainStep.__call__ = original
-    told = ending(settings(out, bad, "nan", "--max-train-steps", "8"))
-    print(f"nan rank {rank}: {told}", flush=True)
+    end = ending(settings(out, bad, "nan", "--max-train-steps", "8"))
+    print(f"nan rank {rank}: {end}", flush=True)
 
-    told = ending(settings(out, good, "indivisible", "--max-train-steps", "8", "--batch-size", "9"))
-    print(f"indivisible rank {rank}: {told}", flush=True)
+    end = ending(settings(out, good, "indivisible", "--max-train-steps", "8", "--batch-size", "9"))
+    print(f"indivisible rank {rank}: {end}", flush=True)
     leave()
 
 

@@ -1,1 +1,1 @@
-"""What train.py is made of: the plan, the step, the state, signals, tracking, previews."""
+"""The parts of train.py: settings, plan, set-up, optimiser step, checkpoints, health, previews, probe and tracking."""

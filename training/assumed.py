@@ -4,17 +4,16 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from config import UserError
-from models.encoder import PUBLISHED
+from models.encoder import load_encoder
 from models.sit import PRESETS, preset
 from packed.format import EncoderInfo, Manifest
 from training.plan import DEFAULT_ENCODER
+from training.settings import TrainConfig
 
 
 class Assumed(NamedTuple):
-    """images: records. classes: number of them. resolution: pixels per side; the VAE's latents have an eighth of it."""
+    """Size of a dataset; resolution in pixels per side, of which the VAE's latents have an eighth."""
 
     images: int
     classes: int
@@ -25,21 +24,27 @@ ASSUMED = {"imagenet256": Assumed(1_281_167, 1000, 256), "imagenet512": Assumed(
 _FACTOR, _CHANNELS = 8, 4  # of the Stable Diffusion VAEs
 
 
-def assumed_manifest(settings: Any) -> Manifest:
-    """The manifest that packing settings.assume for these settings (TrainConfig) would write.
+def assumed_manifest(settings: TrainConfig) -> Manifest:
+    """The manifest that packing settings.assume for these settings would write.
 
-    It has the moments of the VAE and cached tokens of the encoders, on the patch grid of the network. Raises UserError
-    for an encoder whose width is not known without its weights.
+    It has the moments of the VAE and cached tokens of the encoders, on the patch grid of the network.
+
+    Raises:
+        UserError: an encoder is not known.
     """
+    assert settings.assume is not None
     images, classes, resolution = ASSUMED[settings.assume]
     side = resolution // _FACTOR
     patch = settings.patch_size or (preset(settings.model).patch_size if settings.model in PRESETS else 2)
     grid = side // patch
-    encoders = [EncoderInfo(name, _width(name), grid) for name in settings.enc_type or (DEFAULT_ENCODER,)]
-    shapes = {"moments": [2 * _CHANNELS, side, side]}
+    encoders = [
+        EncoderInfo(name, load_encoder(name, grid, weights=False).dim, grid)
+        for name in settings.enc_type or (DEFAULT_ENCODER,)
+    ]
+    shapes: dict[str, list[int]] = {"moments": [2 * _CHANNELS, side, side]}
     for k, encoder in enumerate(encoders):
         shapes |= {f"class_token.{k}": [encoder.dim], f"patch_tokens.{k}": [grid * grid, encoder.dim]}
-    fields = {name: {"dtype": "float16", "shape": shape} for name, shape in shapes.items()}
+    fields: dict[str, dict[str, Any]] = {name: {"dtype": "float16", "shape": shape} for name, shape in shapes.items()}
     fields["label"] = {"dtype": "int64", "shape": []}
     return Manifest(
         count=images,
@@ -56,16 +61,3 @@ def assumed_manifest(settings: Any) -> Manifest:
 def record_bytes(manifest: Manifest) -> int:
     """Bytes of one record on disk, all fields together."""
     return sum(np.dtype(f["dtype"]).itemsize * math.prod(f["shape"]) for f in manifest.fields.values())
-
-
-def _width(name: str) -> int:
-    """Token width of a published or timm encoder, from the architecture alone."""
-    import timm
-
-    try:
-        with torch.device("meta"):
-            return timm.create_model(PUBLISHED.get(name, name), pretrained=False, num_classes=0).num_features
-    except Exception as error:  # timm raises what it likes for names that it does not know
-        raise UserError(
-            f"--enc-type {name}: --assume knows published encoders and timm's names only, not folders or files"
-        ) from error

@@ -1,31 +1,34 @@
-"""Being told to stop: signals and --max-hours, agreed on by all processes without touching the device."""
+"""Stopping by signals and --max-hours, agreed on by all ranks without touching the device."""
 
 import signal
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import torch
 
+from common.processes import PATIENCE
+
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "max-hours": 143}
-_REASONS = tuple(EXIT_STATUS)  # the greatest wins where processes were told different things
+_REASONS = tuple(EXIT_STATUS)  # the last one wins where ranks have different ones
 
 
 class Interrupt:
     """Use as a context manager around the training loop; the handlers that were there before come back at its end.
 
-    Each process notes what it was told. `requested()` is called by all of them after every step and gives all the same
-    answer: the notes of step s travel in the background over a CPU group while step s + 1 runs, and count after it.
-    A second signal of the same kind acts as it would without us.
+    Each rank notes its own signals. `requested()` is called by all of them after every step and gives all the same answer:
+    the notes of step s are reduced in the background over a CPU group while step s + 1 runs, and count after it.
+    A second signal of the same kind acts as it would without this handler.
     """
 
     def __init__(self, world: int, max_hours: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._deadline = None if max_hours is None else clock() + 3600 * max_hours
-        self._told = -1
-        self._group = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        self._noted = -1
+        self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
         self._pending: tuple[torch.distributed.Work, torch.Tensor] | None = None
-        self._former: dict[int, object] = {}
+        self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
         for reason in _REASONS[:3]:
@@ -34,20 +37,20 @@ class Interrupt:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._pending is not None and kind is None:  # after an error the others may not answer any more
+        if self._pending is not None and kind is None:  # after an error the other ranks may not answer any more
             self._pending[0].wait()
         self._pending = None
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
     def requested(self) -> str | None:
-        """The reason to stop now ("SIGTERM", "SIGUSR1", "SIGINT", "max-hours"), the same in every process, or None."""
+        """The reason to stop now ("SIGTERM", "SIGUSR1", "SIGINT", "max-hours"), the same on every rank, or None."""
         if self._deadline is not None and self._clock() >= self._deadline:
-            self._told = max(self._told, _REASONS.index("max-hours"))
+            self._noted = max(self._noted, _REASONS.index("max-hours"))
         if self._group is None:
-            return _REASONS[self._told] if self._told >= 0 else None
+            return _REASONS[self._noted] if self._noted >= 0 else None
         before = self._pending
-        note = torch.tensor([self._told])
+        note = torch.tensor([self._noted])
         work = torch.distributed.all_reduce(note, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (work, note)
         if before is None:
@@ -56,5 +59,5 @@ class Interrupt:
         return _REASONS[int(before[1])] if int(before[1]) >= 0 else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._told = max(self._told, _REASONS.index(signal.Signals(number).name))
+        self._noted = max(self._noted, _REASONS.index(signal.Signals(number).name))
         signal.signal(number, self._former[number])

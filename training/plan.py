@@ -1,24 +1,36 @@
 """Settings and dataset => what will be trained; contradictions between the two are found here, before anything starts."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from config import UserError
 from loss import Objective
 from models.autoencoder import LatentNormalization
 from models.encoder import VisionEncoder, load_encoder
 from models.interpolant import Interpolant
+from models.model_file import ModelInfo
 from models.sit import SiTConfig, preset
-from packed.format import Manifest
+from packed.format import Manifest, read_class_means
+from training.settings import TrainConfig
 
 DEFAULT_ENCODER = "dinov2-vit-b"  # of the paper
 
 
 @dataclass(frozen=True)
 class Plan:
-    """fields: what is read of the dataset. cached: numbers of the encoders whose tokens are read. online: the encoders
-    that run in the step instead. encoders: names of either. vae: what decodes the previews."""
+    """What a run trains.
+
+    Attributes:
+        fields: read of the dataset.
+        cached: numbers of the encoders whose tokens are read.
+        online: encoders that run in the step instead, without their weights.
+        encoders: names of either.
+        vae: decodes the previews.
+    """
 
     manifest: Manifest
     network: SiTConfig
@@ -30,30 +42,59 @@ class Plan:
     normalization: LatentNormalization
     vae: str
 
+    def class_means(self, data_dir: Path) -> Tensor | None:
+        """(classes, E) mean class tokens, for a network that makes class tokens of the dataset's first encoder.
 
-def make_plan(settings: Any, manifest: Manifest) -> Plan:
-    """Check the settings (TrainConfig) against the dataset and derive the network.
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        if not self.network.class_token_dim or self.cached[:1] != (0,):
+            return None
+        means = read_class_means(data_dir, self.manifest)
+        return None if means is None else torch.from_numpy(means).float()
 
-    Raises UserError for a flag that contradicts the dataset, ValueError or FileNotFoundError from the rooms below.
+    def model_info(self, step: int, seed: int) -> ModelInfo:
+        """The header of a model file that is written after `step` steps."""
+        return ModelInfo(
+            network=self.network,
+            path=self.objective.interpolant.path,
+            resolution=self.manifest.resolution,
+            vae=self.vae,
+            normalization=asdict(self.normalization),
+            encoders=self.encoders,
+            cfg_prob=self.objective.cfg_prob,
+            step=step,
+            classes=tuple(self.manifest.classes),
+            notes={"seed": seed},
+        )
+
+
+def make_plan(settings: TrainConfig, manifest: Manifest) -> Plan:
+    """Check the settings against the dataset and derive the network. Weights are neither read nor downloaded.
+
+    Raises:
+        UserError: a flag contradicts the dataset, or an encoder is not known.
     """
-    channels, latent_size = manifest.fields["moments"]["shape"][0] // 2, manifest.fields["moments"]["shape"][1]
+    _, latent_size, _ = manifest.fields["moments"]["shape"]
     _check_against(settings, manifest)
     free = {name: getattr(settings, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
-    changes = {name: value for name, value in free.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in free.items() if value is not None}
     changes |= {
         "input_size": latent_size,
-        "in_channels": channels,
+        "in_channels": manifest.fields["moments"]["shape"][0] // 2,
         "num_classes": len(manifest.classes),
         "qk_norm": settings.qk_norm,
         "projector_dim": settings.projector_dim,
-        "class_token_dim": 0,
-        "align_dims": (),
     }
     if settings.encoder_depth is not None:
         changes["align_depth"] = settings.encoder_depth
-    bare = preset(settings.model, **changes)
+    bare = preset(settings.model, **changes, class_token_dim=0, align_dims=())
 
-    names, fields, cached, online, dims = (), ("moments", "label"), (), (), ()
+    names: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ("moments", "label")
+    cached: tuple[int, ...] = ()
+    online: tuple[VisionEncoder, ...] = ()
+    dims: tuple[int, ...] = ()
     if settings.class_token or settings.proj_coeff:
         names = settings.enc_type or tuple(e.name for e in manifest.encoders) or (DEFAULT_ENCODER,)
         if not settings.proj_coeff:
@@ -65,13 +106,12 @@ def make_plan(settings: Any, manifest: Manifest) -> Plan:
             dims = tuple(manifest.encoders[k].dim for k in cached)
             if list(cached) != sorted(cached):
                 raise UserError(f"--enc-type: name the encoders in the order they were packed in: {' '.join(packed)}")
-            needed = (["class_token"] if settings.class_token else []) + (
-                ["patch_tokens"] if settings.proj_coeff else []
-            )
+            needed = ["class_token"] * settings.class_token + ["patch_tokens"] * (settings.proj_coeff > 0)
             fields += tuple(f"{token}.{k}" for token in needed for k in cached)
-            _check_grid(manifest, cached, grid, bare.patch_size, aligned=settings.proj_coeff > 0)
+            if settings.proj_coeff:
+                _check_grid(manifest, cached, grid, bare.patch_size)
         elif "pixels" in manifest.fields:
-            online = tuple(load_encoder(name, grid) for name in names)
+            online = tuple(load_encoder(name, grid, weights=False) for name in names)
             dims = tuple(encoder.dim for encoder in online)
             fields += ("pixels",)
         else:
@@ -81,34 +121,31 @@ def make_plan(settings: Any, manifest: Manifest) -> Plan:
                 f"--enc-type {missing}: dataset {settings.data_dir} holds {held}; pack it again with --enc-type {missing}, "
                 "or train plain SiT with --no-class-token --proj-coeff 0"
             )
+    token_dim = dims[0] if settings.class_token else 0
     network = preset(
-        settings.model,
-        **changes
-        | {
-            "class_token_dim": dims[0] if settings.class_token else 0,
-            "align_dims": dims if settings.proj_coeff else (),
-        },
+        settings.model, **changes, class_token_dim=token_dim, align_dims=dims if settings.proj_coeff else ()
+    )
+    objective = Objective(
+        Interpolant(settings.path_type),
+        settings.weighting,
+        settings.class_coeff,
+        settings.proj_coeff,
+        settings.cfg_prob,
     )
     return Plan(
         manifest=manifest,
         network=network,
-        objective=Objective(
-            Interpolant(settings.path_type),
-            settings.weighting,
-            settings.class_coeff,
-            settings.proj_coeff,
-            settings.cfg_prob,
-        ),
+        objective=objective,
         fields=fields,
         cached=cached,
         online=online,
-        encoders=tuple(names),
+        encoders=names,
         normalization=LatentNormalization(**manifest.vae["normalization"]),
         vae=settings.vae or manifest.vae["name"],
     )
 
 
-def _check_against(settings: Any, manifest: Manifest) -> None:
+def _check_against(settings: TrainConfig, manifest: Manifest) -> None:
     if settings.resolution is not None and settings.resolution != manifest.resolution:
         raise UserError(
             f"--resolution {settings.resolution}: dataset {settings.data_dir} was packed at {manifest.resolution} pixels"
@@ -125,8 +162,8 @@ def _check_against(settings: Any, manifest: Manifest) -> None:
         )
 
 
-def _check_grid(manifest: Manifest, cached: tuple[int, ...], grid: int, patch_size: int, *, aligned: bool) -> None:
-    for k in cached if aligned else ():
+def _check_grid(manifest: Manifest, cached: tuple[int, ...], grid: int, patch_size: int) -> None:
+    for k in cached:
         if manifest.encoders[k].grid != grid:
             raise UserError(
                 f"--patch-size {patch_size} gives {grid} x {grid} patches, but the tokens of {manifest.encoders[k].name} "

@@ -1,14 +1,15 @@
-"""Pictures of what the EMA has learned: a grid at fixed noise and labels, every time the same ones."""
+"""Preview grids: samples of the EMA at fixed noise and labels, the same ones at every step."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common.pictures import Cell, class_caption, write_sheet
-from common.presets import spread_labels
+from common.presets import GUIDANCE_HIGH, spread_labels
+from common.reporting import progress
 from models.autoencoder import Autoencoder
+from models.class_token import nearest_class
 from models.guidance import Guidance, network_velocity
 from models.interpolant import Interpolant
 from models.noise import Stream, normal_state
@@ -16,6 +17,10 @@ from models.samplers import sde_times
 from models.sit import SiT
 from models.solvers import Progress, euler_maruyama
 from models.state import State
+from training.plan import Plan
+from training.settings import TrainConfig
+
+PREVIEWS, COLUMNS = 16, 8  # pictures of a grid, and of each of its rows
 
 
 def preview_labels(num_classes: int, count: int) -> Tensor:
@@ -44,21 +49,41 @@ def sample(
     return euler_maruyama(velocity, noise(-1), sde_times(steps), interpolant, noise, progress=progress)
 
 
-def save_grid(
-    file: Path, pixels: Tensor, labels: Tensor, classes: Sequence[str], nearest: Tensor | None, columns: int = 8
+def draw(
+    file: Path, network: SiT, plan: Plan, autoencoder: Autoencoder, class_means: Tensor | None, settings: TrainConfig
 ) -> None:
-    """Write a PNG: each picture over its label and, when known, the class its class token is nearest to.
+    """Write a contact sheet of guided samples, each over its label and the class that its class token is nearest to.
 
-    pixels: (N, 3, H, W) uint8. The file appears whole, by rename.
+    Args:
+        file: PNG; its name says the step.
+        network: the EMA.
+        plan: of the run.
+        autoencoder: on the network's device.
+        class_means: (classes, E) mean class tokens, or None.
+        settings: seed, steps and guidance scale.
+
+    Raises:
+        OSError: the file cannot be written.
     """
-    tokens = [None] * len(labels) if nearest is None else nearest.tolist()
+    device = next(network.parameters()).device
+    labels = preview_labels(plan.network.num_classes, PREVIEWS).to(device)
+    with progress(settings.preview_steps, unit="step", description=f"preview of step {int(file.stem[-7:])}") as bar:
+        sampled = sample(
+            network,
+            plan.objective.interpolant,
+            labels,
+            torch.arange(PREVIEWS, device=device),
+            seed=settings.seed,
+            steps=settings.preview_steps,
+            guidance=Guidance(settings.preview_scale, high=GUIDANCE_HIGH),
+            progress=lambda done: bar.update(),
+        )
+    nearest: list[int | None] = [None] * PREVIEWS
+    if class_means is not None and sampled.class_token is not None:
+        nearest = nearest_class(sampled.class_token, class_means).tolist()
+    pixels = autoencoder.decode(sampled.latent).permute(0, 2, 3, 1).cpu().numpy()
     cells = [
-        Cell(picture, class_caption(label, token, classes))
-        for picture, label, token in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), labels.tolist(), tokens)
+        Cell(picture, class_caption(label, token, plan.manifest.classes))
+        for picture, label, token in zip(pixels, labels.tolist(), nearest)
     ]
-    write_sheet(file, [cells[start : start + columns] for start in range(0, len(cells), columns)])
-
-
-def decode(autoencoder: Autoencoder, latents: Tensor, batch: int = 16) -> Tensor:
-    """(N, C, h, w) latents => (N, 3, H, W) uint8 on the CPU, a few at a time."""
-    return torch.cat([autoencoder.decode(part).cpu() for part in latents.split(batch)])
+    write_sheet(file, [cells[start : start + COLUMNS] for start in range(0, PREVIEWS, COLUMNS)])

@@ -1,9 +1,11 @@
-"""One optimiser step: draws -> joint loss -> gradients -> clip -> AdamW -> EMA, without a word from the device to the
-host. Needs torch alone, so that benchmarks and tests drive it without a launcher."""
+"""One optimiser step: draws -> joint loss -> gradients -> clip -> AdamW -> EMA, without device-to-host synchronisation.
+
+Needs torch alone, so that benchmarks and tests drive it without a launcher.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,13 @@ from models.state import State
 
 
 class StepResult(NamedTuple):
-    """On the device, detached. terms: of all micro-batches of this process. grad_norm: scalar, before clipping.
-    gradient_norms: (parameters,) its parts; not finite where the gradient is not, and then nothing was updated."""
+    """On the device, detached.
+
+    Attributes:
+        terms: of all micro-batches of this rank.
+        grad_norm: scalar, before clipping.
+        gradient_norms: (parameters,) its parts; not finite where the gradient is not, and then nothing was updated.
+    """
 
     terms: LossTerms
     grad_norm: Tensor
@@ -28,18 +35,21 @@ class StepResult(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """class_token: (N, E) float32 or None. teachers: one (N, T, E_k) for each aligned encoder, as the network's tokens."""
+    """What the network is trained towards beside the velocity.
+
+    Attributes:
+        class_token: (N, E) float32, or None.
+        teachers: one (N, T, E_k) for each aligned encoder, in the order of the network's tokens.
+    """
 
     class_token: Tensor | None
     teachers: tuple[Tensor, ...]
 
 
 class TrainStep:
-    """Takes a network through one optimiser step of the joint objective.
+    """Takes a network through one optimiser step of the joint objective (REG section 3).
 
-    network: the SiT itself. wrapped: it inside DDP; its forward is what runs. encoders: run on the batch's pixels;
-    empty when the tokens are cached or not needed. precision: "fp32", "fp16" (give a GradScaler) or "bf16", by autocast over
-    float32 weights. A step whose gradient is not finite leaves weights and optimiser as they were, decided on the device.
+    A step whose gradient is not finite leaves weights and optimiser as they were, decided on the device.
     """
 
     def __init__(
@@ -58,6 +68,22 @@ class TrainStep:
         max_grad_norm: float = 1.0,
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
+        """Keep the parts of a step.
+
+        Args:
+            network: the SiT itself.
+            objective: of the loss.
+            optimizer: fused AdamW over the network's parameters.
+            ema: updated after each step.
+            normalization: of the latents.
+            seed: of all draws.
+            wrapped: the network inside DDP, whose forward pass runs; default: the network.
+            encoders: run on the batch's pixels; empty when the tokens are cached or not needed.
+            precision: "fp32", "fp16" (give a GradScaler) or "bf16", by autocast over float32 weights.
+            scaler: of the gradient, for fp16.
+            max_grad_norm: clip to this norm.
+            no_sync: context in which a backward pass does not exchange gradients.
+        """
         self.network, self.objective, self.optimizer, self.ema = network, objective, optimizer, ema
         self.wrapped = network if wrapped is None else wrapped
         self.normalization, self.seed, self.encoders = normalization, seed, tuple(encoders)
@@ -67,9 +93,11 @@ class TrainStep:
         self.parameters = list(network.parameters())
 
     def __call__(self, step: int, batches: Sequence[tuple[Batch, Tensor]]) -> StepResult:
-        """Take step number `step` (from 0).
+        """Take one step.
 
-        batches: for each micro-batch the records and their positions (n,) int64 in the global batch; both on the device.
+        Args:
+            step: its number, from 0.
+            batches: for each micro-batch the records and their positions (n,) int64 in the global batch, on the device.
         """
         parts = []
         for number, (batch, positions) in enumerate(batches, start=1):
@@ -103,18 +131,17 @@ class TrainStep:
         config = self.network.config
         class_tokens, patch_tokens = batch.class_token, batch.patch_tokens
         if self.encoders:
+            assert batch.pixels is not None
             pixels = batch.pixels.permute(0, 3, 1, 2)  # (N, 3, H, W)
             with autocast(self.device, self.precision):
-                tokens = [encoder(pixels) for encoder in self.encoders]
-            class_tokens, patch_tokens = [t.class_token for t in tokens], [t.patch_tokens for t in tokens]
+                class_tokens, patch_tokens = zip(*(encoder(pixels) for encoder in self.encoders))
         class_token = class_tokens[0].float() if config.class_token_dim else None
         if not config.align_dims:
             return Targets(class_token, ())
         if class_token is None:  # REPA: patches alone
             return Targets(None, tuple(patch_tokens))
-        return Targets(
-            class_token, tuple(torch.cat([c.unsqueeze(1), p], dim=1) for c, p in zip(class_tokens, patch_tokens))
-        )
+        teachers = (torch.cat([c.unsqueeze(1), p], dim=1) for c, p in zip(class_tokens, patch_tokens))
+        return Targets(class_token, tuple(teachers))
 
     def update(self) -> Tensor:
         """Clip the gradient to max_grad_norm, step the optimiser and the EMA; returns the norm of each gradient.
@@ -140,5 +167,10 @@ class TrainStep:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch, asynchronously from pinned memory."""
-    move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
-    return Batch(*(tuple(map(move, x)) if isinstance(x, tuple | list) else move(x) for x in batch))
+
+    def move(x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return tuple(map(move, x))
+        return None if x is None else x.to(device, non_blocking=True)
+
+    return Batch(*map(move, batch))

@@ -1,34 +1,30 @@
-"""Weights & Biases and TensorBoard, behind one interface; imported when they are asked for."""
+"""Weights & Biases and TensorBoard: trackers beside metrics.jsonl, imported when they are asked for.
+
+Their methods log, picture and close may raise errors of any type.
+"""
 
 import os
 import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from config import UserError
+from common.files import write_text
+from config import UserError, as_dict
 from models.hub import first_line
-from training.folder import replace_text
+from training.settings import TrainConfig
 
 WANDB_ID = "wandb-id.txt"
 _WITHOUT = "or choose --report-to none (metrics.jsonl has the same numbers)"
 _SECONDS = 5.0  # to wait for an answer of the server
 
 
-class External(Protocol):
-    """A tracker beside metrics.jsonl. Its methods may raise anything."""
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
-    def picture(self, step: int, file: Path) -> None: ...
-    def close(self) -> None: ...
-
-
 def check(report_to: str) -> None:
     """Find out in seconds whether a tracker will work: package, and for wandb network and API key.
 
-    Raises UserError with what to do.
+    Raises:
+        UserError: it will not; the message says what to do.
     """
     if report_to == "wandb":
         _check_wandb()
@@ -39,36 +35,43 @@ def check(report_to: str) -> None:
             raise UserError(f"--report-to tensorboard: {_missing('tensorboard')}") from error
 
 
-def open_tracker(
-    report_to: str, folder: Path, project: str, settings: Mapping[str, Any], start_step: int
-) -> External | None:
-    """The tracker of a run that starts or resumes at start_step; None for "none". settings: shown as the run's config.
+def open_tracker(folder: Path, settings: TrainConfig, start_step: int) -> "Wandb | TensorBoard | None":
+    """Open the tracker that --report-to asks for; None for "none".
 
-    Raises UserError where wandb refuses to start.
+    Args:
+        folder: of the run.
+        settings: shown as the run's config.
+        start_step: step at which the run starts or resumes.
+
+    Raises:
+        UserError: wandb refuses to start.
     """
-    if report_to == "wandb":
-        return Wandb(folder, project, settings)
-    return TensorBoard(folder, start_step) if report_to == "tensorboard" else None
+    if settings.report_to == "wandb":
+        return Wandb(folder, settings)
+    return TensorBoard(folder, start_step) if settings.report_to == "tensorboard" else None
 
 
 class Wandb:
-    """A wandb run that keeps its id over resumes. `step` is the x axis of all curves: wandb's own step only grows, and
-    would drop what a run logs that resumed from a checkpoint older than its last line."""
+    """A wandb run that keeps its id over resumes.
 
-    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
+    `step` is the x axis of all curves: wandb's own step only grows, and lines of a run that resumed from a checkpoint older
+    than its last line would be lost.
+    """
+
+    def __init__(self, folder: Path, settings: TrainConfig) -> None:
         import wandb
 
         file = folder / WANDB_ID
         if not file.is_file() or not file.read_text().strip():  # empty after a full disk
-            replace_text(file, secrets.token_hex(4))
+            write_text(file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
-                project=project,
-                name=settings["exp_name"],
+                project=settings.wandb_project,
+                name=settings.exp_name,
                 id=file.read_text().strip(),
                 resume="allow",
                 dir=folder,
-                config=dict(settings),
+                config=as_dict(settings),
             )
         except wandb.Error as error:
             raise UserError(f"--report-to wandb: {_cause(error)}: set WANDB_MODE=offline, {_WITHOUT}") from error
@@ -127,7 +130,8 @@ def _check_wandb() -> None:
                 f"--report-to wandb: {server.hostname} cannot be reached: set WANDB_MODE=offline and upload later with "
                 f"`wandb sync`, {_WITHOUT}"
             ) from error
-    if not _has_credentials(settings):  # before wandb asks for a key at the terminal, where other processes would wait
+    # before wandb asks for a key at the terminal, where other ranks would wait
+    if not _has_credentials(settings.api_key, settings.base_url):
         raise UserError(
             "--report-to wandb: no API key: run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline, "
             f"{_WITHOUT}"
@@ -140,11 +144,11 @@ def _check_wandb() -> None:
         ) from error
 
 
-def _has_credentials(settings: Any) -> bool:
+def _has_credentials(api_key: str | None, base_url: str) -> bool:
     from requests.utils import get_netrc_auth
 
-    known = settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    return bool(known or get_netrc_auth(settings.base_url))
+    known = api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    return bool(known or get_netrc_auth(base_url))
 
 
 def _missing(package: str) -> str:

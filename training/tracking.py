@@ -2,16 +2,20 @@
 
 import json
 import resource
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from common.files import write_error, write_text
 from common.reporting import say
+from loss import Objective
 from models.hub import first_line
-from training.folder import replace_text
+from training.settings import TrainConfig
 from training.step import StepResult
 from training.trackers import open_tracker
 
@@ -25,18 +29,24 @@ WINDOW = _SUMS + 3 + 4
 
 
 class Window:
-    """Sums over the steps since the last log line, kept on the device; nothing waits for the device but `totals`."""
+    """Sums over the steps since the last log line, kept on the device without device-to-host synchronisation.
 
-    def __init__(self, device: torch.device, values: Tensor | None = None) -> None:
+    Attributes:
+        values: (WINDOW,) float64.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(WINDOW, dtype=torch.float64, device=device)
-        if values is not None:
-            self.values.copy_(values)
 
     def add(self, step: int, result: StepResult, positions: Tensor) -> None:
-        """Add step number `step`. positions: (N,) of the samples in result.terms."""
-        terms = torch.stack(
-            [result.terms.velocity, result.terms.class_velocity, result.terms.alignment], dim=1
-        ).double()
+        """Add one optimiser step.
+
+        Args:
+            step: its number, from 0.
+            result: what the step returned.
+            positions: (N,) of the samples in result.terms, in the global batch.
+        """
+        terms = torch.stack([getattr(result.terms, name) for name in TERMS], dim=1).double()  # (N, 3)
         quartile = (result.terms.t * QUARTILES).long().clamp(0, QUARTILES - 1)
         one_hot = (quartile[:, None] == torch.arange(QUARTILES, device=quartile.device)).double()  # (N, 4)
         finite = terms.isfinite()
@@ -44,8 +54,8 @@ class Window:
         sums = (one_hot.T @ rows).flatten()
         norm_finite = result.grad_norm.isfinite()
         bad = ~finite.all(dim=1)
-        # the first sample and term at fault, 0 if none; argmax gives the first maximum; a tensor of no dimension would be
-        # read back to serve as an index, a vector of one number is not
+        # the first sample and term at fault, 0 if none; argmax gives the first maximum; a tensor without dimensions would
+        # be read back to serve as an index, a vector of one number is not
         first = bad.int().argmax().view(1)
         sample = bad.any() * (positions[first].squeeze(0) + 1)
         term = bad.any() * ((~finite[first]).int().argmax() + 1)
@@ -62,52 +72,47 @@ class Window:
 
 
 def merge_windows(rows: Tensor) -> Tensor:
-    """Windows of all processes (world, WINDOW) => one that stands for all of them: sums of the loss terms are added, what
-    every process counts alike is taken once."""
+    """Windows of all ranks (world, WINDOW) => one with the sums of all: loss terms are added, what every rank counts alike
+    is taken once."""
     merged = rows[0].clone()
     merged[:_SUMS] = rows[:, :_SUMS].sum(0)
     return merged
 
 
 class Fault(NamedTuple):
-    """The first thing that was not finite. step: number of the step, from 0. rank: process. position: of the sample in
-    the global batch, term: which loss term; both None if the losses were finite. parameter: number, None if its gradient
-    was finite."""
+    """The first thing that was not finite.
+
+    Attributes:
+        step: number of the step, from 0.
+        rank: process that saw it.
+        position: of the sample in the global batch; None if the losses were finite.
+        term: index in TERMS; None if the losses were finite.
+        parameter: number; None if all gradients were finite.
+    """
 
     step: int
     rank: int
     position: int | None
-    term: str | None
+    term: int | None
     parameter: int | None
 
 
 def first_fault(rows: Tensor) -> Fault | None:
-    """Window sums of all processes (world, WINDOW) => the earliest fault, of the first process that saw a bad sample."""
-    found = []
-    for rank, row in enumerate(rows[:, _SUMS + 3 :].long().tolist()):
-        step, position, term, parameter = row
-        if step:
-            found.append(
-                Fault(
-                    step - 1,
-                    rank,
-                    position - 1 if position else None,
-                    TERMS[term - 1] if term else None,
-                    parameter - 1 if parameter else None,
-                )
-            )
+    """Windows of all ranks (world, WINDOW) => the earliest fault, of the first rank that saw a bad sample, or None."""
+    faults = enumerate(rows[:, _SUMS + 3 :].long().tolist())  # each number is one too large, 0 where there is none
+    found = [Fault(step - 1, rank, *(n - 1 if n else None for n in more)) for rank, (step, *more) in faults if step]
     return min(found, key=lambda f: (f.step, f.position is None, f.rank), default=None)
 
 
-def averages(rows: Tensor, objective: Any) -> dict[str, float]:
-    """Window sums of all processes (world, WINDOW) => the values of a log line: unweighted terms, their total, and the
-    velocity by quartile of t. Every process counts the same gradient, so its sums are those of the first."""
+def averages(rows: Tensor, objective: Objective) -> dict[str, float | None]:
+    """Windows of all ranks (world, WINDOW) => the values of a log line: unweighted terms, their weighted total, and each
+    term by quartile of t (None for a quartile without samples)."""
     sums = rows[:, :_SUMS].sum(0).view(QUARTILES, 1 + len(TERMS)).cpu()
     count = sums[:, 0].sum()
     means = sums[:, 1:].sum(0) / count
-    velocity, class_velocity, alignment = means.tolist()
-    steps, norm, skipped = rows[0, _SUMS : _SUMS + 3].tolist()
-    values = {
+    velocity, class_velocity, alignment = means.tolist()  # TERMS
+    steps, norm, skipped = rows[0, _SUMS : _SUMS + 3].tolist()  # of the gradient: every rank counts the same
+    values: dict[str, float | None] = {
         "loss": velocity + objective.class_coeff * class_velocity + objective.proj_coeff * alignment,
         "velocity": velocity,
         "class_velocity": class_velocity,
@@ -121,22 +126,54 @@ def averages(rows: Tensor, objective: Any) -> dict[str, float]:
     return values
 
 
+class Stopwatch:
+    """Time spent on training steps since the last log line."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the next log line."""
+        self._begin, self._paused, self._waited, self._steps = time.monotonic(), 0.0, 0.0, 0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside does not count: saving, previews, evaluation."""
+        begin = time.monotonic()
+        yield
+        self._paused += time.monotonic() - begin
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Count a step, and what is done inside as waiting for its data."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+        self._steps += 1
+
+    def rates(self) -> tuple[float, float]:
+        """Steps per second, and the share of the time that was spent waiting for data."""
+        seconds = time.monotonic() - self._begin - self._paused
+        return self._steps / seconds, self._waited / seconds
+
+
 class Tracker:
-    """Writes metrics.jsonl and, if asked to, wandb or TensorBoard; of the main process only.
+    """Writes metrics.jsonl and, if asked to, wandb or TensorBoard; on rank 0 only.
 
     A line is {"step": 100, ...}. On resuming, lines after the checkpoint's step are cut off, so steps never go backwards.
     What fails while training (a full disk, a tracker's server) is reported once and does not end the run.
     """
 
-    def __init__(
-        self, folder: Path, report_to: str, project: str, settings: Mapping[str, Any], start_step: int
-    ) -> None:
+    def __init__(self, folder: Path, settings: TrainConfig, start_step: int) -> None:
         self.path = folder / METRICS
         self._cut(start_step)
-        self._stream = self.path.open("a")
+        try:
+            self._stream = self.path.open("a")
+        except OSError as error:
+            raise write_error(self.path, error) from error
         self._reported: set[str] = set()
-        self._name = report_to
-        self._external = open_tracker(report_to, folder, project, settings, start_step)
+        self._name = settings.report_to
+        self._external = open_tracker(folder, settings, start_step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line."""
@@ -167,11 +204,11 @@ class Tracker:
             return
         try:
             action(self._external)
-        except Exception as error:  # whatever a tracker raises, the run is worth more
+        except Exception as error:  # trackers raise errors of any type, and none of them is a reason to stop
             self._report(self._name, error)
 
     def _report(self, what: str, error: Exception) -> None:
-        """Once for each of the two."""
+        """Warn once for each of metrics.jsonl and the tracker."""
         if what not in self._reported:
             say(f"warning: {what} could not be written, training goes on: {first_line(error)}")
         self._reported.add(what)
@@ -187,7 +224,7 @@ class Tracker:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
-        replace_text(self.path, "".join(line + "\n" for line in kept))
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,0 +1,243 @@
+"""Checkpoints: written whole or not at all, read back before they get their name, rotated only then.
+
+checkpoints/0000100/
+    model.safetensors  the weights            optimizer.pt  AdamW, gradient scaler, open log window (weights_only)
+    ema.safetensors    the model file         state.json    step, settings, and size and SHA-256 of the others; written last
+"""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.files import sha256, sync, write_json
+from common.reporting import say
+from config import UserError
+from models.model_file import MODEL_FILE, ModelInfo, save_model
+from training.settings import TrainConfig
+
+SCHEMA = 1
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+FILES = (WEIGHTS, MODEL_FILE, OPTIMIZER, STATE)
+_TEMPORARY, _DELETED = ".writing-", ".deleting-"
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is incomplete, altered or unreadable; the message names the file."""
+
+
+@dataclass
+class TrainingState:
+    """Everything a run needs to continue.
+
+    Attributes:
+        model, ema: state dicts.
+        optimizer: AdamW's state dict.
+        scaler: GradScaler's state dict, or {}.
+        window: (world, K) float64, the open log window of each rank.
+        settings: of the run, for people.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    window: Tensor
+    settings: dict[str, Any]
+
+
+def save_and_rotate(
+    folder: Path, state: TrainingState, info: ModelInfo, class_means: Tensor | None, settings: TrainConfig
+) -> bool:
+    """Save, then delete the checkpoints that need not be kept; returns whether the checkpoint is on the disk.
+
+    Raises:
+        UserError: the disk fails, and --on-save-error stop was given or it was the last save of the run.
+    """
+    try:
+        save(folder, state, info, class_means)
+        rotate(folder, settings.keep_last, settings.keep_every)
+    except (OSError, DamagedCheckpoint) as error:
+        if settings.on_save_error == "stop" or state.step >= settings.max_train_steps:
+            raise UserError(f"step {state.step} could not be saved: {error}") from error
+        say(f"step {state.step} could not be saved, training goes on: {error}")
+        return False
+    return True
+
+
+def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tensor | None = None) -> Path:
+    """Write folder/0000100 for step 100: into a hidden folder, fsync, re-read, rename.
+
+    Args:
+        folder: of all checkpoints of the run.
+        state: what resuming needs.
+        info: header of the model file.
+        class_means: (classes, E), stored in the model file.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: the disk fails.
+        DamagedCheckpoint: what was written does not read back. Either way earlier checkpoints are untouched and nothing
+            half-written has a valid name.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    final = folder / f"{state.step:07d}"
+    temporary = folder / (_TEMPORARY + final.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_file({key: t.detach().contiguous().cpu() for key, t in state.model.items()}, temporary / WEIGHTS)
+        save_model(temporary / MODEL_FILE, state.ema, info, class_means)
+        rest = {"optimizer": state.optimizer, "scaler": state.scaler, "window": state.window.cpu()}
+        torch.save(rest, temporary / OPTIMIZER)
+        files = {}
+        for file in (WEIGHTS, MODEL_FILE, OPTIMIZER):
+            sync(temporary / file)
+            files[file] = {"bytes": (temporary / file).stat().st_size, "sha256": sha256(temporary / file)}
+        content = {"schema": SCHEMA, "step": state.step, "files": files, "settings": state.settings}
+        write_json(temporary / STATE, content)
+        verify(temporary)
+        _publish(temporary, final)
+    except (RuntimeError, SafetensorError) as error:  # the writers wrap the operating system's error
+        raise OSError(f"{temporary}: {str(error).splitlines()[0]}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a whole checkpoint its name."""
+    if final.exists():  # a damaged one of the same step: resume fell back to the one before
+        _delete(final)
+    temporary.rename(final)
+    sync(final.parent)
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Read every byte and compare with state.json; returns its content.
+
+    Raises:
+        DamagedCheckpoint: the message names the first file at fault.
+        UserError: the checkpoint is of a later version of this code.
+    """
+    path = checkpoint / STATE
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] > SCHEMA:
+            raise UserError(f"{path} has schema {content['schema']}, this code reads up to {SCHEMA}: update the code")
+        if checkpoint.name.isdigit() and content["step"] != int(checkpoint.name):
+            raise DamagedCheckpoint(f"{path} says step {content['step']}")
+        for file, expected in content["files"].items():
+            part = checkpoint / file
+            if not part.is_file():
+                raise DamagedCheckpoint(f"{part} is missing")
+            if part.stat().st_size != expected["bytes"]:
+                raise DamagedCheckpoint(f"{part} has {part.stat().st_size} bytes instead of {expected['bytes']}")
+            if sha256(part) != expected["sha256"]:
+                raise DamagedCheckpoint(f"{part} has changed since it was written (SHA-256 differs)")
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    return content
+
+
+def load(checkpoint: Path) -> TrainingState:
+    """Verify and read a checkpoint, on the CPU. Raises as `verify` does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    content = verify(checkpoint)
+    try:
+        rest = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+        ema = load_file(checkpoint / MODEL_FILE)
+        ema.pop("class_means", None)
+        return TrainingState(
+            content["step"],
+            load_file(checkpoint / WEIGHTS),
+            ema,
+            rest["optimizer"],
+            rest["scaler"],
+            rest["window"],
+            content["settings"],
+        )
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, KeyError, EOFError, ValueError) as error:
+        raise DamagedCheckpoint(f"{checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest intact checkpoint of a run, None if it has none at all. Clears what a killed save left behind.
+
+    A damaged one is skipped with a warning.
+
+    Raises:
+        UserError: every checkpoint is damaged; starting anew then has to be the user's decision.
+    """
+    for leftover in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_DELETED}*")]:
+        _remove_own_files(leftover)
+    candidates = _by_step(folder).values()
+    for checkpoint in reversed(candidates):
+        try:
+            verify(checkpoint)
+            return checkpoint
+        except DamagedCheckpoint as error:
+            warn(f"checkpoint {checkpoint} is damaged and skipped: {error}")
+    if candidates:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged ({len(candidates)} of them); move the folder away to start from step 0"
+        )
+    return None
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoint folders of a run by their names, oldest first, intact or not."""
+    found = (path for path in folder.glob("[0-9]" * 7 + "*") if path.name.isdigit() and path.is_dir())
+    return {int(path.name): path for path in sorted(found)}
+
+
+def rotate(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Delete the checkpoints that are superseded; call it after `save` has read the new one back.
+
+    Folders with anything in them that this code did not write stay.
+    """
+    checkpoints = _by_step(folder)
+    for step in superseded(list(checkpoints), keep_last, keep_every):
+        _delete(checkpoints[step])
+
+
+def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
+    """Which of the saved steps, oldest first, need not be kept.
+
+    Args:
+        steps: with a checkpoint.
+        keep_last: how many of the newest stay; 0: all.
+        keep_every: its multiples stay too; 0: none.
+    """
+    older = steps[:-keep_last] if keep_last else ()
+    return [step for step in older if not (keep_every and step % keep_every == 0)]
+
+
+def _delete(checkpoint: Path) -> None:
+    """First take the valid name away, so that no half-deleted folder carries it."""
+    if {path.name for path in checkpoint.iterdir()} <= set(FILES):
+        hidden = checkpoint.with_name(_DELETED + checkpoint.name)
+        checkpoint.rename(hidden)
+        _remove_own_files(hidden)
+
+
+def _remove_own_files(folder: Path) -> None:
+    for file in FILES:
+        (folder / file).unlink(missing_ok=True)
+        (folder / f"{file}.tmp").unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()

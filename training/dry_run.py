@@ -1,0 +1,220 @@
+"""What a run will be, in numbers, before it costs anything: printed by `--dry-run` and at the start of every run."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from config import UserError
+from dataset import StepSampler
+from models.cost import GPUS, USABLE, TrainingMemory, cost, named_gpu, step_cost, training_memory, vit_macs
+from packed.format import read_manifest
+from training.assumed import assumed_manifest, record_bytes
+from training.checkpoints import superseded
+from training.launch import Processes, asked_precision, check_launcher
+from training.plan import Plan, make_plan
+from training.settings import TrainConfig
+
+USUAL_GPUS = ("A100", "H100", "H200")  # whose time is predicted where no GPU is named
+GIB = 2**30
+
+
+def dry_run(settings: TrainConfig) -> str:
+    """The plan in words, for --dry-run.
+
+    Raises:
+        UserError: a real start would be refused for its settings or dataset, or --gpu is not in the table.
+    """
+    precision = asked_precision(settings.mixed_precision)
+    check_launcher(settings.gradient_accumulation_steps)
+    gpus: tuple[str, ...] = USUAL_GPUS
+    name = memory = None
+    if settings.gpu is not None:
+        name = named_gpu(settings.gpu)
+        if name is None:
+            raise UserError(f"--gpu {settings.gpu} is not in the table, choose from {', '.join(GPUS)}")
+        gpus, memory = (name,), GPUS[name].memory * GIB
+        if precision == "auto":
+            precision = "bf16" if GPUS[name].bf16 else "fp16"
+    if settings.assume is not None:
+        manifest = assumed_manifest(settings)
+        settings = replace(settings, data_dir=Path(settings.assume))  # names it in messages
+    assert settings.data_dir is not None
+    if settings.assume is None:
+        manifest = read_manifest(settings.data_dir)
+    plan, world = make_plan(settings, manifest), int(os.environ.get("WORLD_SIZE", 1))
+    plan.class_means(settings.data_dir)  # there is none where the dataset is assumed
+    micro = settings.gradient_accumulation_steps
+    StepSampler(manifest.count, settings.batch_size, seed=settings.seed, world=world, micro=micro)
+    return _lines(Forecast(settings, plan, world, precision, gpus, name, memory).rows())
+
+
+def start_text(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path) -> str:
+    """The same plan for a run that starts now, with what it runs on and where it writes."""
+    device, name, memory = "CPU", None, None
+    gpus: tuple[str, ...] = ()
+    if processes.device.type == "cuda":
+        device = name = torch.cuda.get_device_name(processes.device)
+        gpus = tuple(filter(None, [named_gpu(device)]))
+        memory = torch.cuda.get_device_properties(processes.device).total_memory
+    forecast = Forecast(settings, plan, processes.world, processes.precision, gpus, name, memory)
+    return _lines([*forecast.rows(), ("device", device), ("folder", str(folder))])
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run needs and how long it takes on a machine.
+
+    Attributes:
+        world: processes.
+        precision: "fp32", "fp16", "bf16", or "auto" where the GPU is not known.
+        gpus: keys of models.cost.GPUS to predict the time for.
+        name, memory: of the GPU to compare with, in bytes; None: there is nothing to compare with.
+    """
+
+    settings: TrainConfig
+    plan: Plan
+    world: int
+    precision: str
+    gpus: tuple[str, ...] = ()
+    name: str | None = None
+    memory: float | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, text) of each line."""
+        settings, plan, config, manifest = self.settings, self.plan, self.plan.network, self.plan.manifest
+        counted, images = cost(config), settings.max_train_steps * settings.batch_size
+        accumulation = settings.gradient_accumulation_steps
+        slot = f"class token of width {config.class_token_dim}" if config.class_token_dim else "no class token"
+        aligned = f"aligned after block {config.align_depth}" if config.align_dims else "no alignment"
+        where = "run in the step" if plan.online else "cached in the dataset" if plan.cached else "none needed"
+        checkpoint = 16 * (counted.parameters + counted.projector_parameters)
+        saved = [*range(0, settings.max_train_steps, settings.checkpointing_steps)[1:], settings.max_train_steps]
+        kept = len(saved) - len(superseded(saved, settings.keep_last, settings.keep_every))
+        texts = {
+            "dataset": f"{settings.data_dir}{' (assumed)' if settings.assume else ''}: {manifest.count:,} images of "
+            f"{manifest.resolution} px, {len(manifest.classes)} classes, latents {config.in_channels} x "
+            f"{config.input_size} x {config.input_size} of {plan.vae}, "
+            f"{_size(record_bytes(manifest) * manifest.count)} of records",
+            "network": f"{config.depth} blocks of width {config.hidden_size}, {config.num_heads} heads, "
+            f"{config.num_tokens} tokens ({config.num_patches} patches); {slot}; {aligned}",
+            "encoders": ", ".join(plan.encoders) + (": " if plan.encoders else "") + where,
+            "parameters": f"{_si(counted.parameters)}, and {_si(counted.projector_parameters)} in projectors",
+            "compute": f"{_si(counted.flops)} multiply-adds per image forward, "
+            f"{_si(counted.train_flops)}FLOP per training image, {_si(counted.train_flops * images)}FLOP in all",
+            "steps": f"{settings.max_train_steps:,} of {settings.batch_size} images: {images:,} images, "
+            f"{images / manifest.count:.1f} epochs",
+            "processes": f"{self.world}, with micro-batches of {self._local(accumulation)} images, "
+            f"{accumulation} per step",
+            "precision": self._precision(),
+            "compile": "on: compiling, the first step takes a minute or two" if settings.compile else "off",
+            "memory": self._memory_text(),
+            "GPU": self._comparison(self.memory) if self.memory is not None else None,
+            "time": self._time_text(),
+            "disk": f"{_size(checkpoint)} per checkpoint, {_size(checkpoint * kept)} for the {kept} kept",
+        }
+        return [(name, text) for name, text in texts.items() if text is not None]
+
+    def needed_memory(self, accumulation: int, recompute: bool) -> float:
+        """Bytes that one process needs on its GPU, without allocator slack and the CUDA context.
+
+        Args:
+            accumulation: micro-batches per step.
+            recompute: gradient checkpointing.
+        """
+        return self._counted(recompute).total(self._local(accumulation)) + self._encoder_bytes()
+
+    def _local(self, accumulation: int) -> int:
+        """Images of a micro-batch."""
+        return self.settings.batch_size // (self.world * accumulation)
+
+    def _counted(self, recompute: bool) -> TrainingMemory:
+        return training_memory(self.plan.network, half=self.precision != "fp32", recompute=recompute)
+
+    def _encoder_bytes(self) -> int:
+        """Float32 weights of the encoders that run in the step."""
+        return sum(4 * p.numel() for encoder in self.plan.online for p in encoder.parameters())
+
+    def _precision(self) -> str:
+        if self.precision == "auto":
+            return "auto: bf16 where the GPU has it, else fp16; fp32 on the CPU"
+        if self.settings.mixed_precision == "auto" and asked_precision("auto") != "auto":
+            return f"{self.precision}, as accelerate's launcher asks"
+        return self.precision
+
+    def _memory_text(self) -> str:
+        recompute = self.settings.gradient_checkpointing
+        memory = self._counted(recompute)
+        total = self.needed_memory(self.settings.gradient_accumulation_steps, recompute)
+        encoders = f", {_size(self._encoder_bytes())} of encoders" if self.plan.online else ""
+        return (
+            f"about {_size(total)} per process: {_size(memory.total(0))} of weights, gradients, AdamW and EMA{encoders}, "
+            f"{_size(memory.activations)} per image"
+        )
+
+    def _comparison(self, memory: float) -> str:
+        """Whether a step fits the GPU, and if not, the settings that make it fit."""
+        usable, now = USABLE * memory, self.settings.gradient_accumulation_steps
+        needed = self.needed_memory(now, self.settings.gradient_checkpointing)
+        text = f"{self.name}, {_size(memory)}, of which {_size(usable)} are for tensors: {_size(needed)} "
+        if needed <= usable:
+            return text + "fit"
+        per_process, ways = self.settings.batch_size // self.world, []
+        for recompute in sorted({self.settings.gradient_checkpointing, True}):
+            for accumulation in range(now, per_process + 1):
+                needed = self.needed_memory(accumulation, recompute)
+                if per_process % accumulation == 0 and needed <= usable:
+                    flags = ["--gradient-checkpointing"] * (recompute and not self.settings.gradient_checkpointing)
+                    flags += [f"--gradient-accumulation-steps {accumulation}"] * (accumulation != now)
+                    ways.append(f"{' '.join(flags)} ({_size(needed)})")
+                    break
+        if not ways:
+            return text + "do not fit at any batch size: take a smaller --model or a larger GPU"
+        return text + "do not fit: use " + ", or ".join(ways)
+
+    def _time_text(self) -> str:
+        predicted = {name: self._hours(name) for name in self.gpus}
+        known = [f"{duration(hours)} on {self.world} {name}" for name, hours in predicted.items() if hours is not None]
+        if not known:
+            what = "this precision without TF32" if predicted else self.name or "a CPU"
+            return f"not predicted for {what}; metrics.jsonl says how many hours are left"
+        return f"predicted {', '.join(known)}, by the roofline without data loading and gradient exchange"
+
+    def _hours(self, name: str) -> float | None:
+        """Hours of the whole run on a kind of GPU; None for float32 without TF32, whose rate is not in the table."""
+        gpu = GPUS[name]
+        if self.precision == "fp32":
+            if not (self.settings.allow_tf32 and gpu.bf16):
+                return None
+            gpu = gpu._replace(tflops=gpu.tflops / 2)  # TF32
+        macs, recompute = sum(map(vit_macs, self.plan.online)), self.settings.gradient_checkpointing
+        step = step_cost(self.plan.network, self._local(1), gpu, encoder_macs=macs, recompute=recompute)
+        return self.settings.max_train_steps * step.expected / 3600
+
+
+def duration(hours: float) -> str:
+    """Hours => "3 d 4 h", "5 h 12 min", "12 min" or "less than a minute"."""
+    minutes = round(hours * 60)
+    if minutes >= 24 * 60:
+        return f"{minutes // (24 * 60)} d {minutes % (24 * 60) // 60} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else "less than a minute"
+
+
+def _lines(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _si(number: float) -> str:
+    """675129632 => "675.1 M"."""
+    power = min(max(len(str(int(number))) - 1, 0) // 3, 7)
+    return f"{number / 1000**power:.4g} {('', 'K', 'M', 'G', 'T', 'P', 'E', 'Z')[power]}"
+
+
+def _size(size: float) -> str:
+    """Bytes in words, in GiB, MiB or KiB."""
+    if size >= GIB:
+        return f"{size / GIB:,.1f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

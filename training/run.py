@@ -1,0 +1,166 @@
+"""A training run as the loop in train.py sees it: one method for each thing that happens between steps."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.processes import on_first, share
+from common.reporting import say
+from config import as_dict
+from dataset import Batch, PackedDataset
+from models.autoencoder import Autoencoder
+from models.cost import cost
+from training import checkpoints, previews
+from training.health import check_weights, check_window
+from training.interrupt import EXIT_STATUS, Interrupt
+from training.launch import Processes, gather_row
+from training.plan import Plan
+from training.probe import FrechetProbe
+from training.settings import TrainConfig
+from training.step import TrainStep, to_device
+from training.tracking import Stopwatch, Tracker, Window, averages, peak_memory
+
+SUMMARY = ("loss", "velocity", "class_velocity", "alignment", "fd", "images_per_second", "peak_memory_gib")
+
+
+@dataclass
+class Run:
+    """The parts of a run, made by training/setup.py.
+
+    Attributes:
+        batches: micro-batches of this rank, in order, on the CPU.
+        positions: (n,) int64 on the device for each micro-batch of a step: where its records are in the global batch.
+        step: optimiser steps taken.
+        saved_step: how many of them are in the newest checkpoint.
+        tracker: on rank 0 alone.
+        autoencoder: for previews and the probe, on the ranks that need it.
+        probe: where --eval-every asks for it.
+        class_means: (classes, E) of the dataset, for the model file and the captions of previews.
+    """
+
+    settings: TrainConfig
+    folder: Path
+    processes: Processes
+    plan: Plan
+    dataset: PackedDataset
+    train_step: TrainStep
+    window: Window
+    batches: Iterator[Batch]
+    positions: list[Tensor]
+    step: int
+    saved_step: int
+    tracker: Tracker | None
+    bar: tqdm
+    interrupt: Interrupt
+    autoencoder: Autoencoder | None
+    probe: FrechetProbe | None
+    class_means: Tensor | None
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    started: float = field(default_factory=time.monotonic)
+    last: dict[str, float | None] = field(default_factory=dict)  # values of the newest log line
+
+    def advance(self) -> None:
+        """Take one optimiser step."""
+        with self.stopwatch.step():
+            batches = [(to_device(next(self.batches), self.processes.device), p) for p in self.positions]
+        result = self.train_step(self.step, batches)
+        self.window.add(self.step, result, torch.cat(self.positions))
+        self.step += 1
+        self.bar.update()
+
+    def log(self, more: dict[str, float]) -> None:
+        """Write a line of averages since the last one, and `more`. Only this and a save wait for the device."""
+        rows = self._checked_window()
+        steps_per_second, data_wait = self.stopwatch.rates()
+        rate, device = steps_per_second * self.settings.batch_size, self.processes.device
+        used = rate * cost(self.plan.network).train_flops if device.type == "cuda" else 0
+        values = averages(rows, self.plan.objective) | {
+            **more,
+            "lr": self.settings.learning_rate,
+            "ema_distance": float(self.train_step.ema.distance(self.train_step.network)),
+            "images_per_second": rate,
+            "data_wait": data_wait,
+            "mfu": self.processes.utilization(used),
+            "peak_memory_gib": peak_memory(device),
+            "hours_left": (self.settings.max_train_steps - self.step) / steps_per_second / 3600,
+        }
+        if self.train_step.scaler is not None:
+            values["loss_scale"] = self.train_step.scaler.get_scale()
+        if self.tracker:
+            self.tracker.log(self.step, values)
+            self.bar.set_postfix(loss=f"{values['loss']:.4f}", images=f"{rate:.0f}/s", refresh=False)
+        self.last = values
+        self.window.clear()
+        self.stopwatch.restart()
+
+    def save(self) -> None:
+        """Write a checkpoint and rotate the older ones, unless this step is on disk already."""
+        if self.saved_step == self.step:
+            return
+        with self.stopwatch.pause():
+            rows, parts = self._checked_window(), self.train_step
+            check_weights(parts.network, parts.ema, self.step)
+            state = checkpoints.TrainingState(
+                self.step,
+                parts.network.state_dict(),
+                parts.ema.average.state_dict(),
+                parts.optimizer.state_dict(),
+                {} if parts.scaler is None else parts.scaler.state_dict(),
+                rows,
+                as_dict(self.settings),
+            )
+            info = self.plan.model_info(self.step, self.settings.seed)
+            write = checkpoints.save_and_rotate
+            folder, means = self.folder / "checkpoints", self.class_means
+            if share(on_first(lambda: write(folder, state, info, means, self.settings))):
+                self.saved_step = self.step
+
+    def preview(self) -> None:
+        """Write previews/step_0000100.png from the EMA, on rank 0."""
+        if self.tracker is None or self.autoencoder is None:
+            return
+        with self.stopwatch.pause():
+            file = self.folder / "previews" / f"step_{self.step:07d}.png"
+            try:
+                previews.draw(
+                    file, self.train_step.ema.average, self.plan, self.autoencoder, self.class_means, self.settings
+                )
+                self.tracker.picture(self.step, file)
+            except OSError as error:
+                say(f"preview {file} could not be written: {error}")
+
+    def evaluate(self) -> dict[str, float]:
+        """The Frechet distance of samples of the EMA, for the log."""
+        assert self.probe is not None
+        with self.stopwatch.pause():
+            interpolant, steps = self.plan.objective.interpolant, self.settings.preview_steps
+            network = self.train_step.ema.average
+            distance = self.probe.measure(network, interpolant, seed=self.settings.seed, steps=steps)
+        return {"fd": distance, "fd_samples": self.settings.eval_samples}
+
+    def conclude(self, reason: str | None) -> int:
+        """Print how the run ended and requeue it if asked to, after it is closed; returns the exit status.
+
+        Args:
+            reason: what asked to stop; None after the last step.
+        """
+        ended = f"stopped by {reason}, the same command resumes" if reason else "done"
+        hours = (time.monotonic() - self.started) / 3600
+        say(f"step {self.step} of {self.settings.max_train_steps}: {ended}; {hours:.2f} hours, {self.folder}")
+        if self.last:
+            say("  " + ", ".join(f"{name} {self.last[name]:.4g}" for name in SUMMARY if name in self.last))
+        if reason == "SIGUSR1" and self.settings.requeue_command and self.processes.first:
+            subprocess.run(self.settings.requeue_command, shell=True, check=False)
+        return EXIT_STATUS[reason] if reason and self.step < self.settings.max_train_steps else 0
+
+    def _checked_window(self) -> Tensor:
+        """(world, WINDOW): the log windows of all ranks, after a check of what was not finite in them."""
+        rows = gather_row(self.window.values)
+        check_window(rows, self.train_step, self.dataset, self.settings)
+        return rows

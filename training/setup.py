@@ -1,0 +1,186 @@
+"""Build a training run: settings against dataset, lock and record of the folder, then weights, resume and tracker."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.files import fingerprint
+from common.lock import FolderLock
+from common.processes import in_turn, on_first, share
+from common.reporting import progress, say
+from dataset import PackedDataset, StepSampler, read_ahead
+from models.acceleration import allow_tf32, compile_encoder, compile_network
+from models.autoencoder import Autoencoder, load_autoencoder
+from models.ema import EMA
+from models.encoder import load_encoder
+from models.model_file import blank_network
+from models.sit import SiT
+from packed.format import read_manifest
+from training import checkpoints, trackers
+from training.dry_run import start_text
+from training.folder import record_settings
+from training.interrupt import Interrupt
+from training.launch import Processes, check_launcher
+from training.plan import Plan, make_plan
+from training.probe import FrechetProbe
+from training.run import Run
+from training.settings import TrainConfig
+from training.step import TrainStep
+from training.tracking import Tracker, Window, merge_windows
+
+
+@contextmanager
+def prepare(settings: TrainConfig) -> Iterator[Run]:
+    """Start or resume the run that the settings describe; at the end close its lock, tracker and reading threads.
+
+    What costs little comes first: settings, dataset, lock and record of the folder are checked before any weights are
+    loaded or images are measured.
+
+    Raises:
+        UserError: settings, launcher, dataset, folder, weights or tracker are not as they must be.
+    """
+    assert settings.data_dir is not None and settings.exp_name is not None
+    check_launcher(settings.gradient_accumulation_steps)
+    processes = Processes(settings.mixed_precision)
+    on_first(lambda: trackers.check(settings.report_to))
+    plan = make_plan(settings, read_manifest(settings.data_dir))
+    dataset = PackedDataset(settings.data_dir, plan.fields)
+    micro_batches = settings.gradient_accumulation_steps
+    sampler = StepSampler(
+        len(dataset),
+        settings.batch_size,
+        seed=settings.seed,
+        rank=processes.rank,
+        world=processes.world,
+        micro=micro_batches,
+    )
+    class_means = plan.class_means(settings.data_dir)
+    folder = settings.output_dir / settings.exp_name
+    with ExitStack() as stack:
+        on_first(lambda: _claim(folder, settings, plan, stack))
+        if processes.first:
+            say(start_text(settings, plan, processes, folder))
+        autoencoder, probe = _load_viewers(settings, plan, processes)
+        train_step, window, step = _build(settings, plan, processes, folder / "checkpoints")
+        sampler.start_step = step
+        pin = processes.device.type == "cuda"
+        reader = read_ahead(dataset, sampler, threads=settings.num_workers, pin_memory=pin)
+        bar = progress(
+            settings.max_train_steps, unit="step", description="training", initial=step, shown=processes.first
+        )
+        yield Run(
+            settings=settings,
+            folder=folder,
+            processes=processes,
+            plan=plan,
+            dataset=dataset,
+            train_step=train_step,
+            window=window,
+            batches=stack.enter_context(closing(reader)),
+            positions=[torch.from_numpy(sampler.positions(m)).to(processes.device) for m in range(micro_batches)],
+            step=step,
+            saved_step=step,
+            tracker=on_first(lambda: stack.enter_context(closing(Tracker(folder, settings, step)))),
+            bar=stack.enter_context(bar),
+            interrupt=stack.enter_context(Interrupt(processes.world, settings.max_hours)),
+            autoencoder=autoencoder,
+            probe=probe,
+            class_means=class_means,
+        )
+
+
+def _claim(folder: Path, settings: TrainConfig, plan: Plan, stack: ExitStack) -> None:
+    """Lock the folder and compare the settings with those it was started with."""
+    stack.enter_context(closing(FolderLock(folder, "run.lock", "wait for it, or choose another --exp-name")))
+    manifest = plan.manifest
+    facts = {
+        "network": asdict(plan.network),
+        "encoders": plan.encoders,
+        "images": manifest.count,
+        "classes": manifest.classes,
+        "packed_vae": manifest.vae["name"],
+        "data": fingerprint(manifest.shards)[:16],
+    }
+    for change in record_settings(folder, settings, facts):
+        say(f"continuing with another setting: {change}")
+
+
+def _load_viewers(
+    settings: TrainConfig, plan: Plan, processes: Processes
+) -> tuple[Autoencoder | None, FrechetProbe | None]:
+    """The VAE of the previews and the Frechet probe with its reference, where the settings ask for them."""
+    load = lambda: load_autoencoder(plan.vae).to(processes.device)  # noqa: E731
+    if not settings.eval_every:
+        return (on_first(load) if settings.sampling_steps else None), None
+    assert settings.eval_reference is not None
+    autoencoder = in_turn(load)
+    probe = FrechetProbe(
+        autoencoder,
+        processes.device,
+        reference=settings.eval_reference,
+        space=settings.eval_features,
+        count=settings.eval_samples,
+        resolution=plan.manifest.resolution,
+    )
+    return autoencoder, probe
+
+
+def _build(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path) -> tuple[TrainStep, Window, int]:
+    """Step, log window and number of steps taken, as in the newest intact checkpoint if there is one."""
+    allow_tf32(settings.allow_tf32)
+    encoders = [in_turn(partial(load_encoder, e.name, e.grid)).to(processes.device) for e in plan.online]
+    torch.manual_seed(settings.seed)
+    network = SiT(plan.network)
+    network.gradient_checkpointing = settings.gradient_checkpointing
+    ema = EMA(network, blank_network(plan.network), settings.ema_decay)
+    found = share(on_first(lambda: checkpoints.newest(folder, say)))
+    loaded = None if found is None else checkpoints.load(found)
+    if loaded is not None:
+        network.load_state_dict(loaded.model)
+        ema.average.load_state_dict(loaded.ema)
+    for moved in (network, ema.average):
+        moved.to(processes.device)
+    adam: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "weight_decay": settings.adam_weight_decay,
+        "eps": settings.adam_epsilon,
+    }
+    optimizer = torch.optim.AdamW(network.parameters(), **adam, fused=True)
+    scaler = torch.amp.GradScaler(processes.device.type) if processes.precision == "fp16" else None
+    window = Window(processes.device)
+    if loaded is not None:
+        optimizer.load_state_dict(loaded.optimizer)
+        for group in optimizer.param_groups:
+            group.update(adam)  # changed ones count from here on (--accept-changes)
+        if scaler is not None and loaded.scaler:
+            scaler.load_state_dict(loaded.scaler)
+        if len(loaded.window) == processes.world:
+            window.values.copy_(loaded.window[processes.rank])
+        elif processes.first:  # another number of processes: the first one carries on all their sums
+            window.values.copy_(merge_windows(loaded.window))
+        say(f"resuming from {found} at step {loaded.step} of {settings.max_train_steps}")
+    if settings.compile:
+        compile_network(network)
+        for encoder in encoders:
+            compile_encoder(encoder)
+    train_step = TrainStep(
+        network,
+        plan.objective,
+        optimizer,
+        ema,
+        plan.normalization,
+        seed=settings.seed,
+        wrapped=processes.wrap(network),
+        no_sync=processes.no_sync,
+        encoders=encoders,
+        precision=processes.precision,
+        scaler=scaler,
+        max_grad_norm=settings.max_grad_norm,
+    )
+    return train_step, window, loaded.step if loaded else 0
