@@ -23,7 +23,7 @@ class Moments:
     fold is centred first (Chan et al. 1983), so features far from zero lose no digits.
     """
 
-    def __init__(self, dim: int, device: torch.device | str = "cpu", chunk: int = 2048):
+    def __init__(self, dim: int, device: torch.device | str = "cpu", chunk: int = 1024):
         self.n = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
