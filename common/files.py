@@ -1,16 +1,19 @@
-"""Files that are whole or absent: one way to write, to digest, to look at free space."""
+"""Files that are whole or absent: one way to write, to read what others wrote, to digest, to look at free space."""
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from config import UserError
+from config import MissingFile, UserError
+
+JSON_LIMIT = 2**28  # bytes of a JSON file; the manifest of 14 million images has 5 MB
 
 
 class WriteError(UserError, OSError):
@@ -68,6 +71,105 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON as `replacing` does."""
     write_text(path, json.dumps(content, indent=1))
+
+
+def read_bounded(stream: IO[bytes], limit: int, name: str) -> bytes:
+    """The rest of a stream, such as a member of an archive, which may unpack to more than fits the memory.
+
+    Args:
+        stream: open for reading.
+        limit: the most bytes that are read.
+        name: of the file or member, for the message.
+
+    Raises:
+        UserError: there are more.
+    """
+    content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(f"{name} is larger than the {limit:,} bytes that are read of such a file")
+    return content
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
+    """The content of a JSON file of at most `limit` bytes.
+
+    Raises:
+        UserError: it is not JSON, too large or unreadable; MissingFile where there is no file.
+    """
+    if not path.is_file():
+        raise MissingFile(f"{path} is missing")
+    try:
+        with path.open("rb") as stream:
+            return parse_json(read_bounded(stream, limit, str(path)), str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def parse_json(content: bytes | str, name: str) -> Any:
+    """JSON in UTF-8 (or UTF-16, UTF-32) => its content. Raises UserError, naming `name`, also for endless nesting."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not valid JSON ({error})") from error
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with a checksum of its content, as `replacing` does."""
+    write_json(path, {**content, "checksum": fingerprint(content)})
+
+
+def read_sealed(path: Path, advice: str, *, optional: bool = False) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    Args:
+        path: the file.
+        advice: what to do about a damaged one, half a sentence.
+        optional: a file without a checksum is accepted too.
+
+    Raises:
+        UserError: it is not what was written; MissingFile where there is no file.
+    """
+    try:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise UserError("not an object of names and values")
+        if (not optional or "checksum" in content) and content.pop("checksum") != fingerprint(content):
+            raise UserError("edited, or a bit of it has changed: its checksum does not match")
+    except MissingFile as error:
+        raise MissingFile(f"{error}; {advice}") from error
+    except KeyError as error:
+        raise UserError(f"{path} is damaged (it has no checksum); {advice}") from error
+    except (UserError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({str(error).removeprefix(f'{path} is ')}); {advice}") from error
+    return content
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What `check_digests` compares with: {name: {"bytes", "sha256"}} of files of a folder."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+
+
+def check_digests(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare files of a folder, byte for byte, with what `digests` recorded of them.
+
+    Raises:
+        UserError: names the first one that is missing or differs, or the name or record that cannot be one.
+    """
+    for name, expected in recorded.items():
+        path = folder / plain_name(name, folder)
+        if not path.is_file():
+            raise MissingFile(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise UserError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        if sha256(path) != expected["sha256"]:
+            raise UserError(f"{path} has changed since it was written (SHA-256 differs)")
+
+
+def plain_name(name: str, where: Path) -> str:
+    """`name`, if it is that of a file in the same folder. Raises UserError for a path, such as "../x"; `where` holds it."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII):
+        raise UserError(f"{where} names the file {name!r}, which is not a plain file name")
+    return name
 
 
 def sync(path: Path) -> None:

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from common.arrays import Array, members
 from common.crop import center_crop
 from common.files import sha256
 from common.images import BadImage, decode_image, image_size, list_images
 from common.processes import rank
 from common.reporting import progress, say
 from config import MissingFile, UserError
-from evaluations.npz import Array, members
 from evaluations.sidecars import common_sidecar, read_sidecar
 from evaluations.statistics import Statistics
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import replacing, sha256
+from common.files import parse_json, replacing, sha256
+from common.typed import build
 from config import MissingFile, UserError
 from models.sit import SiT, SiTConfig
 
@@ -121,10 +122,10 @@ def read_info(path: Path) -> ModelInfo:
         raise UserError(
             f"{path} is not a model file of this project: its header has no config (convert.py converts published ones)"
         )
-    content = json.loads(header["reg"])
-    if content["schema"] != SCHEMA:
-        raise UserError(f"{path} has schema {content['schema']}, this code reads {SCHEMA}")
-    return ModelInfo(**{**content, "network": SiTConfig(**content["network"])})
+    content = parse_json(header["reg"], f"{path}: its header")
+    if isinstance(content, dict) and content.get("schema") != SCHEMA:
+        raise UserError(f"{path} has schema {content.get('schema')}, this code reads {SCHEMA}")
+    return build(ModelInfo, content, f"{path}: its header")
 
 
 def read_header(path: Path) -> dict[str, str]:

@@ -5,8 +5,8 @@ damage can be located down to the record.
 """
 
 import io
-import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common import files
+from common.arrays import read_npy
+from common.files import plain_name, read_sealed, sha256, write_sealed
+from common.typed import build
 from config import MissingFile, UserError
 
 SCHEMA = 1
@@ -23,6 +25,14 @@ CRC = "crc"  # the file of a shard that holds (records, fields) CRC-32, fields i
 # SD-VAE's standard deviations go down to exp(-15) = 3e-7, below float16's smallest normal number (6e-5). Stored times
 # 2**10 they keep all 11 bits between 6e-8 and 64. The writer measures the error and puts it in the manifest.
 MOMENTS_STD_SCALE = 1024.0
+FORMS = {  # type and number of axes of the records of each field; "patch_tokens.1" is of patch_tokens' form
+    "moments": ("float16", 3),
+    "label": ("int64", 0),
+    "pixels": ("uint8", 3),
+    "class_token": ("float16", 1),
+    "patch_tokens": ("float16", 2),
+}
+_LARGEST = 2**40  # of any count or size
 REPAIR = "repair it with `python -m preprocessing.pack --repair` and the flags that it was packed with"
 
 
@@ -91,24 +101,83 @@ class Field(NamedTuple):
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `dataset.json`, which makes the directory a dataset."""
-    write_json(directory / MANIFEST, asdict(manifest))
+    write_sealed(directory / MANIFEST, asdict(manifest))
 
 
 def read_manifest(directory: Path | str) -> Manifest:
-    """Read `dataset.json`. Raises UserError, in one sentence that says what to do."""
+    """Read `dataset.json`, whose values are checked. Raises UserError, in one sentence that says what to do."""
     path = Path(directory) / MANIFEST
     if not path.parent.is_dir():
         raise MissingFile(f"dataset folder {path.parent} does not exist")
     if not path.is_file():
         raise MissingFile(f"{path.parent} is not a packed dataset: no {MANIFEST} (packing unfinished? run it again)")
-    content = read_json(path)
+    content = read_sealed(path, REPAIR)
     if content.get("schema") != SCHEMA:
         raise UserError(f"{path} has schema {content.get('schema')}, this code reads {SCHEMA}: pack the data again")
-    try:
-        content["encoders"] = [EncoderInfo(**encoder) for encoder in content["encoders"]]
-        return Manifest(**content)
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); {REPAIR}") from error
+    manifest = build(Manifest, content, str(path))
+    for name in ("count", "shard_size", "resolution"):
+        _check_number(getattr(manifest, name), f"{path}: {name}")
+    for encoder in manifest.encoders:
+        _check_number(encoder.dim, f"{path}: dim of encoder {encoder.name}")
+        _check_number(encoder.grid, f"{path}: grid of encoder {encoder.name}")
+    check_fields(manifest.fields, path)
+    for number, shard in enumerate(manifest.shards):
+        _check_entry(shard, path, f"shard {number}")
+        for name in manifest.fields.keys() - shard["files"].keys():
+            raise UserError(f"{path}: shard {number} has no file of {name}; {REPAIR}")
+    for name in (*manifest.files, *([manifest.class_means] if manifest.class_means else ())):
+        plain_name(name, path)
+    return manifest
+
+
+def check_fields(fields: Any, path: Path) -> None:
+    """Check {"moments": {"dtype": "float16", "shape": [8, 32, 32]}, ...}, read from `path`. Raises UserError."""
+    if not isinstance(fields, dict) or not fields:
+        raise UserError(f"{path}: fields has no entries; {REPAIR}")
+    for name, spec in fields.items():
+        dtype, axes = FORMS.get(name.split(".")[0], (None, None))
+        if not isinstance(spec, dict) or spec.keys() != {"dtype", "shape"} or not isinstance(spec["shape"], list):
+            raise UserError(f"{path}: field {name} is not described by a dtype and a shape; {REPAIR}")
+        for size in spec["shape"]:
+            _check_number(size, f"{path}: field {name}")
+        if spec["dtype"] not in ([dtype] if dtype else [each for each, _ in FORMS.values()]) or (
+            axes not in (None, len(spec["shape"]))
+        ):
+            raise UserError(f"{path}: field {name} cannot be {str(spec['dtype'])[:20]} {spec['shape']}; {REPAIR}")
+
+
+def read_entry(directory: Path, number: int) -> dict[str, Any]:
+    """The manifest entry of a finished shard, with the notes of its writer.
+
+    Raises:
+        UserError: it is damaged, or names files that are not those of this shard; MissingFile if it is not finished.
+    """
+    path = entry_file(directory, number)
+    entry = read_sealed(path, REPAIR)
+    _check_entry(entry, path, "the shard", empty=True)
+    for name, file in entry["files"].items():
+        if file["file"] != shard_file(name, number):
+            raise UserError(f"{path} names {file['file']} in place of {shard_file(name, number)}; {REPAIR}")
+    return entry
+
+
+def _check_entry(entry: Any, path: Path, which: str, *, empty: bool = False) -> None:
+    """Raise UserError unless the entry of a shard has a possible count, and files that only this format writes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("files"), dict):
+        raise UserError(f"{path}: the entry of {which} lists no files; {REPAIR}")
+    if not (empty and entry.get("count") == 0):
+        _check_number(entry.get("count"), f"{path}: count of {which}")
+    for name, file in entry["files"].items():
+        if not isinstance(file, dict) or not all(isinstance(file.get(key), str) for key in ("file", "sha256")):
+            raise UserError(f"{path}: {which} has no file and SHA-256 of {name}; {REPAIR}")
+        plain_name(file["file"], path)
+        if not re.fullmatch(rf"{re.escape(name)}-\d{{5,}}\.npy", file["file"]):
+            raise UserError(f"{path}: {file['file']!r} is not the name of a file of {name}; {REPAIR}")
+
+
+def _check_number(value: Any, what: str) -> None:
+    if type(value) is not int or not 0 < value < _LARGEST:
+        raise UserError(f"{what} is {str(value)[:40]!r}, not a possible number; {REPAIR}")
 
 
 def read_class_means(directory: Path, manifest: Manifest) -> np.ndarray | None:
@@ -122,30 +191,18 @@ def read_class_means(directory: Path, manifest: Manifest) -> np.ndarray | None:
     path = directory / manifest.class_means
     if not path.is_file():
         raise MissingFile(f"{path} is missing; {REPAIR}")
-    if files.sha256(path) != manifest.files.get(path.name, files.sha256(path)):
+    expected = manifest.files.get(path.name)  # the first datasets do not have it
+    if expected is not None and sha256(path) != expected:
         raise UserError(f"{path} does not match its checksum; {REPAIR}")
-    return np.load(path, allow_pickle=False)
+    means = read_npy(path)
+    shape = len(manifest.classes), manifest.encoders[0].dim if manifest.encoders else None
+    if means.dtype != np.float32 or means.shape != shape:
+        raise UserError(
+            f"{path} holds {means.dtype} {means.shape}, not one float32 vector per class, {shape}; {REPAIR}"
+        )
+    return means
 
 
 def shard_file(field: str, number: int) -> str:
     """Name of the file that holds a field of shard `number`."""
     return f"{field}-{number:05d}.npy"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with a checksum of its content, whole or not at all."""
-    files.write_json(path, {**content, "checksum": files.fingerprint(content)})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote. Raises UserError if it is missing or is not what was written."""
-    if not path.is_file():
-        raise MissingFile(f"{path} is missing; {REPAIR}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        checksum = content.pop("checksum")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); {REPAIR}") from error
-    if checksum != files.fingerprint(content):
-        raise UserError(f"{path} was edited or damaged: its checksum does not match; {REPAIR}")
-    return content

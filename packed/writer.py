@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from common.files import replacing, sha256
-from packed.format import CRC, Field, entry_file, shard_file, write_json
+from common.files import replacing, sha256, write_sealed
+from packed.format import CRC, Field, entry_file, shard_file
 
 
 class ShardWriter:
@@ -60,7 +60,7 @@ class ShardWriter:
         for file in digests.values():
             file["sha256"] = sha256(self.directory / file["file"])
         entry: dict[str, Any] = {"count": self.count, "files": digests, **(notes or {})}
-        write_json(entry_file(self.directory, self.number), entry)
+        write_sealed(entry_file(self.directory, self.number), entry)
         return entry
 
     def abandon(self) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from common.arrays import read_npy
 from common.files import replacing, sha256
 from config import UserError
-from packed.format import EncoderInfo, Manifest, entry_file, read_json
+from packed.format import EncoderInfo, Manifest, read_entry
 from preprocessing.index import Index
 from preprocessing.plan import PLAN, Plan, index_file
 
@@ -19,7 +20,7 @@ def means_file(plan: Plan) -> str:
 
 def build_manifest(out: Path, plan: Plan, index: Index) -> Manifest:
     """The manifest of finished shards and class means. Raises UserError when no image is left."""
-    entries = [read_json(entry_file(out, number)) for number in range(plan.shards)]
+    entries = [read_entry(out, number) for number in range(plan.shards)]
     shards = [{"count": entry["count"], "files": entry["files"]} for entry in entries if entry["count"]]
     if not shards:
         name, reason = entries[0]["skipped"][0]
@@ -72,11 +73,9 @@ def write_class_means(out: Path, plan: Plan, index: Index) -> None:
     sums = np.zeros((len(index.classes), plan.encoders[0]["dim"]))
     counts = np.zeros(len(index.classes), np.int64)
     for number in range(plan.shards):
-        files = read_json(entry_file(out, number))["files"]
+        files = read_entry(out, number)["files"]
         if files:
-            labels, tokens = (
-                np.load(out / files[name]["file"], allow_pickle=False) for name in ("label", "class_token.0")
-            )
+            labels, tokens = (read_npy(out / files[name]["file"]) for name in ("label", "class_token.0"))
             np.add.at(sums, labels, tokens.astype(np.float64))
             counts += np.bincount(labels, minlength=len(counts))
     with replacing(out / means_file(plan)) as temporary, temporary.open("wb") as stream:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from common.files import fingerprint, sha256, write_bytes
+from common.files import fingerprint, read_sealed, sha256, write_bytes, write_sealed
 from common.provenance import versions
+from common.typed import build
 from config import MissingFile, UserError, differences, identity
-from packed.format import MANIFEST, Field, entry_file, read_json, read_manifest, write_json
+from packed.format import MANIFEST, REPAIR, Field, check_fields, read_entry, read_manifest
 from preprocessing.encode import Networks
 from preprocessing.extend import merged_classes, new_images, remaining
 from preprocessing.index import Index
@@ -107,7 +108,7 @@ class Plan:
 
     def _is_done(self, out: Path, number: int) -> bool:
         try:
-            return read_json(entry_file(out, number)).get("plan") == self.part(number).id
+            return read_entry(out, number).get("plan") == self.part(number).id
         except UserError:
             return False
 
@@ -116,10 +117,16 @@ def read_plan(out: Path) -> Plan:
     """Read `packing.json`. Raises UserError if it is missing or damaged."""
     if not (out / PLAN).is_file():
         raise MissingFile(f"{out}: no {PLAN}; no packing was begun here")
-    try:
-        return Plan(**read_json(out / PLAN))
-    except TypeError as error:
-        raise UserError(f"{out / PLAN} was written by another version of this code; pack into a new folder") from error
+    path = out / PLAN
+    plan = build(Plan, read_sealed(path, REPAIR), str(path))
+    check_fields(plan.fields, path)
+    parts = [{"shard_size": plan.settings.get("shard_size"), "count": plan.count}, *plan.extends]
+    numbers = [value for part in parts for key, value in part.items() if key in ("shard_size", "count", "classes")]
+    if not all(type(number) is int and 0 < number < 2**40 for number in numbers) or not all(
+        {"id", "index", "count", "classes"} == part.keys() for part in plan.extends
+    ):
+        raise UserError(f"{path} does not say how many images there are, and in shards of how many; {REPAIR}")
+    return plan
 
 
 def recorded(settings: PackConfig) -> dict[str, Any]:
@@ -257,7 +264,7 @@ def make_plan(settings: PackConfig, parts: list[Index], networks: Networks, begu
             )
         )
     if plans[-1] is not begun:
-        write_json(out / PLAN, plans[-1].content())
+        write_sealed(out / PLAN, plans[-1].content())
     return plans[-1]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from common.files import sha256
 from common.reporting import progress, say
 from config import MissingFile, UserError
-from packed.format import CRC, MANIFEST, Field, entry_file, read_json, read_manifest
+from packed.format import CRC, MANIFEST, Field, entry_file, read_entry, read_manifest
 from preprocessing.extend import joined
 from preprocessing.index import Index
 from preprocessing.manifest import build_manifest, has_means, means_file
@@ -114,12 +114,12 @@ def _faults_of_shards(out: Path, plan: Plan, index: Index | None) -> list[Fault]
 def _shard_faults(out: Path, plan: Plan, index: Index | None, number: int) -> list[Fault]:
     path = entry_file(out, number)
     try:
-        entry = read_json(path)
+        entry = read_entry(out, number)
     except MissingFile:
         return [Fault(path.name, "is missing: this shard was never finished", number)]
-    except UserError:
-        return [Fault(path.name, "does not match its checksum", number)]
-    if entry["plan"] != plan.part(number).id:
+    except UserError as error:
+        return [Fault(path.name, str(error), number)]
+    if entry.get("plan") != plan.part(number).id:
         return [Fault(path.name, f"was written by a packing other than that of {PLAN}", number)]
     return [
         Fault(file["file"], _damage(out, plan, index, number, entry, name), number)
@@ -162,7 +162,7 @@ def _damage(out: Path, plan: Plan, index: Index | None, number: int, entry: dict
 def _count(out: Path, plan: Plan, number: int) -> int:
     """Records of a shard, as planned where its entry is broken."""
     try:
-        return read_json(entry_file(out, number))["count"]
+        return read_entry(out, number)["count"]
     except UserError:
         start, stop = plan.range(number)
         return stop - start

@@ -34,7 +34,7 @@ def module_name(path: Path) -> str:
 
 
 LIBRARY = [path for path in MODULES if module_name(path).split(".")[0] not in ("benchmarks", "quickstart")]
-TESTS = sorted((ROOT / "tests").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 NAMES = {module_name(path) for path in MODULES}
 
 

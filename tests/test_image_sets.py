@@ -268,12 +268,16 @@ def test_a_file_of_10_gigabytes_needs_little_memory(tmp_path):
 def write_sparse_member(path: Path, header: bytes, zeros: int) -> None:
     """A zip with one stored member, arr_0.npy = header + zeros, whose zeros take no disk. Sizes go to zip64 fields."""
     import struct
+    import zlib
 
+    crc, piece = zlib.crc32(header), bytes(2**24)
+    for start in range(0, zeros, len(piece)):
+        crc = zlib.crc32(piece[: zeros - start], crc)
     name, size = b"arr_0.npy", len(header) + zeros
     extra = struct.pack("<HHQQ", 1, 16, size, size)
-    local = struct.pack("<4s5H3I2H", b"PK\3\4", 45, 0, 0, 0, 0, 0, 0xFFFFFFFF, 0xFFFFFFFF, len(name), len(extra))
+    local = struct.pack("<4s5H3I2H", b"PK\3\4", 45, 0, 0, 0, 0, crc, 0xFFFFFFFF, 0xFFFFFFFF, len(name), len(extra))
     central = struct.pack(
-        "<4s6H3I5H2I", b"PK\1\2", 45, 45, 0, 0, 0, 0, 0, 0xFFFFFFFF, 0xFFFFFFFF, len(name), len(extra), 0, 0, 0, 0, 0
+        "<4s6H3I5H2I", b"PK\1\2", 45, 45, 0, 0, 0, 0, crc, 0xFFFFFFFF, 0xFFFFFFFF, len(name), len(extra), 0, 0, 0, 0, 0
     )
     with path.open("wb") as stream:
         stream.write(local + name + extra + header)
