@@ -137,6 +137,11 @@ def _parser(fields: Fields, hints: Mapping[str, Any], description: str, examples
         elif field.default not in (None, "", ()):
             default = field.default if isinstance(field.default, tuple) else (field.default,)
             text += f" (default: {' '.join(map(str, default))})"
+        if kind is bool and _optional(hints[name]):  # --x, --x auto, --no-x
+            words = text + " (default: auto)"
+            groups[heading].add_argument(_flag(name), nargs="?", const="on", metavar="{auto,on,off}", help=words)
+            groups[heading].add_argument(_flag(f"no_{name}"), dest=name, action="store_const", const="off")
+            continue
         if kind is bool:
             groups[heading].add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
             continue
@@ -218,6 +223,10 @@ def _kind(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
+def _optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
 def _closest(name: str, fields: Fields, flag: Callable[[str], str] = str) -> str:
     """What may have been meant by an unknown name: a setting that other projects call so, or one spelled alike."""
     for field in fields.values():
@@ -260,13 +269,20 @@ def _read_recipe(fields: Fields, hints: Mapping[str, Any], path: Path) -> dict[s
     return values
 
 
+_SWITCH = {
+    "auto": None,
+    "on": True,
+    "off": False,
+}  # words of a setting that is True, False or, left to the program, None
 _IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", str: "text"}
 
 
 def _value(field: dataclasses.Field, hint: Any, raw: Any, where: str) -> Any:
     """What a setting holds, from the words of a flag or the value in a recipe; former words mean the present ones."""
     kind, many = _kind(hint)
-    if raw is None and type(None) in typing.get_args(hint):
+    if kind is bool and _optional(hint):
+        raw = _SWITCH.get(raw, raw) if isinstance(raw, str) else raw
+    if raw is None and _optional(hint):
         return None
     if many:
         return tuple(_value(field, kind, one, where) for one in (raw if isinstance(raw, list) else [raw]))

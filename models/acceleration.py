@@ -1,10 +1,14 @@
 """Precisions, autocast, TF32 and torch.compile by region."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from common.reporting import say
 from config import UserError
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,18 +40,95 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def compile_network(network: nn.Module) -> None:
-    """Compile a SiT in place, by region: its blocks, its output layer and its projectors.
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """A block of code whose float32 products are float32 on CUDA, too."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
-    All blocks share one compiled graph, so that compilation takes the time of one block instead of `depth` of them. Names
-    of parameters do not change, and it works below DDP and gradient checkpointing. Shapes are static: a batch of another
-    size compiles again.
+
+def decide_compile(asked: bool | None, device: str | torch.device) -> bool:
+    """Whether networks are compiled: as asked, and if it was left open (None), on a GPU.
+
+    A small function is compiled, forward and backward, to see whether it can be done at all: without a C compiler, Python's
+    headers or a GPU that Triton knows it cannot, and then one message says so and the networks run eagerly.
+    """
+    wanted = torch.device(device).type == "cuda" if asked is None else asked
+    return wanted and _can_compile(torch.device(device).type)
+
+
+@cache
+def _can_compile(kind: str) -> bool:
+    x = torch.ones(8, device=kind, requires_grad=True)
+    try:
+        torch.compile(lambda x: (x.sin() * 2).sum(), dynamic=False)(x).backward()
+    except Exception as error:  # of Dynamo, Inductor, Triton or the C compiler; each has its own types
+        _warn("torch.compile does not work here", error)
+        return False
+    return True
+
+
+def _warn(what: str, error: Exception) -> None:
+    """Say once per cause why something is not compiled."""
+    cause = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    _warn_once(f"{what} ({lines[0][:200] if lines else type(error).__name__}): it runs uncompiled, which is slower")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    say(f"warning: {text}")
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+    """Inductor as a backend of torch.compile; a graph that it cannot compile runs eagerly, after one message.
+
+    Kernels that do not depend on each other (casts of weights, sums over biases) share a launch: "combo kernels".
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    try:
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):  # else it would fail in backward
+            return compile_fx(graph, inputs, config_patches={"combo_kernels": True})
+    except Exception as error:
+        _warn("torch.compile failed for a part of the network", error)
+        return graph.forward
+
+
+T = TypeVar("T", nn.Module, Callable)
+
+
+def compile_region(region: T, *, dynamic: bool = False) -> T:
+    """Compile a module in place, or return a compiled function; what cannot be compiled runs eagerly.
+
+    Args:
+        region: its names of parameters do not change.
+        dynamic: one graph for all shapes; otherwise another shape compiles again.
+    """
+    # DDP needs no cut in a region: its gradients are exchanged between the backward passes of the regions. With cuts, each
+    # block would be three graphs, compiled for every block anew.
+    torch._dynamo.config.optimize_ddp = False
+    if isinstance(region, nn.Module):
+        region.compile(backend=_inductor, dynamic=dynamic)
+        return region
+    return torch.compile(region, backend=_inductor, dynamic=dynamic)
+
+
+def compile_network(network: nn.Module) -> None:
+    """Compile a SiT in place, by region: its embeddings, its blocks, its output layer and its projectors.
+
+    All blocks share one compiled graph, so that compilation takes the time of one block instead of `depth` of them. It works
+    below DDP and gradient checkpointing. Shapes are static: a batch of another size compiles again.
     """
     for module in (*network.blocks, network.final_layer, *network.projectors):
-        module.compile(dynamic=False)
+        compile_region(module)
 
 
-def compile_encoder(encoder: nn.Module) -> None:
+def compile_encoder(encoder: nn.Module, *, dynamic: bool = False) -> None:
     """Compile the blocks of a VisionEncoder in place; they share one graph, too."""
     for block in encoder.vit.blocks:
-        block.compile(dynamic=False)
+        compile_region(block, dynamic=dynamic)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.provenance import weights_sha256
 from config import UserError
 from dataset import decode_moments, encode_moments
-from models.acceleration import autocast
+from models import acceleration
 from models.autoencoder import Autoencoder, latent_space, load_autoencoder
 from models.encoder import load_encoder
 from packed.format import EncoderInfo
@@ -75,8 +75,11 @@ class Networks:
         networks: list[nn.Module] = [*self.encoders, *([self.vae] if self.vae else [])]
         for network in networks:
             network.to(device)
-            if settings.compile:
-                network.compile(dynamic=True)
+        if acceleration.decide_compile(settings.compile, device):  # batches differ in size where images are left out
+            for encoder in self.encoders:
+                acceleration.compile_encoder(encoder, dynamic=True)
+            if self.vae is not None:
+                acceleration.compile_region(self.vae.vae.encoder, dynamic=True)
 
     def fields(self, resolution: int) -> dict[str, dict[str, Any]]:
         """Manifest.fields of what `finish` gives."""
@@ -101,7 +104,7 @@ class Networks:
             results["moments"] = crops.moments
         if len(crops.pixels) and (self.vae is not None or self.encoders):
             pixels = crops.pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            with autocast(self.device, self.dtype):
+            with acceleration.autocast(self.device, self.dtype):
                 if self.vae is not None:
                     results["moments"] = self.vae.encode(pixels).float()
                 for k, encoder in enumerate(self.encoders):

@@ -71,7 +71,7 @@ class PackConfig:
         at_least=0,
         role=RUN,
     )
-    compile: bool = setting(False, "torch.compile the networks", group="speed")
+    compile: bool | None = setting(None, "torch.compile the networks; auto: on a GPU", group="speed", role=RUN)
 
     @property
     def images(self) -> Path:

@@ -123,7 +123,8 @@ def load(settings: SampleConfig, process: Processes) -> Job:
     info = model.info
     optional = settings.cfg_scale is None
     settings = resolved(settings, null_class=info.cfg_prob > 0 or guide is not None)
-    settings = replace(settings, dtype=decided_dtype(settings.dtype, device))
+    compiled = acceleration.decide_compile(settings.compile, device)
+    settings = replace(settings, dtype=decided_dtype(settings.dtype, device), compile=compiled)
     solver, guidance = solver_of(settings), guidance_of(settings)
     labels = read_labels(
         settings.labels, settings.classes, info.network.num_classes, info.classes, settings.num_fid_samples
@@ -136,11 +137,11 @@ def load(settings: SampleConfig, process: Processes) -> Job:
         raise UserError(f"--interpolate goes between two tokens, --like gives {len(tokens)}")
     autoencoder = load_decoder(info, settings.vae, device, settings.vae_dtype, tiling=settings.vae_tiling)
     sampler = Sampler(
-        prepare(model.network, settings.dtype, compiled=settings.compile),
+        prepare(model.network, settings.dtype, compiled=compiled),
         Interpolant(info.path),
         solver,
         guidance,
-        prepare(guide.network, settings.dtype, compiled=settings.compile) if guide else None,
+        prepare(guide.network, settings.dtype, compiled=compiled) if guide else None,
         acceleration.DTYPES[settings.dtype],
         settings.seed,
         settings.best_of,

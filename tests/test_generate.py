@@ -14,6 +14,7 @@ import torch
 import generate as program
 from config import RESULT, UserError
 from generate import read
+from models import acceleration
 from sampling.sampler import guidance_of
 from sampling.settings import SampleConfig, resolved
 from tests import toy_model
@@ -138,8 +139,9 @@ NOT_RECORDED = {
 }
 
 
-def test_each_setting_that_changes_samples_is_recorded(place):
+def test_each_setting_that_changes_samples_is_recorded(place, monkeypatch):
     """And no other is, so that a job is continued where it only runs differently. Roles say which is which."""
+    monkeypatch.setattr(acceleration, "_can_compile", lambda kind: True)
     write_model(place, "other", CONFIG, seed=5)
     write_vae(place / "vae of another seed", seed=5, scaling_factor=0.5)
     np.save(place / "t.npy", np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32))

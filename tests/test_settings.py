@@ -60,6 +60,31 @@ def test_bounds_include_their_ends_where_they_say_so():
     assert parse(Ranges, "", ["--steps", "1", "--shares", "0", "1"]) == settings
 
 
+@dataclass(frozen=True)
+class Switch:
+    compile: bool | None = setting(None, "speed", group="g")
+    other: bool = setting(False, group="g")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "value"),
+    [
+        ((), "other: false", None),
+        (("--compile", "auto"), "compile: auto", None),
+        (("--compile",), "compile: true", True),
+        (("--no-compile",), "compile: false", False),
+        (("--compile", "off"), "compile: off", False),
+    ],
+)
+def test_a_switch_may_be_left_to_the_program(tmp_path, flags, text, value):
+    """As flags and in a recipe, in which `true` and `false` mean what they always did; a flag overrides the recipe."""
+    assert parse(Switch, "", flags).compile is value
+    assert parse(Switch, "", ["--config", recipe(tmp_path, text)]).compile is value
+    assert parse(Switch, "", ["--config", recipe(tmp_path, text), "--no-compile"]).compile is False
+    with pytest.raises(UserError, match="compile: 'fast' is not true or false"):
+        parse(Switch, "", ["--compile", "fast"])
+
+
 def test_identity_is_what_results_depend_on():
     assert identity(Ranges(limit=2.0)) == {"steps": 10, "rate": 0.5, "shares": ()}
 

@@ -58,7 +58,7 @@ def test_a_run_prints_the_plan_before_its_first_step(tools, tmp_path, capsys, mo
     monkeypatch.setattr(TrainStep, "__call__", call)
     train.main(flags(tools["data"], tmp_path))
     first = printed[0].splitlines()
-    machine = ("device", "folder", "time", "GPU")  # rows that depend on it
+    machine = ("device", "folder", "time", "GPU", "compile")  # rows that depend on it
     assert [row for row in first if not row.startswith(machine)] == [row for row in plan if not row.startswith(machine)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     assert f"device       {device}" in first and f"folder       {tmp_path / 'run'}" in first

@@ -18,6 +18,8 @@ from training.settings import TrainConfig
 
 USUAL_GPUS = ("A100", "H100", "H200")  # whose time is predicted where no GPU is named
 GIB = 2**30
+_ON = "on: compiling, the first step takes a minute or two"
+COMPILE = {None: f"auto: off on a CPU, on a GPU {_ON}", True: _ON, False: "off"}
 
 
 def dry_run(settings: TrainConfig) -> str:
@@ -35,6 +37,7 @@ def dry_run(settings: TrainConfig) -> str:
         if name is None:
             raise UserError(f"--gpu {settings.gpu} is not in the table, choose from {', '.join(GPUS)}")
         gpus, memory = (name,), GPUS[name].memory * GIB
+        settings = replace(settings, compile=settings.compile is not False)
         if precision == "auto":
             precision = "bf16" if GPUS[name].bf16 else "fp16"
     if settings.assume is not None:
@@ -108,7 +111,7 @@ class Forecast:
             "processes": f"{self.world}, with micro-batches of {self._local(accumulation)} images, "
             f"{accumulation} per step",
             "precision": self._precision(),
-            "compile": "on: compiling, the first step takes a minute or two" if settings.compile else "off",
+            "compile": COMPILE[settings.compile],
             "memory": self._memory_text(),
             "GPU": self._comparison(self.memory) if self.memory is not None else None,
             "time": self._time_text(),

@@ -8,6 +8,7 @@ from torch import Tensor
 from common.pictures import Cell, class_caption, write_sheet
 from common.presets import GUIDANCE_HIGH, spread_labels
 from common.reporting import progress
+from models.acceleration import DTYPES
 from models.autoencoder import Autoencoder
 from models.class_token import nearest_class
 from models.guidance import Guidance, network_velocity
@@ -38,19 +39,29 @@ def sample(
     seed: int,
     steps: int,
     guidance: Guidance,
+    precision: str = "fp32",
     progress: Progress | None = None,
 ) -> State:
-    """Sample by the SDE, sample i a function of (seed, index[i], label). labels, index: (N,) int64 on the device."""
+    """Sample by the SDE, sample i a function of (seed, index[i], label). labels, index: (N,) int64 on the device.
+
+    precision: of the run; one that is trained in bf16 is sampled in it, others in float32.
+    """
 
     def noise(step: int) -> State:
         return normal_state(network.config, seed, Stream.PREVIEW, step + 1, index)
 
-    velocity = network_velocity(network, labels, guidance)
+    velocity = network_velocity(network, labels, guidance, dtype=DTYPES["bf16" if precision == "bf16" else "fp32"])
     return euler_maruyama(velocity, noise(-1), sde_times(steps), interpolant, noise, progress=progress)
 
 
 def draw(
-    file: Path, network: SiT, plan: Plan, autoencoder: Autoencoder, class_means: Tensor | None, settings: TrainConfig
+    file: Path,
+    network: SiT,
+    plan: Plan,
+    autoencoder: Autoencoder,
+    class_means: Tensor | None,
+    settings: TrainConfig,
+    precision: str,
 ) -> None:
     """Write a contact sheet of guided samples, each over its label and the class that its class token is nearest to.
 
@@ -61,6 +72,7 @@ def draw(
         autoencoder: on the network's device.
         class_means: (classes, E) mean class tokens, or None.
         settings: seed, steps and guidance scale.
+        precision: of the run; see `sample`.
 
     Raises:
         OSError: the file cannot be written.
@@ -76,6 +88,7 @@ def draw(
             seed=settings.seed,
             steps=settings.preview_steps,
             guidance=Guidance(settings.preview_scale, high=GUIDANCE_HIGH),
+            precision=precision,
             progress=lambda done: bar.update(),
         )
     nearest: list[int | None] = [None] * PREVIEWS

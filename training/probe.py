@@ -14,6 +14,7 @@ from evaluations import features
 from evaluations.collect import collect, statistics_of
 from evaluations.image_sets import open_images
 from evaluations.metrics import frechet_distance
+from models.acceleration import without_tf32
 from models.autoencoder import Autoencoder
 from models.guidance import Guidance
 from models.interpolant import Interpolant
@@ -59,12 +60,15 @@ class FrechetProbe:
             self.reference = images.statistics["pooled"]
         else:
             words = f"reference {reference}"
-            found = collect(images, self.extractor, batch_size=BATCH, keep=0, progress=words)
+            with without_tf32():
+                found = collect(images, self.extractor, batch_size=BATCH, keep=0, progress=words)
             self.reference = found.statistics("pooled")
 
     @torch.no_grad()
-    def measure(self, network: SiT, interpolant: Interpolant, *, seed: int, steps: int) -> float:
-        """The Frechet distance, in every process."""
+    def measure(
+        self, network: SiT, interpolant: Interpolant, *, seed: int, steps: int, precision: str = "fp32"
+    ) -> float:
+        """The Frechet distance, in every process; features are computed without TF32, as evaluate.py does."""
         labels = previews.preview_labels(network.config.num_classes, self.count).to(self.device)
         batches = torch.arange(self.count).tensor_split(world())[rank()].split(BATCH)
 
@@ -79,11 +83,12 @@ class FrechetProbe:
                     seed=seed,
                     steps=steps,
                     guidance=Guidance(),
+                    precision=precision,
                     progress=lambda done: bar.update(),
                 )
                 yield self.autoencoder.decode(state.latent)
 
         # the bar shows rank 0's part of the work; the others' parts are as large
         words = f"sampling {self.count} images for the Frechet distance"
-        with progress(len(batches) * steps, unit="step", description=words, shown=rank() == 0) as bar:
+        with progress(len(batches) * steps, unit="step", description=words, shown=rank() == 0) as bar, without_tf32():
             return frechet_distance(self.reference, statistics_of(sampled(bar), self.extractor))

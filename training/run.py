@@ -129,7 +129,13 @@ class Run:
             file = self.folder / "previews" / f"step_{self.step:07d}.png"
             try:
                 previews.draw(
-                    file, self.train_step.ema.average, self.plan, self.autoencoder, self.class_means, self.settings
+                    file,
+                    self.train_step.ema.average,
+                    self.plan,
+                    self.autoencoder,
+                    self.class_means,
+                    self.settings,
+                    self.processes.precision,
                 )
                 self.tracker.picture(self.step, file)
             except OSError as error:
@@ -141,7 +147,9 @@ class Run:
         with self.stopwatch.pause():
             interpolant, steps = self.plan.objective.interpolant, self.settings.preview_steps
             network = self.train_step.ema.average
-            distance = self.probe.measure(network, interpolant, seed=self.settings.seed, steps=steps)
+            distance = self.probe.measure(
+                network, interpolant, seed=self.settings.seed, steps=steps, precision=self.processes.precision
+            )
         return {"fd": distance, "fd_samples": self.settings.eval_samples}
 
     def conclude(self, reason: str | None) -> int:

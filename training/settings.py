@@ -96,7 +96,7 @@ class TrainConfig:
         choices=("auto", *PRECISIONS),
     )
     allow_tf32: bool = _speed(True, "TF32 matrix products", role=RUN)
-    compile: bool = _speed(False, "torch.compile network and encoders, block by block", role=RUN)
+    compile: bool | None = _speed(None, "torch.compile network and encoders, block by block; auto: on a GPU", role=RUN)
     gradient_checkpointing: bool = _speed(False, "recompute blocks in the backward pass: less memory", role=RUN)
 
     report_to: str = _watching(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from common.lock import FolderLock
 from common.processes import in_turn, on_first, share
 from common.reporting import progress, say
 from dataset import PackedDataset, StepSampler, read_ahead
-from models.acceleration import allow_tf32, compile_encoder, compile_network
+from models.acceleration import allow_tf32, compile_encoder, compile_network, decide_compile
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.ema import EMA
 from models.encoder import load_encoder
@@ -44,9 +44,10 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
     Raises:
         UserError: settings, launcher, dataset, folder, weights or tracker are not as they must be.
     """
-    assert settings.data_dir is not None and settings.exp_name is not None
     check_launcher(settings.gradient_accumulation_steps)
     processes = Processes(settings.mixed_precision)
+    settings = replace(settings, compile=decide_compile(settings.compile, processes.device))
+    assert settings.data_dir is not None and settings.exp_name is not None
     on_first(lambda: trackers.check(settings.report_to))
     plan = make_plan(settings, read_manifest(settings.data_dir))
     dataset = PackedDataset(settings.data_dir, plan.fields)
@@ -167,6 +168,7 @@ def _build(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path
         say(f"resuming from {found} at step {loaded.step} of {settings.max_train_steps}")
     if settings.compile:
         compile_network(network)
+        compile_network(ema.average)  # samples previews; what is not called is not compiled
         for encoder in encoders:
             compile_encoder(encoder)
     train_step = TrainStep(
