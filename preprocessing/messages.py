@@ -1,6 +1,5 @@
 """What a packing prints: its needs before it starts, its speed after the first shard, its result at the end."""
 
-import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 
 from common.files import free_space
+from common.units import duration, size_text
 from packed.format import MANIFEST, Field
 from preprocessing.index import Index
 from preprocessing.plan import PLAN, Plan
@@ -21,19 +21,6 @@ class Totals(NamedTuple):
     images: int
     seconds: float
     waiting: float
-
-
-def size_text(count: int) -> str:
-    """Bytes for people: 19.5 GiB, 3.2 MiB, 1.5 KiB."""
-    for power, unit in ((30, "GiB"), (20, "MiB")):
-        if count >= 2**power:
-            return f"{count / 2**power:,.1f} {unit}"
-    return f"{count / 2**10:.1f} KiB"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def needs(out: Path, plan: Plan, index: Index, todo: list[int], device: torch.device, world: int) -> str:
@@ -71,7 +58,7 @@ def forecast(done: int, seconds: float, remaining: int, world: int) -> str:
     """After the first shard. done, remaining: images of this process; the others have as many."""
     rate = done / max(seconds, 1e-9)
     return (
-        f"first shard: {rate * world:,.1f} images/s; about {duration(remaining / rate)} (h:mm:ss) for the other "
+        f"first shard: {rate * world:,.1f} images/s; about {duration(remaining / rate)} for the other "
         f"{remaining * world:,} images"
     )
 

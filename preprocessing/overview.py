@@ -7,9 +7,9 @@ import torch
 
 from common.pictures import Cell, Line, write_sheet
 from common.reporting import say
+from common.units import size_text
 from dataset import PackedDataset, decode_moments
 from models.autoencoder import LatentNormalization, load_autoencoder
-from preprocessing.messages import size_text
 from preprocessing.settings import DescribeConfig
 
 _SAMPLE = 512  # records whose tokens and latents are measured

@@ -3,6 +3,7 @@
 import torch
 
 from common.presets import PRESETS
+from common.units import duration
 from models.samplers import Solver
 from sampling.job import Job
 
@@ -49,20 +50,6 @@ def how_long(job: Job, work: list[range], seconds: float, forwards: int) -> str 
         quick = duration(passes * seconds / (len(work[0]) * forwards))
         text += f"; --preset preview makes {preview['num_fid_samples']} in about {quick}"
     return text
-
-
-def duration(seconds: float) -> str:
-    """A time to about two digits in the unit that people would use: 45 s, 12 min, 11 h, 3.2 days."""
-    for unit, size, least in (("days", 86400, 2), ("h", 3600, 1.5), ("min", 60, 1.5)):
-        value = seconds / size
-        if value >= least:
-            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
-    return f"{max(1, round(seconds))} s"
-
-
-def size(number: int) -> str:
-    """A number of bytes in the unit that people would use."""
-    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:.2g} MB"
 
 
 def _counted(number: int, noun: str) -> str:

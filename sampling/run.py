@@ -14,6 +14,7 @@ from common.files import check_space
 from common.pictures import write_png
 from common.processes import Processes, gather, on_first, share
 from common.reporting import progress, say
+from common.units import size_text
 from config import UserError, differences
 from models.obtain import obtain
 from sampling import messages
@@ -85,7 +86,7 @@ def _begin(settings: SampleConfig, process: Processes, parts: Parts) -> tuple[Jo
     left = sum(map(len, work))
     say(messages.what_it_makes(job))
     resumed = f"{left:,} of them are still to be made; " if left < count else ""
-    say(f"{resumed}disk: {messages.size(needed)} needed, {messages.size(free)} free")
+    say(f"{resumed}disk: {size_text(needed)} needed, {size_text(free)} free")
     return job, work
 
 

@@ -17,7 +17,7 @@ from tests.tiny import train_flags as flags
 from tests.tiny import write_dataset, write_encoder
 from train import TrainConfig
 from training.assumed import ASSUMED, assumed_manifest, record_bytes
-from training.dry_run import Forecast, duration, start_text
+from training.dry_run import Forecast, start_text
 from training.launch import asked_precision, check_launcher
 from training.plan import make_plan
 from training.step import TrainStep
@@ -179,14 +179,6 @@ def test_counts_by_depth_are_exact():
     """Parameters and operations from one and two blocks are those of the whole network."""
     config = preset("SiT-S/8", depth=5, align_depth=3, align_dims=(8, 16), qk_norm=True)
     assert _by_depth(_count, config) == _count(config)
-
-
-@pytest.mark.parametrize(
-    ("hours", "words"),
-    [(0.001, "less than a minute"), (0.5, "30 min"), (5.2, "5 h 12 min"), (76.4, "3 d 4 h"), (23.999, "1 d 0 h")],
-)
-def test_durations(hours, words):
-    assert duration(hours) == words
 
 
 @pytest.mark.parametrize("example", train.EXAMPLES)

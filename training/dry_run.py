@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from common.units import duration, size_text
 from config import UserError
 from dataset import StepSampler
 from models.cost import GPUS, USABLE, TrainingMemory, cost, named_gpu, step_cost, training_memory, vit_macs
@@ -99,7 +100,7 @@ class Forecast:
             "dataset": f"{settings.data_dir}{' (assumed)' if settings.assume else ''}: {manifest.count:,} images of "
             f"{manifest.resolution} px, {len(manifest.classes)} classes, latents {config.in_channels} x "
             f"{config.input_size} x {config.input_size} of {plan.vae}, "
-            f"{_size(record_bytes(manifest) * manifest.count)} of records",
+            f"{size_text(record_bytes(manifest) * manifest.count)} of records",
             "network": f"{config.depth} blocks of width {config.hidden_size}, {config.num_heads} heads, "
             f"{config.num_tokens} tokens ({config.num_patches} patches); {slot}; {aligned}",
             "encoders": ", ".join(plan.encoders) + (": " if plan.encoders else "") + where,
@@ -115,7 +116,7 @@ class Forecast:
             "memory": self._memory_text(),
             "GPU": self._comparison(self.memory) if self.memory is not None else None,
             "time": self._time_text(),
-            "disk": f"{_size(checkpoint)} per checkpoint, {_size(checkpoint * kept)} for the {kept} kept",
+            "disk": f"{size_text(checkpoint)} per checkpoint, {size_text(checkpoint * kept)} for the {kept} kept",
         }
         return [(name, text) for name, text in texts.items() if text is not None]
 
@@ -150,17 +151,17 @@ class Forecast:
         recompute = self.settings.gradient_checkpointing
         memory = self._counted(recompute)
         total = self.needed_memory(self.settings.gradient_accumulation_steps, recompute)
-        encoders = f", {_size(self._encoder_bytes())} of encoders" if self.plan.online else ""
+        encoders = f", {size_text(self._encoder_bytes())} of encoders" if self.plan.online else ""
         return (
-            f"about {_size(total)} per process: {_size(memory.total(0))} of weights, gradients, AdamW and EMA{encoders}, "
-            f"{_size(memory.activations)} per image"
+            f"about {size_text(total)} per process: {size_text(memory.total(0))} of weights, gradients, AdamW and EMA"
+            f"{encoders}, {size_text(memory.activations)} per image"
         )
 
     def _comparison(self, memory: float) -> str:
         """Whether a step fits the GPU, and if not, the settings that make it fit."""
         usable, now = USABLE * memory, self.settings.gradient_accumulation_steps
         needed = self.needed_memory(now, self.settings.gradient_checkpointing)
-        text = f"{self.name}, {_size(memory)}, of which {_size(usable)} are for tensors: {_size(needed)} "
+        text = f"{self.name}, {size_text(memory)}, of which {size_text(usable)} are for tensors: {size_text(needed)} "
         if needed <= usable:
             return text + "fit"
         per_process, ways = self.settings.batch_size // self.world, []
@@ -170,7 +171,7 @@ class Forecast:
                 if per_process % accumulation == 0 and needed <= usable:
                     flags = ["--gradient-checkpointing"] * (recompute and not self.settings.gradient_checkpointing)
                     flags += [f"--gradient-accumulation-steps {accumulation}"] * (accumulation != now)
-                    ways.append(f"{' '.join(flags)} ({_size(needed)})")
+                    ways.append(f"{' '.join(flags)} ({size_text(needed)})")
                     break
         if not ways:
             return text + "do not fit at any batch size: take a smaller --model or a larger GPU"
@@ -178,7 +179,9 @@ class Forecast:
 
     def _time_text(self) -> str:
         predicted = {name: self._hours(name) for name in self.gpus}
-        known = [f"{duration(hours)} on {self.world} {name}" for name, hours in predicted.items() if hours is not None]
+        known = [
+            f"{duration(hours * 3600)} on {self.world} {name}" for name, hours in predicted.items() if hours is not None
+        ]
         if not known:
             what = "this precision without TF32" if predicted else self.name or "a CPU"
             return f"not predicted for {what}; metrics.jsonl says how many hours are left"
@@ -196,16 +199,6 @@ class Forecast:
         return self.settings.max_train_steps * step.expected / 3600
 
 
-def duration(hours: float) -> str:
-    """Hours => "3 d 4 h", "5 h 12 min", "12 min" or "less than a minute"."""
-    minutes = round(hours * 60)
-    if minutes >= 24 * 60:
-        return f"{minutes // (24 * 60)} d {minutes % (24 * 60) // 60} h"
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min" if minutes else "less than a minute"
-
-
 def _lines(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
@@ -214,10 +207,3 @@ def _si(number: float) -> str:
     """675129632 => "675.1 M"."""
     power = min(max(len(str(int(number))) - 1, 0) // 3, 7)
     return f"{number / 1000**power:.4g} {('', 'K', 'M', 'G', 'T', 'P', 'E', 'Z')[power]}"
-
-
-def _size(size: float) -> str:
-    """Bytes in words, in GiB, MiB or KiB."""
-    if size >= GIB:
-        return f"{size / GIB:,.1f} GiB"
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
