@@ -1,46 +1,161 @@
-"""One process at a time in a folder that a person names."""
+"""One program at a time in a folder that a person names: a lock that every rank holds and that ends with them."""
 
+import errno
 import fcntl
 import os
 import socket
 import time
+import weakref
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from common.files import write_error
+from common.processes import on_first
+from common.reporting import say
 from config import UserError
+
+_NO_LOCKS = (
+    errno.ENOSYS,
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+)  # of Lustre without -o flock, and of some network file systems
+_HELD: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
+
+
+def claim(folder: Path, name: str, advice: str) -> "FolderLock":
+    """Lock a folder for all ranks of this program; all of them call it. See FolderLock."""
+    return on_first(lambda: FolderLock(folder, name, advice)) or FolderLock(folder, name, advice, joins=True)
 
 
 class FolderLock:
-    """An flock on a file of the folder: the kernel releases it when the process ends, however it ends."""
+    """A shared flock on a file of the folder: only who could have it alone may begin, and the other ranks join.
 
-    def __init__(self, folder: Path, name: str, advice: str) -> None:
+    The kernel releases it when the last of these processes has ended, however it ended. Where the file system has no locks,
+    a file for each process, named after its host, number and start time, takes its place.
+    """
+
+    def __init__(self, folder: Path, name: str, advice: str, *, joins: bool = False) -> None:
         """Take the lock.
 
         Args:
             folder: made if it is missing.
             name: of the lock file.
             advice: what to do when another process holds it, half a sentence.
+            joins: another rank of this program has taken the lock, share it.
 
         Raises:
             UserError: names the holder, or the file that cannot be written.
         """
+        self._path = folder / name
+        self._stream: TextIO | None = None
+        self._marker: Path | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._stream = (folder / name).open("a+", encoding="utf-8")
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._stream.seek(0)
-            holder = self._stream.read().strip() or "another process"
-            self._stream.close()
-            raise UserError(f"{folder} is in use by {holder}; {advice}") from error
+            try:
+                self._stream = _locked(self._path, joins)
+            except BlockingIOError as error:
+                raise UserError(f"{folder} is in use by {_text(self._path)}; {advice}") from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                with suppress(FileNotFoundError):
+                    if not self._path.stat().st_size:
+                        self._path.unlink()
+                self._marker = _marked(self._path, joins, advice)
         except OSError as error:
-            raise write_error(folder / name, error) from error
-        self._stream.truncate(0)
-        self._stream.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
-        self._stream.flush()
+            raise write_error(self._path, error) from error
+        _HELD.add(self)
 
     def close(self) -> None:
-        """Release the lock; the file stays."""
-        self._stream.close()
+        """Release this process's share; the last one removes the file."""
+        if self._marker is not None:
+            self._marker.unlink(missing_ok=True)
+        if self._stream is not None:
+            with suppress(OSError):  # another rank still has it, or the folder is gone
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._path.unlink()
+            self._stream.close()
+        self._stream = self._marker = None
+
+    def forget(self) -> None:
+        """In a forked child, which may outlive the rank: leave the lock to the parent."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = self._marker = None
+
+
+def _forget_all() -> None:
+    for lock in list(_HELD):
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+def _locked(path: Path, joins: bool) -> TextIO:
+    """The open lock file, locked. Raises BlockingIOError if another program has it."""
+    while True:
+        stream = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(stream, (fcntl.LOCK_SH if joins else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):  # its last holder may have removed it since it was opened
+                if os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+                    if not joins:
+                        stream.truncate(0)
+                        stream.write(_this_process())
+                        stream.flush()
+                        fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return stream
+        except OSError:
+            stream.close()
+            raise
+        stream.close()
+
+
+def _marked(path: Path, joins: bool, advice: str) -> Path:
+    """A file that says that this process is in the folder; those of dead processes of this host are removed.
+
+    It is written before others are looked for: of two programs that start at once both may be refused, but one always is.
+    """
+    host, own = socket.gethostname(), os.getpid()
+    marker = path.with_name(f"{path.name}.{host}.{own}.{_started(own)}")
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError as error:
+        raise UserError(f"{path.parent} is in use by {_text(marker)}; {advice}") from error
+    marker.write_text(_this_process(), encoding="utf-8")
+    if joins:
+        return marker
+    for other in set(path.parent.glob(f"{path.name}.*.*.*")) - {marker}:
+        there, number, start = other.name.removeprefix(f"{path.name}.").rsplit(".", 2)
+        if there == host and _started(number) != start:
+            other.unlink(missing_ok=True)
+            continue
+        holder, elsewhere = _text(other), f" (if it has ended, remove {other})" * (there != host)
+        marker.unlink()
+        raise UserError(f"{path.parent} is in use by {holder}{elsewhere}; {advice}")
+    say(
+        f"warning: the file system of {path.parent} has no locks; the file {marker.name} says that the folder is in use"
+    )
+    return marker
+
+
+def _started(process: int | str) -> str:
+    """When a process of this host started, in clock ticks since the start of the machine; "dead" if there is none."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "dead"
+    return "dead" if fields[0] in "ZX" else fields[19]  # a zombie has ended
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def _text(path: Path) -> str:
+    """Who holds the lock, as its file says."""
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    return "another process"

@@ -1,12 +1,14 @@
 """The measurement behind evaluate.py: open the sets, run every network over them, compute the metrics, write the results."""
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.lock import claim
 from common.processes import Processes, in_turn, on_first
 from common.provenance import versions
 from common.reporting import say
@@ -27,14 +29,15 @@ from models.hub import go_offline_if_unreachable
 def measure(settings: EvaluateConfig) -> Results | None:
     """Measure all that the settings ask for and write it to `settings.out`; None on ranks other than 0."""
     run = _Measurement(settings)
-    for spec in settings.features:
-        run.feature_space(spec)
-    suspicions = run.auditor.warnings() if settings.features else []
-    if settings.classifier is not None:
-        run.classifier(settings.classifier)
-    if settings.class_tokens is not None:
-        run.class_tokens(settings.class_tokens)
-    return run.finish(suspicions)
+    with closing(claim(run.out.parent, f".{run.out.name}.lock", "wait for it, or give another --out")):
+        for spec in settings.features:
+            run.feature_space(spec)
+        suspicions = run.auditor.warnings() if settings.features else []
+        if settings.classifier is not None:
+            run.classifier(settings.classifier)
+        if settings.class_tokens is not None:
+            run.class_tokens(settings.class_tokens)
+        return run.finish(suspicions)
 
 
 class _Measurement:

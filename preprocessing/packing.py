@@ -3,13 +3,14 @@
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from common.files import check_space
-from common.lock import FolderLock
+from common.lock import FolderLock, claim
 from common.processes import Processes, from_first, gather, on_first
 from common.reporting import progress, say
 from config import UserError
@@ -46,14 +47,10 @@ def pack(settings: PackConfig) -> None:
         raise UserError("--repair: runs as one process; finish with the same command under torchrun without --repair")
     if not settings.repair and from_first(lambda: _is_packed(settings, check_settings(settings))):
         return
-    lock = on_first(lambda: _claim(settings.out))
-    try:
+    with closing(_claim(settings.out)):
         if settings.repair:
             repair(settings.out)
         _pack(settings, processes)
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 def _is_packed(settings: PackConfig, begun: Plan | None) -> bool:
@@ -74,14 +71,18 @@ def _is_packed(settings: PackConfig, begun: Plan | None) -> bool:
 
 
 def _claim(out: Path) -> FolderLock:
-    """Make the folder and lock it. Raises UserError if nothing can be written there, or another process writes."""
+    """Lock the folder for all ranks. Raises UserError if nothing can be written there, or another program writes."""
+    on_first(lambda: _check_writable(out))
+    return claim(out, LOCK, "wait until it has ended, or give another --out")
+
+
+def _check_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: the folder cannot be made ({error.strerror})") from error
     if not os.access(out, os.W_OK):
         raise UserError(f"--out {out}: the folder is read-only; give another --out")
-    return FolderLock(out, LOCK, "wait until it has ended, or give another --out")
 
 
 def _pack(settings: PackConfig, processes: Processes) -> None:

@@ -28,10 +28,10 @@ class Parts:
         self.folder = folder
         self._lock: FolderLock | None = None
 
-    def claim(self) -> None:
-        """Lock the folder until `close`; called by rank 0 alone. Raises UserError where another job has it."""
+    def claim(self, *, joins: bool = False) -> None:
+        """Lock the folder until `close`, first by rank 0; the others join. Raises UserError where another job has it."""
         if self._lock is None:
-            self._lock = FolderLock(self.folder, "lock", "wait for its end, or give another --out")
+            self._lock = FolderLock(self.folder, "lock", "wait for its end, or give another --out", joins=joins)
 
     def close(self) -> None:
         """Release the lock, if it is held."""

@@ -39,6 +39,8 @@ def generate(settings: SampleConfig) -> None:
         agreed = share((begun[0].settings, begun[1]) if begun else None)
         if agreed is None:
             return
+        if not process.first:
+            parts.claim(joins=True)  # a rank may outlive the others
         job, work = begun or (load(agreed[0], process), agreed[1])
         _compare(job)
         start = time.monotonic()  # from here on the ranks meet only in the folder of parts

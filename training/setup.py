@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from common.files import fingerprint
-from common.lock import FolderLock
+from common.lock import claim
 from common.processes import in_turn, on_first, share
 from common.reporting import progress, say
 from dataset import PackedDataset, StepSampler, read_ahead
@@ -63,7 +63,9 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
     class_means = plan.class_means(settings.data_dir)
     folder = settings.output_dir / settings.exp_name
     with ExitStack() as stack:
-        on_first(lambda: _claim(folder, settings, plan, stack))
+        lock = claim(folder, "run.lock", "wait for it, or choose another --exp-name")
+        stack.enter_context(closing(lock))
+        on_first(lambda: _record(folder, settings, plan))
         if processes.first:
             say(start_text(settings, plan, processes, folder))
         autoencoder, probe = _load_viewers(settings, plan, processes)
@@ -95,9 +97,8 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
         )
 
 
-def _claim(folder: Path, settings: TrainConfig, plan: Plan, stack: ExitStack) -> None:
-    """Lock the folder and compare the settings with those it was started with."""
-    stack.enter_context(closing(FolderLock(folder, "run.lock", "wait for it, or choose another --exp-name")))
+def _record(folder: Path, settings: TrainConfig, plan: Plan) -> None:
+    """Compare the settings with those that the folder was started with, and write them down."""
     manifest = plan.manifest
     facts = {
         "network": asdict(plan.network),
