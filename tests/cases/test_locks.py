@@ -72,9 +72,12 @@ def test_a_rank_that_outlives_the_launcher_keeps_the_folder(file_system, tmp_pat
 def test_reading_processes_do_not_hold_the_lock(tmp_path):
     """A child that was forked while the lock was held leaves it to its parent."""
     lock = take(tmp_path)
+    ready, write = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(write, b"1")
         os.read(os.pipe()[0], 1)
+    os.read(ready, 1)
     try:
         with pytest.raises(UserError):
             take(tmp_path)
