@@ -129,6 +129,7 @@ def write_published(folder: Path, ours: Path, count: int) -> None:
     dataset, labels = PackedDataset(ours), []
     for i in range(count):
         batch = dataset[[i]]
+        assert batch.pixels is not None
         group = f"{i // 1000:05d}"
         names = f"{group}/img{i:08d}.png", f"{group}/img-mean-std-{i:08d}.npy"
         for below, name in zip(("imagenet_256_vae", "vae-sd"), names):
@@ -145,7 +146,7 @@ def _compare(folder: Path, settings: DataBenchmark, workers: int, *, cold: bool)
 
     readers: dict[str, Callable[[], Any]] = {}
     if settings.published:
-        readers["published"] = _published_reader(settings, folder / "published", workers)
+        readers["published"] = _published_reader(settings.published, settings, folder / "published", workers)
     for kind in ("pixels", "tokens"):
         if workers == 0 and not cold:
             readers[f"bare gather, {kind}"] = _bare(folder / kind, settings.batch_size)
@@ -174,12 +175,12 @@ def _compare(folder: Path, settings: DataBenchmark, workers: int, *, cold: bool)
     return rows
 
 
-def _published_reader(settings: DataBenchmark, folder: Path, workers: int) -> Callable[[], Any]:
+def _published_reader(published_code: Path, settings: DataBenchmark, folder: Path, workers: int) -> Callable[[], Any]:
     from torch.utils.data import DataLoader
 
     from benchmarks import published
 
-    dataset = published.module(settings.published, "dataset.py").CustomDataset(str(folder))
+    dataset = published.module(published_code, "dataset.py").CustomDataset(str(folder))
     loader = DataLoader(dataset, batch_size=settings.batch_size, shuffle=True, num_workers=workers, drop_last=True)
 
     def endless() -> Iterator[Any]:
@@ -274,7 +275,7 @@ def _full_size(folder: Path) -> dict[str, Any]:
     classes = [str(i) for i in range(1000)]
     encoders = [EncoderInfo("random", WIDTH, 16)]
     write_manifest(folder, Manifest(IMAGENET, 2048, RESOLUTION, fields, classes, {}, encoders, shards))
-    before, start = _private_memory(), time.perf_counter()
+    before, began = _private_memory(), time.perf_counter()
     dataset = PackedDataset(folder)
     opened = time.perf_counter()
     sampler = StepSampler(len(dataset), 256, seed=0)
@@ -288,7 +289,7 @@ def _full_size(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     return {
         "reader": f"ours, start-up of {IMAGENET} records",
-        "seconds to open": opened - start,
+        "seconds to open": opened - began,
         "to shuffle": ordered - opened,
         "first batch": read - ordered,
         "MiB opened and shuffled": memory - before,

@@ -178,6 +178,7 @@ def _with_networks(index: "Index", folder: Path, settings: PackingBenchmark, dev
     pixels = torch.zeros(
         settings.batch_size, 3, settings.resolution, settings.resolution, dtype=torch.uint8, device=device
     )
+    assert networks.vae is not None
     with torch.no_grad(), autocast(device, settings.dtype):
         networks.vae.encode(pixels)
         named(pixels)
