@@ -60,7 +60,7 @@ class Networks:
             )
         self.vae = space if isinstance(space, Autoencoder) else None
         names = settings.enc_type if settings.tokens else ()
-        self.encoders = [load_encoder(name, settings.resolution // unit) for name in names]
+        self.encoders = [load_encoder(name, settings.resolution // unit, class_token=False) for name in names]
         normalization = asdict(space.normalization)
         self.vae_info = {
             "name": settings.vae,
@@ -91,7 +91,8 @@ class Networks:
         if self.pixels:
             shapes["pixels"] = ("uint8", [resolution, resolution, 3])
         for k, encoder in enumerate(self.encoders):
-            shapes[f"class_token.{k}"] = ("float16", [encoder.dim])
+            if encoder.has_class_token:
+                shapes[f"class_token.{k}"] = ("float16", [encoder.dim])
             shapes[f"patch_tokens.{k}"] = ("float16", [encoder.grid**2, encoder.dim])
         return {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes.items()}
 
@@ -108,8 +109,10 @@ class Networks:
                 if self.vae is not None:
                     results["moments"] = self.vae.encode(pixels).float()
                 for k, encoder in enumerate(self.encoders):
-                    tokens = encoder(pixels)
-                    for name, value in (("class_token", tokens.class_token), ("patch_tokens", tokens.patch_tokens)):
+                    tokens = encoder(pixels)._asdict()
+                    if not encoder.has_class_token:
+                        del tokens["class_token"]
+                    for name, value in tokens.items():
                         results[f"{name}.{k}"] = value.half()
                         errors[f"{name}.{k}"] = (value.float() - value.half().float()).abs().max()
         done = None

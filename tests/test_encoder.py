@@ -68,13 +68,13 @@ def test_checkpoint_file(tmp_path):
     ("name", "message"),
     [
         ("no_such_network", "cannot be loaded"),
-        ("resnet18", "not a ViT with a class token"),
+        ("resnet18", "does not give a token for each patch"),
         ("some/folder", "does not exist"),
         ("test_vit=nowhere.safetensors", "no checkpoint file"),
     ],
 )
 def test_networks_that_cannot_serve(name, message):
-    """A wrong name, a network without class token or a missing file is one sentence."""
+    """A wrong name, a network without patch tokens or a missing file is one sentence."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_encoder(name, 2)
 

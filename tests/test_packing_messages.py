@@ -82,7 +82,7 @@ def test_full_disk(toys, tmp_path, monkeypatch):
     [
         (("--resolution", "10"), "must be a multiple of 4"),
         (("--vae", "nowhere"), "nowhere"),
-        (("--enc-type", "resnet18"), "not a ViT with a class token"),
+        (("--enc-type", "resnet18"), "does not give a token for each patch"),
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--source", "nowhere"), "--source nowhere: no such file"),
         (("--classes", "nowhere"), "--classes nowhere: no such file"),

@@ -38,7 +38,7 @@ def assumed_manifest(settings: TrainConfig) -> Manifest:
     patch = settings.patch_size or (preset(settings.model).patch_size if settings.model in PRESETS else 2)
     grid = side // patch
     encoders = [
-        EncoderInfo(name, load_encoder(name, grid, weights=False).dim, grid)
+        EncoderInfo(name, load_encoder(name, grid, weights=False, class_token=settings.class_token).dim, grid)
         for name in settings.enc_type or (DEFAULT_ENCODER,)
     ]
     shapes: dict[str, list[int]] = {"moments": [2 * _CHANNELS, side, side]}

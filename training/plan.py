@@ -107,11 +107,19 @@ def make_plan(settings: TrainConfig, manifest: Manifest) -> Plan:
             if list(cached) != sorted(cached):
                 raise UserError(f"--enc-type: name the encoders in the order they were packed in: {' '.join(packed)}")
             needed = ["class_token"] * settings.class_token + ["patch_tokens"] * (settings.proj_coeff > 0)
-            fields += tuple(f"{token}.{k}" for token in needed for k in cached)
+            wanted = [f"{token}.{k}" for token in needed for k in cached]
+            for field in wanted:
+                if field not in manifest.fields:
+                    raise UserError(
+                        f"dataset {settings.data_dir} holds no {field}, as encoder {packed[int(field.rpartition('.')[2])]} "
+                        "has no class token: train REPA on its patch tokens with --no-class-token, or pack with another "
+                        "--enc-type"
+                    )
+            fields += tuple(wanted)
             if settings.proj_coeff:
                 _check_grid(manifest, cached, grid, bare.patch_size)
         elif "pixels" in manifest.fields:
-            online = tuple(load_encoder(name, grid, weights=False) for name in names)
+            online = tuple(load_encoder(name, grid, weights=False, class_token=settings.class_token) for name in names)
             dims = tuple(encoder.dim for encoder in online)
             fields += ("pixels",)
         else:

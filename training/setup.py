@@ -135,7 +135,10 @@ def _load_viewers(
 def _build(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path) -> tuple[TrainStep, Window, int]:
     """Step, log window and number of steps taken, as in the newest intact checkpoint if there is one."""
     allow_tf32(settings.allow_tf32)
-    encoders = [in_turn(partial(load_encoder, e.name, e.grid)).to(processes.device) for e in plan.online]
+    encoders = [
+        in_turn(partial(load_encoder, e.name, e.grid, class_token=e.has_class_token)).to(processes.device)
+        for e in plan.online
+    ]
     torch.manual_seed(settings.seed)
     network = SiT(plan.network)
     network.gradient_checkpointing = settings.gradient_checkpointing

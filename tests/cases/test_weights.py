@@ -1,0 +1,81 @@
+"""Networks that people name: encoders of timm, published checkpoints."""
+
+import pytest
+import torch
+
+import train
+from config import UserError
+from models.encoder import load_encoder
+from models.model_file import find_model, read_info
+from preprocessing import pack
+from tests.packs import flags
+from tests.tiny import train_flags
+
+TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+
+
+def write_encoder(folder, architecture, **arguments):
+    """The folder of a random network of a timm architecture at 8 x 8 pixels."""
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    network = timm.create_model(architecture, num_classes=0, **TINY, **arguments)
+    network.pretrained_cfg.update(input_size=(3, 8, 8), num_classes=0)
+    save_for_hf(network, folder, model_args={**TINY, **arguments})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix"),
+    [("vit_small_patch16_dinov3", 5), ("eva02_tiny_patch14_224", 1), ("beit_base_patch16_224", 1)],
+)
+def test_timm_classes_that_do_not_say_that_they_have_a_class_token(tmp_path, architecture, prefix):
+    """DINOv3, EVA-02 and BEiT lack the attribute has_class_token and have the token; registers are left out."""
+    encoder = load_encoder(write_encoder(tmp_path / "encoder", architecture), 3)
+    pixels = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8)
+    tokens, expected = encoder(pixels), encoder.vit.forward_features(encoder.preprocess(pixels))
+    assert encoder.has_class_token and expected.shape == (2, prefix + 9, 16)
+    assert torch.equal(tokens.class_token, expected[:, 0]) and torch.equal(tokens.patch_tokens, expected[:, prefix:])
+
+
+def test_an_encoder_without_class_token_serves_repa_alone(toys, tmp_path):
+    """SigLIP and others: packed, aligned with by --no-class-token, refused by REG; the reason given is the true one."""
+    name = write_encoder(tmp_path / "siglip", "vit_base_patch16_siglip_224")
+    with pytest.raises(UserError, match=r"siglip' \(VisionTransformer\) has no class token, which REG needs: name one"):
+        load_encoder(name, 2)
+    with pytest.raises(UserError, match=r"'resnet18' \(ResNet\) does not give a token for each patch"):
+        load_encoder("resnet18", 2, class_token=False)
+    pack.main(flags(toys, tmp_path / "packed", "--enc-type", name))
+    run = train_flags(tmp_path / "packed", tmp_path, "--patch-size", "2", steps=1)
+    with pytest.raises(
+        UserError, match=r"holds no class_token.0, as encoder .*siglip has no class token: train REPA on"
+    ):
+        train.main(run)
+    train.main([*run, "--no-class-token"])
+    network = read_info(find_model(tmp_path / "run")).network
+    assert network.align_dims == (16,) and not network.class_token_dim
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_dinov3",
+        "eva02_large_patch14_448",
+        "beitv2_large_patch16_224",
+        "deit_base_distilled_patch16_384",
+    ]
+    + [
+        "deit3_huge_patch14_224",
+        "vit_large_patch14_clip_336",
+        "vit_base_patch14_reg4_dinov2",
+        "vit_base_patch16_radio_v3",
+    ]
+    + ["vit_base_r50_s16_224", "vit_relpos_base_patch16_cls_224", "cait_s24_224"],
+)
+def test_every_family_with_a_class_token_loads(name):
+    """On the meta device, at the grid of 256 px."""
+    encoder = load_encoder(name, 16, weights=False)
+    tokens = encoder.vit.forward_features(torch.zeros(1, 3, encoder.input_size, encoder.input_size, device="meta"))
+    assert encoder.has_class_token and tokens.shape == (1, tokens.shape[1], encoder.dim) and tokens.shape[1] > 256
