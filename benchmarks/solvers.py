@@ -163,7 +163,7 @@ def distance_of(settings: SolverBenchmark, device: Any) -> Callable[[Any, int], 
     from sampling.sampler import Sampler
 
     model = load_model(obtain(settings.checkpoint), device)
-    decoder = load_decoder(model.info, settings.vae, device)
+    decoder = load_decoder(model, settings.vae, device)
     extractor = features.load(settings.features, device=device)
     network = prepare(model.network, settings.dtype)
     real = open_images(settings.reference)

@@ -13,6 +13,7 @@ def check(what: str, value: str, known: Collection[str]) -> None:
 
 PATHS = ("linear", "cosine")  # of the interpolant
 WEIGHTINGS = ("uniform", "lognormal")  # distributions of t in training
+SCHEDULES = ("constant", "cosine")  # of the learning rate
 
 DISTANCE_RULES = ("adm", "fp32")  # arithmetic of the distances of precision and recall
 

@@ -24,6 +24,7 @@ class ModelInfo:
     """What a model file says beside the weights, stored as JSON in the file's header.
 
     network: the SiT's config. path: interpolant. vae, normalization: as in the dataset it was trained on. encoders: names.
+    vae_weights, encoder_weights: SHA-256 of their weights, "" where not known; a local folder has its last name and this.
     cfg_prob: label dropout it was trained with (guidance needs > 0). step: optimiser steps taken. classes: names.
     """
 
@@ -38,9 +39,11 @@ class ModelInfo:
     classes: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
+    vae_weights: str = ""
+    encoder_weights: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("encoders", "classes"):  # lists, when read from JSON
+        for name in ("encoders", "encoder_weights", "classes"):  # lists, when read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 

@@ -13,6 +13,7 @@ from dataset import decode_moments, encode_moments
 from models import acceleration
 from models.autoencoder import Autoencoder, latent_space, load_autoencoder
 from models.encoder import load_encoder
+from models.local_networks import remember
 from packed.format import EncoderInfo
 from preprocessing.read import Crops
 from preprocessing.settings import PackConfig
@@ -72,6 +73,9 @@ class Networks:
             EncoderInfo(name, encoder.dim, encoder.grid, weights_sha256(encoder, by_name=True))
             for name, encoder in zip(names, self.encoders)
         ]
+        remember(settings.vae, str(self.vae_info["weights"]))
+        for info in self.encoder_infos:
+            remember(info.name, info.weights)
         networks: list[nn.Module] = [*self.encoders, *([self.vae] if self.vae else [])]
         for network in networks:
             network.to(device)

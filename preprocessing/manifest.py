@@ -30,7 +30,7 @@ def build_manifest(out: Path, plan: Plan, index: Index) -> Manifest:
     files = {name: sha256(out / name) for name in (*indices, PLAN, *((means,) if means else ()))}
     return Manifest(
         count=sum(shard["count"] for shard in shards),
-        shard_size=plan.shard_size,
+        shard_size=plan.shard_size * plan.copies,
         resolution=plan.settings["resolution"],
         fields=plan.fields,
         classes=index.classes,
@@ -51,7 +51,7 @@ def _provenance(plan: Plan, index: Index, entries: list[dict[str, Any]]) -> dict
     return {
         "kind": index.kind,
         "images": plan.count,
-        "packed": sum(entry["count"] for entry in entries),
+        "packed": sum(entry["count"] for entry in entries) // plan.copies,
         "enlarged": sum(entry["enlarged"] for entry in entries),
         "skipped": [bad for entry in entries for bad in entry["skipped"]],
         "ignored": index.ignored,

@@ -38,6 +38,8 @@ def needs(out: Path, plan: Plan, index: Index, todo: list[int], device: torch.de
     filled = np.flatnonzero(counts).tolist()
     names = _few([f"{index.classes[i]} ({counts[i]:,})" for i in filled])
     lines.append(f"{len(filled):,} class{'es' * (len(filled) != 1)}: {names}")
+    if plan.copies > 1:
+        lines.append("each image is followed by its mirror image")
     networks = ", ".join([f"VAE {plan.vae['name']}", *(f"encoder {e['name']}" for e in plan.encoders)])
     lines.append(f"crop {settings['resolution']} x {settings['resolution']}; {networks}")
     lines.append(f"{settings['dtype']} on {_device(device)}, {world} process{'es' * (world > 1)}")
@@ -45,7 +47,9 @@ def needs(out: Path, plan: Plan, index: Index, todo: list[int], device: torch.de
         shape = " x ".join(map(str, spec["shape"])) or "one number"
         lines.append(f"  {name}: {shape} {spec['dtype']}, {Field.of(spec).record_bytes:,} bytes per record")
     total = sum(Field.of(spec).record_bytes for spec in plan.fields.values())
-    lines.append(f"  together {total:,} bytes per record, {plan.settings['shard_size']:,} records per shard")
+    lines.append(
+        f"  together {total:,} bytes per record, {plan.settings['shard_size'] * plan.copies:,} records per shard"
+    )
     if len(todo) < plan.shards:
         lines.append(f"{plan.shards - len(todo):,} of {plan.shards:,} shards are written already")
     free = free_space(out)

@@ -92,6 +92,10 @@ def _pack(settings: PackConfig, processes: Processes) -> None:
     kind = from_first(lambda: parts[-1].kind if parts else None)
     if kind is None:
         return
+    if settings.flip and kind == "published":
+        raise UserError(
+            f"--flip: {settings.source} brings its latents, which cannot be mirrored; pack the images instead"
+        )
     networks = Networks(settings, has_moments=kind == "published", device=processes.device)
     plan = from_first(lambda: make_plan(settings, parts, networks, begun))
     index = joined(read_parts(out, plan))
@@ -133,7 +137,7 @@ def pack_shards(
     """Write the given shards of a plan. Raises UserError for an image that cannot be read, or a full disk."""
     reader = Reader(index.kind, index.root, index.files)
     loader = DataLoader(
-        CropDataset(reader, plan.settings["resolution"], settings.max_pixels),
+        CropDataset(reader, plan.settings["resolution"], settings.max_pixels, flip=plan.copies > 1),
         sampler=requests(index, plan, shards),
         batch_size=None,
         collate_fn=as_is,

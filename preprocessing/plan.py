@@ -63,6 +63,11 @@ class Plan:
         return self.settings["shard_size"]
 
     @property
+    def copies(self) -> int:
+        """Records of each image: 2 with its mirror image."""
+        return 2 if self.settings.get("flip") else 1
+
+    @property
     def shards(self) -> int:
         return sum(part.shards for part in self.parts)
 
@@ -99,7 +104,7 @@ class Plan:
 
     def bytes(self, shards: list[int]) -> int:
         """Size of the files of shards."""
-        counts = [stop - start for start, stop in map(self.range, shards)]
+        counts = [(stop - start) * self.copies for start, stop in map(self.range, shards)]
         return sum(Field.of(spec).file_bytes(count) for spec in self.fields.values() for count in counts)
 
     def unfinished(self, out: Path) -> list[int]:

@@ -26,7 +26,9 @@ class Request(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """n images that could be read, of the request's. pixels: (n, S, S, 3) uint8. moments: (n, 2C, h, w) float32 mean and std
+    """n images that could be read, of the request's; with --flip each is followed by its mirror image.
+
+    pixels: (n, S, S, 3) uint8. moments: (n, 2C, h, w) float32 mean and std
     where the source has them. bad: (name, reason) of the others. enlarged: how many were smaller than the crop."""
 
     request: Request
@@ -110,8 +112,8 @@ class Reader:
 class CropDataset(Dataset):
     """dataset[request] => Crops; with DataLoader(sampler=requests, batch_size=None, collate_fn=as_is)."""
 
-    def __init__(self, reader: Reader, resolution: int, max_pixels: int) -> None:
-        self.reader, self.resolution, self.max_pixels = reader, resolution, max_pixels
+    def __init__(self, reader: Reader, resolution: int, max_pixels: int, *, flip: bool = False) -> None:
+        self.reader, self.resolution, self.max_pixels, self.flip = reader, resolution, max_pixels, flip
 
     def __getitem__(self, request: Request) -> Crops:
         pixels, labels, names, moments, bad, enlarged = [], [], [], [], [], 0
@@ -123,9 +125,10 @@ class CropDataset(Dataset):
             except BadImage as error:
                 bad.append((item.name, str(error)))
                 continue
-            pixels.append(crop)
-            labels.append(item.label)
-            names.append(item.name)
+            for copy, name in ((crop, item.name), (crop[:, ::-1], mirrored(item.name)))[: 1 + self.flip]:
+                pixels.append(copy)
+                labels.append(item.label)
+                names.append(name)
             enlarged += small
         size = (0, self.resolution, self.resolution, 3)
         return Crops(
@@ -137,6 +140,11 @@ class CropDataset(Dataset):
             bad,
             enlarged,
         )
+
+
+def mirrored(name: str) -> str:
+    """What the mirror image of an image is called in messages."""
+    return f"{name}, mirrored"
 
 
 def as_is(crops: Crops) -> Crops:

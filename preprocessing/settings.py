@@ -39,6 +39,12 @@ class PackConfig:
     resolution: int = setting(
         256, "pixels, height and width of the crop", group="input", also=("image_size", "size"), at_least=1
     )
+    flip: bool = setting(
+        False,
+        "pack each image a second time, mirrored: horizontal flips, encoded by VAE and encoders like any other image",
+        group="input",
+        also=("hflip", "horizontal_flip", "random_flip"),
+    )
     on_corrupt: str = setting(
         "error",
         "an image that cannot be read ends the packing, or is left out and listed",

@@ -18,6 +18,7 @@ from preprocessing.extend import joined
 from preprocessing.index import Index
 from preprocessing.manifest import build_manifest, has_means, means_file
 from preprocessing.plan import PLAN, Plan, index_file, index_is_whole, read_parts, read_plan
+from preprocessing.read import mirrored
 
 _SHOWN = 5  # names of broken records in a line
 
@@ -154,6 +155,8 @@ def _damage(out: Path, plan: Plan, index: Index | None, number: int, entry: dict
     start = sum(_count(out, plan, before) for before in range(number))
     skipped = {image for image, _ in entry["skipped"]}
     images = [image for image in index.names[slice(*plan.range(number))] if image not in skipped] if index else None
+    if images and plan.copies > 1:
+        images = [name for image in images for name in (image, mirrored(image))]
     shown = [f"record {start + row}" + (f" ({images[row]})" if images else "") for row in broken[:_SHOWN]]
     more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
     return f"{len(broken)} of {len(wanted)} records do not match their checksums: {', '.join(shown)}{more}"
@@ -165,7 +168,7 @@ def _count(out: Path, plan: Plan, number: int) -> int:
         return read_entry(out, number)["count"]
     except UserError:
         start, stop = plan.range(number)
-        return stop - start
+        return (stop - start) * plan.copies
 
 
 def _manifest_faults(out: Path, plan: Plan, index: Index) -> list[Fault]:

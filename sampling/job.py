@@ -132,10 +132,10 @@ def load(settings: SampleConfig, process: Processes) -> Job:
     if settings.like and settings.labels in ((), ("spread",)) and not settings.classes:
         labels = Labels("token", labels.values)
     _check(settings, model, guide, guidance, labels)
-    tokens = read_tokens(settings.like, info) if settings.like else None
+    tokens = read_tokens(settings.like, model) if settings.like else None
     if tokens is not None and settings.interpolate and len(tokens) != 2:
         raise UserError(f"--interpolate goes between two tokens, --like gives {len(tokens)}")
-    autoencoder = load_decoder(info, settings.vae, device, settings.vae_dtype, tiling=settings.vae_tiling)
+    autoencoder = load_decoder(model, settings.vae, device, settings.vae_dtype, tiling=settings.vae_tiling)
     sampler = Sampler(
         prepare(model.network, settings.dtype, compiled=compiled),
         Interpolant(info.path),

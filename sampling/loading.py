@@ -9,7 +9,8 @@ from torch import nn
 from config import UserError
 from models import acceleration
 from models.autoencoder import Autoencoder, LatentNormalization, load_autoencoder
-from models.model_file import Model, ModelInfo, load_model
+from models.local_networks import open_network
+from models.model_file import Model, load_model
 
 
 def load_guided(checkpoint: Path, guide_checkpoint: Path | None, device: torch.device) -> tuple[Model, Model | None]:
@@ -52,13 +53,13 @@ def prepare(network: nn.Module, dtype: str, *, compiled: bool = False) -> nn.Mod
 
 
 def load_decoder(
-    info: ModelInfo, location: str | None, device: torch.device | str, dtype: str = "fp32", *, tiling: bool = False
+    model: Model, location: str | None, device: torch.device | str, dtype: str = "fp32", *, tiling: bool = False
 ) -> Autoencoder:
     """The VAE of a model, on the device.
 
     Args:
-        info: of the model.
-        location: where the VAE is, as `load_autoencoder` reads it; None: where the model file says.
+        model: whose latents are decoded.
+        location: where the VAE is, as `load_autoencoder` reads it; None: as `open_network` finds it.
         device: to decode on.
         dtype: precision of its weights.
         tiling: decode in tiles.
@@ -66,8 +67,11 @@ def load_decoder(
     Raises:
         UserError: it is not the VAE that the model was trained with.
     """
-    name = location or info.vae
-    autoencoder = load_autoencoder(name)
+    info, name = model.info, location or model.info.vae
+    if location is None:
+        autoencoder = open_network(info.vae, info.vae_weights, model.path, load_autoencoder, "--vae")
+    else:
+        autoencoder = load_autoencoder(location)
     network, trained = info.network, LatentNormalization(**info.normalization)
     if autoencoder.latent_channels != network.in_channels:
         raise UserError(

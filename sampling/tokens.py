@@ -1,6 +1,7 @@
 """Given class tokens: what `--like` means."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,23 @@ from common.crop import center_crop
 from common.images import BadImage, decode_image
 from config import MissingFile, UserError
 from models.encoder import VisionEncoder, load_encoder
-from models.model_file import ModelInfo
+from models.local_networks import open_network
+from models.model_file import Model
 
 
-def read_tokens(sources: Sequence[str], info: ModelInfo) -> Tensor:
+def read_tokens(sources: Sequence[str], model: Model) -> Tensor:
     """The tokens that `--like` means, (K, D) float32.
 
     Args:
         sources: image files, encoded by the model's own encoder after the training crop; .npy files of tokens (all rows);
             FILE.npy:I for row I.
-        info: of the model.
+        model: whose tokens they are.
 
     Raises:
         UserError: names the source and what is wrong with it.
     """
-    encoder: VisionEncoder | None = None
-    rows = []
+    info, encoder = model.info, None
+    rows: list[Tensor] = []
     for source in sources:
         if ".npy" in source:
             rows.append(_rows_of_file(source, info.network.class_token_dim))
@@ -34,7 +36,7 @@ def read_tokens(sources: Sequence[str], info: ModelInfo) -> Tensor:
         if not info.encoders:
             raise UserError("--like: the model file names no encoder; give tokens as .npy")
         pixels = _pixels(source, info.resolution)
-        encoder = encoder or load_encoder(info.encoders[0], info.network.input_size // info.network.patch_size)
+        encoder = encoder or _own_encoder(model)
         rows.append(encoder(pixels).class_token.float())
         width, expected = rows[-1].shape[1], info.network.class_token_dim
         if width != expected:
@@ -42,6 +44,15 @@ def read_tokens(sources: Sequence[str], info: ModelInfo) -> Tensor:
                 f"--like {source}: encoder {encoder.name} gives tokens of width {width}, the model has {expected}"
             )
     return torch.cat(rows)
+
+
+def _own_encoder(model: Model) -> VisionEncoder:
+    """The encoder whose class tokens the model makes."""
+    info = model.info
+    load = partial(load_encoder, grid=info.network.input_size // info.network.patch_size)
+    return open_network(
+        info.encoders[0], (*info.encoder_weights, "")[0], model.path, load, "--like FILE.npy (its tokens)"
+    )
 
 
 def _rows_of_file(source: str, dim: int) -> Tensor:

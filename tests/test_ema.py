@@ -32,6 +32,19 @@ def test_hundred_steps_of_the_published_rule():
         torch.testing.assert_close(ours.double(), exact, atol=1e-6, rtol=1e-5)
 
 
+def test_warm_up():
+    """At step t the decay is at most (1 + t) / (10 + t)."""
+    network, shares = small(), []
+    ema = EMA(network, small(), decay=0.9, warmup=True)
+    for step in (0, 10, 1000):
+        with torch.no_grad():
+            ema.average[0].weight.zero_()
+            network[0].weight.fill_(1)
+        ema.update(network, step)
+        shares.append(1 - ema.average[0].weight.mean().item())
+    assert shares == pytest.approx([1 / 10, 11 / 20, 0.9])
+
+
 def test_average_is_frozen_and_apart():
     """The average takes no gradient and shares no memory with the network."""
     network = small()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.class_token import agreement, between, nearest_class
-from models.model_file import ModelInfo
+from models.model_file import Model, ModelInfo
 from models.noise import NoiseSource
 from models.sit import SiTConfig
 from sampling.labels import read_labels
@@ -167,15 +167,15 @@ def test_between_two_tokens():
 def test_reading_given_tokens(tmp_path):
     file = tmp_path / "class_tokens.npy"
     np.save(file, np.arange(12, dtype=np.float32).reshape(2, 6))
-    info = ModelInfo(CONFIG, "linear", 8, "ema", {}, encoders=("nowhere",))
-    assert read_tokens((str(file),), info).shape == (2, 6)
-    assert read_tokens((f"{file}:1", f"{file}:0"), info)[0].tolist() == [6, 7, 8, 9, 10, 11]
+    model = Model(tmp_path, None, ModelInfo(CONFIG, "linear", 8, "ema", {}, encoders=("nowhere",)), None)
+    assert read_tokens((str(file),), model).shape == (2, 6)
+    assert read_tokens((f"{file}:1", f"{file}:0"), model)[0].tolist() == [6, 7, 8, 9, 10, 11]
     for source, words in ((f"{file}:2", "rows 0 to 1"), (f"{tmp_path}/no.npy", "no such file")):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
-            read_tokens((source,), info)
+            read_tokens((source,), model)
     np.save(tmp_path / "narrow.npy", np.ones((2, 5), dtype=np.float32))
     with pytest.raises(ValueError, match=r"holds float32 \(2, 5\), the model's tokens have width 6"):
-        read_tokens((str(tmp_path / "narrow.npy"),), info)
+        read_tokens((str(tmp_path / "narrow.npy"),), model)
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(ValueError, match=r"a.jpg: neither an image nor an .npy file"):
-        read_tokens((str(tmp_path / "a.jpg"),), info)
+        read_tokens((str(tmp_path / "a.jpg"),), model)

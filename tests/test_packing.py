@@ -15,7 +15,7 @@ from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
 from packed.format import read_class_means, read_manifest
 from preprocessing import pack
-from tests.packs import SHARED, content, flags, noise, records, torchrun, write_published
+from tests.packs import SHARED, content, flags, flip, noise, records, torchrun, write_published
 from tests.tiny import write_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,6 +60,31 @@ def test_changed_class_means_are_refused(toys, tmp_path):
     with pytest.raises(UserError, match=r"class_means\.npy does not match its checksum"):
         read_class_means(tmp_path, manifest)
     assert read_class_means(tmp_path, replace(manifest, class_means=None)) is None
+
+
+def test_flip_packs_each_image_and_its_mirror_image(toys, tmp_path, capsys):
+    """The mirrored crop goes through the networks: its moments are not the mirrored moments. Repair names such a record."""
+    out = tmp_path / "out"
+    pack.main(flags(toys, out, "--flip"))
+    assert "15 images of 15" in capsys.readouterr().out
+    plain, both = records(toys / "packed"), records(out)
+    assert all(np.allclose(both[name][::2], plain[name], atol=2e-3) for name in plain)
+    assert np.array_equal(both["pixels"][1::2], plain["pixels"][:, :, ::-1]) and both["label"][1::2].tolist() == [
+        *plain["label"]
+    ]
+    mirrored = torch.from_numpy(both["pixels"][1::2].copy()).permute(0, 3, 1, 2)
+    moments = decode_moments(torch.from_numpy(both["moments"][1::2]))
+    assert torch.allclose(moments, load_autoencoder(str(toys / "vae")).encode(mirrored), rtol=1e-3, atol=1e-3)
+    assert not np.allclose(both["moments"][1::2], plain["moments"][..., ::-1], atol=0.1)
+    flip(out / "pixels-00001.npy", 128 + 3 * 192 + 7)
+    with pytest.raises(UserError, match="broken files"):
+        pack.main(["--out", str(out), "--verify"])
+    assert "record 15 (bees/2.png, mirrored)" in capsys.readouterr().out
+    pack.main(flags(toys, out, "--flip", "--repair"))
+    assert all(np.array_equal(records(out)[name], both[name]) for name in both)
+    with pytest.raises(UserError, match=r"--flip: .* brings its latents"):
+        source = write_published(tmp_path / "published")
+        pack.main(flags(toys, tmp_path / "other", "--flip", "--vae", "ema", source=source))
 
 
 @pytest.mark.parametrize(

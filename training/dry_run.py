@@ -13,6 +13,7 @@ from models.cost import GPUS, USABLE, TrainingMemory, cost, named_gpu, step_cost
 from packed.format import read_manifest
 from training.assumed import assumed_manifest, record_bytes
 from training.checkpoints import superseded
+from training.initial import open_source
 from training.launch import Processes, asked_precision, check_launcher
 from training.plan import Plan, make_plan
 from training.settings import TrainConfig
@@ -49,6 +50,7 @@ def dry_run(settings: TrainConfig) -> str:
         manifest = read_manifest(settings.data_dir)
     plan, world = make_plan(settings, manifest), int(os.environ.get("WORLD_SIZE", 1))
     plan.class_means(settings.data_dir)  # there is none where the dataset is assumed
+    open_source(settings, plan)
     micro = settings.gradient_accumulation_steps
     StepSampler(manifest.count, settings.batch_size, seed=settings.seed, world=world, micro=micro)
     return _lines(Forecast(settings, plan, world, precision, gpus, name, memory).rows())

@@ -11,7 +11,7 @@ from training.settings import TrainConfig
 CONFIG = "config.json"
 
 
-def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) -> list[str]:
+def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Compare the settings with those that the run was started with, then write config.json.
 
     Args:
@@ -20,7 +20,8 @@ def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) 
         facts: what was derived: the network's config and the identity of the dataset.
 
     Returns:
-        The accepted changes, in words.
+        The accepted changes, in words, and the facts as they are recorded now: what the run
+        was initialised from stays.
 
     Raises:
         UserError: settings differ; another network is never accepted.
@@ -35,6 +36,7 @@ def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) 
             other_network = former_facts["network"] != facts["network"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); restore it or choose another --exp-name") from error
+        facts = {**{key: value for key, value in former_facts.items() if key == "initialised_from"}, **facts}
         changes = [
             f"--{key.replace('_', '-')}: {was} before, {value} now"
             for key, was, value in differences(former_settings, recorded)
@@ -52,4 +54,4 @@ def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) 
             listed = "; ".join(changes) or "the network"
             raise UserError(f"{folder} was started with other settings ({listed}): {ways}")
     write_json(path, {"settings": recorded, "facts": facts})
-    return changes
+    return changes, facts

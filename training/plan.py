@@ -1,6 +1,6 @@
 """Settings and dataset => what will be trained; contradictions between the two are found here, before anything starts."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from loss import Objective
 from models.autoencoder import LatentNormalization
 from models.encoder import VisionEncoder, load_encoder
 from models.interpolant import Interpolant
+from models.local_networks import portable
 from models.model_file import ModelInfo
 from models.sit import SiTConfig, preset
 from packed.format import Manifest, read_class_means
@@ -30,6 +31,7 @@ class Plan:
         online: encoders that run in the step instead, without their weights.
         encoders: names of either.
         vae: decodes the previews.
+        notes: further ones for the model file.
     """
 
     manifest: Manifest
@@ -41,6 +43,7 @@ class Plan:
     encoders: tuple[str, ...]
     normalization: LatentNormalization
     vae: str
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def class_means(self, data_dir: Path) -> Tensor | None:
         """(classes, E) mean class tokens, for a network that makes class tokens of the dataset's first encoder.
@@ -59,13 +62,15 @@ class Plan:
             network=self.network,
             path=self.objective.interpolant.path,
             resolution=self.manifest.resolution,
-            vae=self.vae,
+            vae=portable(self.vae),
+            vae_weights=self.manifest.vae.get("weights", ""),
             normalization=asdict(self.normalization),
-            encoders=self.encoders,
+            encoders=tuple(map(portable, self.encoders)),
+            encoder_weights=tuple(self.manifest.encoders[k].weights for k in self.cached),
             cfg_prob=self.objective.cfg_prob,
             step=step,
             classes=tuple(self.manifest.classes),
-            notes={"seed": seed},
+            notes={"seed": seed, **self.notes},
         )
 
 

@@ -22,6 +22,7 @@ from training.interrupt import EXIT_STATUS, Interrupt
 from training.launch import Processes, gather_row
 from training.plan import Plan
 from training.probe import FrechetProbe
+from training.schedule import learning_rate
 from training.settings import TrainConfig
 from training.step import TrainStep, to_device
 from training.tracking import Stopwatch, Tracker, Window, averages, peak_memory
@@ -82,7 +83,7 @@ class Run:
         used = rate * cost(self.plan.network).train_flops if device.type == "cuda" else 0
         values = averages(rows, self.plan.objective) | {
             **more,
-            "lr": self.settings.learning_rate,
+            "lr": learning_rate(self.settings, self.step - 1),
             "ema_distance": float(self.train_step.ema.distance(self.train_step.network)),
             "images_per_second": rate,
             "data_wait": data_wait,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.presets import GUIDANCE_SCALE
 from config import RUN, UserError, setting
-from models.choices import PATHS, PRECISIONS, WEIGHTINGS
+from models.choices import PATHS, PRECISIONS, SCHEDULES, WEIGHTINGS
 
 _run = partial(setting, group="run")
 _model = partial(setting, group="model")
@@ -40,6 +40,11 @@ class TrainConfig:
         role=RUN,
     )
     gpu: str | None = _run(None, "with --dry-run: does the run fit this GPU, e.g. RTX4090, and its time", role=RUN)
+    init_from: Path | None = _run(
+        None,
+        "start from the weights of a model file, run, published .pt or hub OWNER/NAME[/FILE]; classes are matched by name",
+        also=("pretrained", "finetune", "finetune_from", "pretrained_model_name_or_path", "load_from"),
+    )
     accept_changes: bool = _run(False, "resume although settings differ from the run's", role=RUN)
 
     model: str = _model("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}")
@@ -79,7 +84,13 @@ class TrainConfig:
     gradient_accumulation_steps: int = _optimisation(
         1, "micro-batches per step", also=("grad_accum", "accumulation_steps", "accum"), above=0, role=RUN
     )
-    learning_rate: float = _optimisation(1e-4, "of AdamW, constant", also=("lr",), above=0, below=math.inf)
+    learning_rate: float = _optimisation(1e-4, "of AdamW, after the warm-up", also=("lr",), above=0, below=math.inf)
+    lr_schedule: str = _optimisation(
+        "constant", "learning rate after the warm-up: constant, or cosine to 0 at the last step", choices=SCHEDULES
+    )
+    lr_warmup_steps: int = _optimisation(
+        0, "steps in which the learning rate grows linearly to its value", also=("warmup", "warmup_steps"), at_least=0
+    )
     adam_beta1: float = _optimisation(0.9, "decay of AdamW's mean of the gradient", at_least=0, below=1)
     adam_beta2: float = _optimisation(0.999, "decay of AdamW's mean of the squared gradient", at_least=0, below=1)
     adam_weight_decay: float = _optimisation(0.0, "of AdamW", also=("wd", "weight_decay"), at_least=0, below=math.inf)
@@ -88,6 +99,9 @@ class TrainConfig:
         1.0, "clip the gradient to this norm", also=("clip", "grad_clip", "clip_grad"), above=0
     )
     ema_decay: float = _optimisation(0.9999, "of the averaged weights", also=("ema", "decay"), at_least=0, below=1)
+    ema_warmup: bool = _optimisation(
+        False, "for short runs: at step t the decay is at most (1 + t) / (10 + t)", also=("use_ema_warmup",)
+    )
 
     mixed_precision: str = _speed(
         "auto",

@@ -11,7 +11,7 @@ import torch
 
 from common.files import fingerprint
 from common.lock import claim
-from common.processes import in_turn, on_first, share
+from common.processes import from_first, in_turn, on_first, share
 from common.reporting import progress, say
 from dataset import PackedDataset, StepSampler, read_ahead
 from models.acceleration import allow_tf32, compile_encoder, compile_network, decide_compile
@@ -24,11 +24,13 @@ from packed.format import read_manifest
 from training import checkpoints, trackers
 from training.dry_run import start_text
 from training.folder import record_settings
+from training.initial import Source, open_source, take_weights
 from training.interrupt import Interrupt
 from training.launch import Processes, check_launcher
 from training.plan import Plan, make_plan
 from training.probe import FrechetProbe
 from training.run import Run
+from training.schedule import learning_rate
 from training.settings import TrainConfig
 from training.step import TrainStep
 from training.tracking import Tracker, Window, merge_windows
@@ -62,14 +64,16 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
     )
     class_means = plan.class_means(settings.data_dir)
     folder = settings.output_dir / settings.exp_name
+    begun = any(folder.glob("checkpoints/[0-9]*"))
+    source = from_first(lambda: None if begun else open_source(settings, plan))
     with ExitStack() as stack:
         lock = claim(folder, "run.lock", "wait for it, or choose another --exp-name")
         stack.enter_context(closing(lock))
-        on_first(lambda: _record(folder, settings, plan))
+        plan = replace(plan, notes=on_first(lambda: _record(folder, settings, plan, source)) or {})
         if processes.first:
             say(start_text(settings, plan, processes, folder))
         autoencoder, probe = _load_viewers(settings, plan, processes)
-        train_step, window, step = _build(settings, plan, processes, folder / "checkpoints")
+        train_step, window, step = _build(settings, plan, source, processes, folder / "checkpoints")
         sampler.start_step = step
         pin = processes.device.type == "cuda"
         reader = read_ahead(dataset, sampler, threads=settings.num_workers, pin_memory=pin)
@@ -97,8 +101,8 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
         )
 
 
-def _record(folder: Path, settings: TrainConfig, plan: Plan) -> None:
-    """Compare the settings with those that the folder was started with, and write them down."""
+def _record(folder: Path, settings: TrainConfig, plan: Plan, source: Source | None) -> dict[str, Any]:
+    """Compare the settings with those the folder was started with, and write them down; returns notes for model files."""
     manifest = plan.manifest
     facts = {
         "network": asdict(plan.network),
@@ -108,8 +112,14 @@ def _record(folder: Path, settings: TrainConfig, plan: Plan) -> None:
         "packed_vae": manifest.vae["name"],
         "data": fingerprint(manifest.shards)[:16],
     }
-    for change in record_settings(folder, settings, facts):
+    if settings.lr_schedule != "constant":
+        facts["last step of the learning rate"] = settings.max_train_steps
+    if source is not None:
+        facts["initialised_from"] = source.sha256
+    changes, kept = record_settings(folder, settings, facts)
+    for change in changes:
         say(f"continuing with another setting: {change}")
+    return {"initialised_from": kept["initialised_from"]} if "initialised_from" in kept else {}
 
 
 def _load_viewers(
@@ -132,7 +142,9 @@ def _load_viewers(
     return autoencoder, probe
 
 
-def _build(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path) -> tuple[TrainStep, Window, int]:
+def _build(
+    settings: TrainConfig, plan: Plan, source: Source | None, processes: Processes, folder: Path
+) -> tuple[TrainStep, Window, int]:
     """Step, log window and number of steps taken, as in the newest intact checkpoint if there is one."""
     allow_tf32(settings.allow_tf32)
     encoders = [
@@ -142,7 +154,10 @@ def _build(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path
     torch.manual_seed(settings.seed)
     network = SiT(plan.network)
     network.gradient_checkpointing = settings.gradient_checkpointing
-    ema = EMA(network, blank_network(plan.network), settings.ema_decay)
+    if source is not None:
+        said = take_weights(network, source, plan)
+        on_first(lambda: say(said))
+    ema = EMA(network, blank_network(plan.network), settings.ema_decay, warmup=settings.ema_warmup)
     found = share(on_first(lambda: checkpoints.newest(folder, say)))
     loaded = None if found is None else checkpoints.load(found)
     if loaded is not None:
@@ -188,5 +203,6 @@ def _build(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path
         precision=processes.precision,
         scaler=scaler,
         max_grad_norm=settings.max_grad_norm,
+        learning_rate=partial(learning_rate, settings),
     )
     return train_step, window, loaded.step if loaded else 0

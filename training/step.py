@@ -67,6 +67,7 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None = None,
         max_grad_norm: float = 1.0,
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
+        learning_rate: Callable[[int], float] | None = None,
     ) -> None:
         """Keep the parts of a step.
 
@@ -83,12 +84,13 @@ class TrainStep:
             scaler: of the gradient, for fp16.
             max_grad_norm: clip to this norm.
             no_sync: context in which a backward pass does not exchange gradients.
+            learning_rate: of each step; None: the optimiser's own.
         """
         self.network, self.objective, self.optimizer, self.ema = network, objective, optimizer, ema
         self.wrapped = network if wrapped is None else wrapped
         self.normalization, self.seed, self.encoders = normalization, seed, tuple(encoders)
         self.precision, self.scaler = precision, scaler
-        self.max_grad_norm, self.no_sync = max_grad_norm, no_sync
+        self.max_grad_norm, self.no_sync, self.learning_rate = max_grad_norm, no_sync, learning_rate
         self.device = next(network.parameters()).device
         self.parameters = list(network.parameters())
 
@@ -106,7 +108,7 @@ class TrainStep:
                 loss = self.objective.total(terms) / len(batches)
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             parts.append(LossTerms(*(term.detach() for term in terms)))
-        norms = self.update()
+        norms = self.update(step)
         terms = parts[0] if len(parts) == 1 else LossTerms(*(torch.cat(term) for term in zip(*parts)))
         return StepResult(terms, torch.linalg.vector_norm(norms), norms)
 
@@ -143,8 +145,8 @@ class TrainStep:
         teachers = (torch.cat([c.unsqueeze(1), p], dim=1) for c, p in zip(class_tokens, patch_tokens))
         return Targets(class_token, tuple(teachers))
 
-    def update(self) -> Tensor:
-        """Clip the gradient to max_grad_norm, step the optimiser and the EMA; returns the norm of each gradient.
+    def update(self, step: int) -> Tensor:
+        """Clip the gradient to max_grad_norm and take step `step` of optimiser and EMA; returns the norm of each gradient.
 
         The fused optimiser reads `found_inf` on the device and then leaves weights and moments alone.
         """
@@ -154,6 +156,9 @@ class TrainStep:
         norms = torch.stack(torch._foreach_norm(gradients))
         norm = torch.linalg.vector_norm(norms)
         torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        if self.learning_rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(step)
         if self.scaler is None:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (~norm.isfinite()).float()
             self.optimizer.step()
@@ -161,7 +166,7 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.network)
+        self.ema.update(self.network, step)
         return norms
 
 
