@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from common.files import write_text
-from common.provenance import versions
+from common.provenance import processor, versions
 from models.sit import SiTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +162,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(ROOT),
         "device": device_name(device),
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -186,7 +186,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 def device_name(device: str | torch.device) -> str:
     """Name of the GPU, or of the CPU with its number of cores."""
     device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_model()} ({os.cpu_count()} cores)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()} ({os.cpu_count()} cores)"
 
 
 def commit(repository: Path) -> str | None:
@@ -264,14 +264,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:

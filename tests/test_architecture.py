@@ -20,6 +20,7 @@ LAYERS = (
     ("sampling", "training"),
     ("train", "generate", "convert"),
     ("quickstart", "benchmarks"),
+    ("study",),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(

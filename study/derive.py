@@ -1,0 +1,62 @@
+"""A packed dataset made of another one by a rule: `python -m study.derive PACKED OUT`. No image is read, no network run."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from common.files import sha256
+from common.reporting import run, say
+from dataset import PackedDataset
+from packed.format import write_manifest
+from packed.writer import write_shard
+
+
+def derive(source: Path, out: Path, *, one_class: bool = False, token: str = "encoder", scale: float = 1.0) -> None:
+    """Write the records of a dataset with changed labels or class tokens, in the same order.
+
+    Args:
+        source: packed dataset with the tokens of one encoder.
+        out: folder to write.
+        one_class: give all records one label, as a folder of unsorted images has.
+        token: "encoder" keeps the class token; "mean" replaces it by the mean of the patch tokens.
+        scale: factor of the class token; 0 divides all tokens by their root mean square.
+    """
+    data = PackedDataset(source)
+    manifest = data.manifest
+    arrays = {
+        name: np.concatenate([data.records(k, name) for k in range(len(manifest.shards))]) for name in manifest.fields
+    }
+    tokens = arrays["patch_tokens.0"].astype(np.float32).mean(1) if token == "mean" else arrays["class_token.0"]
+    tokens = tokens.astype(np.float32)
+    tokens *= scale or 1 / np.sqrt(np.mean(tokens**2))
+    classes = ["image"] if one_class else manifest.classes
+    if one_class:
+        arrays["label"] = np.zeros_like(arrays["label"])
+    arrays["class_token.0"] = tokens.astype(np.float16)
+    out.mkdir(parents=True, exist_ok=True)
+    shard = write_shard(out, 0, arrays)
+    means, files = out / "class_means.npy", {}
+    labels = arrays["label"]
+    np.save(means, np.stack([tokens[labels == c].mean(0) for c in range(len(classes))]))
+    files[means.name] = sha256(means)
+    count = manifest.count
+    content = replace(manifest, classes=classes, shards=[shard], shard_size=count, class_means=means.name, files=files)
+    write_manifest(out, content)
+    say(f"{out}: {count:,} records of {source}, {len(classes)} classes, class token {token} x {scale:g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, metavar="PACKED")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--one-class", action="store_true", help="all records get one label")
+    parser.add_argument("--token", choices=("encoder", "mean"), default="encoder", help="mean: of the patch tokens")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the class token; 0: to unit RMS")
+    settings = parser.parse_args()
+    derive(settings.source, settings.out, one_class=settings.one_class, token=settings.token, scale=settings.scale)
+
+
+if __name__ == "__main__":
+    run(main)

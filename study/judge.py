@@ -1,0 +1,200 @@
+"""Samples of a network against the training images, in several feature spaces; and what its class tokens say."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.processes import gather_rows, rank, world
+from dataset import PackedDataset
+from evaluations import features
+from evaluations.coherence import load_reader, token_metrics
+from evaluations.collect import collect
+from evaluations.image_sets import open_images
+from evaluations.layers import measure, read_targets
+from evaluations.metrics import frechet_distance
+from evaluations.settings import CknnaConfig
+from evaluations.sliced import mind
+from evaluations.statistics import compute_statistics
+from models.autoencoder import Autoencoder
+from models.class_token import nearest_class
+from models.guidance import Guidance
+from models.interpolant import Interpolant
+from models.model_file import Model, ModelInfo
+from models.samplers import Solver
+from models.sit import SiT
+from sampling.sampler import Sampler
+
+SAMPLING_SEED = 0  # of the noise: the same for all rows, seeds and steps
+CKNNA_TIME, CKNNA_IMAGES, NEIGHBOURS = 0.5, 500, 10
+
+
+class Samples(NamedTuple):
+    """pixels: (N, 3, H, W) uint8. label: (N,) int64. token: (N, D) generated class tokens, or None."""
+
+    pixels: Tensor
+    label: Tensor
+    token: Tensor | None
+
+
+def draw(
+    network: SiT,
+    autoencoder: Autoencoder,
+    count: int,
+    *,
+    path: str,
+    steps: int,
+    batch: int,
+    guidance: Guidance | None = None,
+) -> Samples:
+    """`count` samples by Heun's ODE solver, drawn by all ranks and gathered on rank 0; labels go round all classes.
+
+    Args:
+        network: in eval mode on its device.
+        autoencoder: decodes them.
+        count: samples of all ranks together.
+        path: interpolant of the network.
+        steps: of the solver, two evaluations each.
+        batch: samples at a time.
+        guidance: none by default.
+    """
+    device = next(network.parameters()).device
+    solver = Solver("ode", "heun", steps)
+    sampler = Sampler(network, Interpolant(path), solver, guidance or Guidance(), seed=SAMPLING_SEED)
+
+    def parts() -> Iterator[Samples]:
+        for index in torch.arange(count).tensor_split(world())[rank()].split(batch):
+            index = index.to(device)
+            label = index % network.config.num_classes
+            state = sampler(index, label).state
+            token = None if state.class_token is None else state.class_token.float().cpu()
+            yield Samples(autoencoder.decode(state.latent).cpu(), label.cpu(), token)
+
+    pixels, label, token = zip(*parts())
+    tokens = None if token[0] is None else gather_rows(torch.cat(token))
+    return Samples(gather_rows(torch.cat(pixels)), gather_rows(torch.cat(label)), tokens)
+
+
+class Judge:
+    """Feature networks with the features of the training images."""
+
+    def __init__(self, train: Path, spaces: tuple[str, ...], device: torch.device, batch: int) -> None:
+        """Load the networks and read the training images.
+
+        Args:
+            train: images, as evaluate.py takes them.
+            spaces: as evaluate.py --features takes them.
+            device: of the networks.
+            batch: images at a time.
+        """
+        self.device, self.batch = device, batch
+        self.spaces = [features.load(spec, device=device) for spec in spaces]
+        images = open_images([train])
+        self.train = {s.space: collect(images, s, batch_size=batch).pooled for s in self.spaces}
+        self.statistics = {name: compute_statistics(rows) for name, rows in self.train.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Which weights judge, by space."""
+        return {space.space: space.digest[:16] for space in self.spaces}
+
+    def images(self, pixels: Tensor, label: Tensor | None) -> dict[str, float]:
+        """Distances to the training images in each space, and the accuracy of labels by the first network.
+
+        Args:
+            pixels: (N, 3, H, W) uint8.
+            label: (N,) int64; None: not to be measured.
+        """
+        found = {}
+        for number, space in enumerate(self.spaces):
+            parts = [space(part) for part in pixels.split(self.batch)]
+            pooled = torch.cat([part.pooled.float().cpu() for part in parts])
+            if label is not None and number == 0:
+                named = torch.cat([part.logits.argmax(1).cpu() for part in parts if part.logits is not None])
+                found["class_accuracy"] = (named == label).double().mean().item()
+            found[f"fd_{space.space}"] = frechet_distance(self.statistics[space.space], compute_statistics(pooled))
+            estimate = mind(self.train[space.space], pooled)
+            found[f"mind_{space.space}"] = estimate.value
+            found[f"mind_{space.space}_error"] = estimate.error or 0.0
+        return found
+
+
+class Teacher:
+    """The encoder of a run's dataset, with the tokens of the training images."""
+
+    def __init__(self, dataset: Path, device: torch.device, batch: int) -> None:
+        self.data = PackedDataset(dataset)
+        info = self.data.manifest.encoders[0]
+        self.device, self.batch = device, batch
+        self.reader = load_reader(info.name, info.grid, device)
+        count = len(self.data)
+        rows = torch.arange(count)
+        self.tokens = read_targets(self.data, rows, None, 256, torch.device("cpu")).class_token
+        labels = torch.from_numpy(self.data.labels())
+        means = [self.tokens[labels == c].mean(0) for c in range(len(self.data.manifest.classes))]
+        self.class_means = torch.stack(means) if len(means) > 1 else None
+        self.some = rows[:: max(count // CKNNA_IMAGES, 1)][:CKNNA_IMAGES]
+        self.targets = read_targets(self.data, self.some, None, 256, device)
+
+    def read(self, pixels: Tensor) -> Tensor:
+        """The encoder's class tokens (N, D) of uint8 images."""
+        return torch.cat([self.reader(part).pooled.float().cpu() for part in pixels.split(self.batch)])
+
+    def tokens_of(self, samples: Samples) -> dict[str, float]:
+        """Generated class tokens against the encoder's: of their own images, and of the training images as a set."""
+        if samples.token is None:
+            return {}
+        names = ("token_cosine", "token_cosine_shuffled", "token_retrieval", "token_class_agreement")
+        numbers = token_metrics(samples.token, self.read(samples.pixels), self.class_means)
+        found = {name: number.value for name, number in zip(names, numbers) if number is not None}
+        return found | {"token_fd": self.distance(samples.token)}
+
+    def distance(self, tokens: Tensor) -> float:
+        """Frechet distance of class tokens to those of the training images."""
+        return frechet_distance(compute_statistics(self.tokens), compute_statistics(tokens))
+
+    def layers(self, network: SiT, info: ModelInfo) -> dict[str, float]:
+        """CKNNA of each block's mean patch token with the encoder's, at t = 0.5; the largest over the blocks."""
+        settings = CknnaConfig(checkpoint=Path(), dataset=Path(), times=(CKNNA_TIME,), neighbours=NEIGHBOURS)
+        found = measure(Model(Path(), network, info, None), self.data, self.some, self.targets, settings)
+        scores = {"cknna": max(found.patch_tokens[0])}
+        if found.denoised_cknna is not None and found.denoised_cosine is not None:
+            scores |= {
+                "token_denoised_cknna": found.denoised_cknna[0],
+                "token_denoised_cosine": found.denoised_cosine[0],
+            }
+        return scores
+
+
+def reconstructions(autoencoder: Autoencoder, pixels: Tensor, batch: int) -> Tensor:
+    """Images through the VAE and back: (N, 3, H, W) uint8 => the same, from the mean of the posterior."""
+
+    def through(part: Tensor) -> Tensor:
+        mean = autoencoder.encode(part).chunk(2, dim=1)[0]
+        return autoencoder.decode(autoencoder.normalization.normalize(mean))
+
+    return torch.cat([through(part) for part in pixels.split(batch)])
+
+
+def floors(judge: Judge, autoencoder: Autoencoder, held_out: Path) -> dict[str, dict[str, float]]:
+    """What perfect samples would reach: held-out images themselves, and these through the VAE."""
+    images = open_images([held_out])
+    pixels = torch.from_numpy(np.array(images.read(0, len(images)))).permute(0, 3, 1, 2)
+    label = None if images.labels is None else torch.from_numpy(images.labels)
+    through = reconstructions(autoencoder, pixels, judge.batch)
+    return {"held-out": judge.images(pixels, label), "reconstructions": judge.images(through, label)}
+
+
+def oracle(teacher: Teacher, held_out: Path) -> dict[str, float]:
+    """The class tokens that the encoder itself gives held-out images: what perfect generated tokens would reach."""
+    images = open_images([held_out])
+    pixels = torch.from_numpy(np.array(images.read(0, len(images)))).permute(0, 3, 1, 2)
+    tokens = teacher.read(pixels)
+    found = {"token_fd": teacher.distance(tokens)}
+    if teacher.class_means is not None and images.labels is not None:
+        hits = nearest_class(tokens, teacher.class_means) == torch.from_numpy(images.labels)
+        found["token_class_accuracy"] = hits.double().mean().item()
+    return found

@@ -1,0 +1,65 @@
+"""The runs of a level: data, teacher, row of the paper's ablation, seed. No torch here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from config import UserError
+from study.settings import StudyConfig
+
+ROWS: dict[str, tuple[str, ...]] = {  # rows of the paper's ablation => flags of train.py
+    "sit": ("--no-class-token", "--proj-coeff", "0"),
+    "token": ("--proj-coeff", "0"),  # the class token is denoised, nothing is aligned
+    "repa": ("--no-class-token",),
+    "reg": (),
+}
+DATA = ("labelled", "unlabelled")  # unlabelled: all images are of one class
+NO_TEACHER = "none"  # the word of a row that reads no token of any encoder
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run.
+
+    Attributes:
+        data: a word of DATA.
+        teacher: the encoder whose tokens are read.
+        row: a word of ROWS, and changed flags after it: `reg+class-coeff=0.1`.
+        seed: of weights, data order and noise.
+    """
+
+    data: str
+    teacher: str
+    row: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.teacher}-{self.row}-seed{self.seed}"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Those of train.py."""
+        base, *changes = self.row.split("+")
+        changed = [word for change in changes for word in ("--" + change).split("=")]
+        return (*ROWS[base], *changed, "--seed", str(self.seed))
+
+
+def runs(settings: StudyConfig) -> list[Spec]:
+    """All runs of a level in their order, each once; rows without a teacher do not depend on which one is named.
+
+    Raises:
+        UserError: a line of `runs` cannot be read.
+    """
+    return list(dict.fromkeys(spec for line in settings.runs for spec in _read(line)))
+
+
+def _read(line: str) -> Iterator[Spec]:
+    words = line.split()
+    if len(words) != 4 or words[0] not in DATA or not all(seed.isdigit() for seed in words[3].split(",")):
+        raise UserError(f"runs: {line!r} must be 'DATA TEACHER ROW[,ROW...] SEED[,SEED...]', DATA one of {DATA}")
+    data, teacher, rows, seeds = words
+    for seed in map(int, seeds.split(",")):
+        for row in rows.split(","):
+            if row.split("+")[0] not in ROWS:
+                raise UserError(f"runs: {line!r}: {row!r} is no row of the ablation ({', '.join(ROWS)})")
+            yield Spec(data, NO_TEACHER if row.split("+")[0] == "sit" else teacher, row, seed)

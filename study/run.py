@@ -1,0 +1,223 @@
+"""Train the runs of a level and judge each at its checkpoints; what the raw results hold is not done again."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.files import fingerprint
+from common.lock import FolderLock
+from common.pictures import write_png
+from common.processes import on_first
+from common.provenance import processor, versions
+from common.reporting import say
+from config import RESULT, UserError, as_dict, parse
+from models.autoencoder import Autoencoder, load_autoencoder
+from models.cost import cost
+from models.sit import SiT
+from quickstart.stages import Runner
+from study.judge import Judge, Samples, Teacher, draw, floors, oracle
+from study.ledger import Ledger
+from study.levels import Level
+from study.plan import NO_TEACHER, Spec, runs
+from study.settings import StudyConfig
+from training import checkpoints
+from training.run import Run
+from training.settings import TrainConfig
+from training.setup import prepare
+
+PICTURES = 20  # samples of seed 0 that are kept as a picture, ten in a row
+RAW, EMA = "raw", "ema"  # the weights that are judged; raw ones at the last step alone
+
+
+class Study:
+    """A level's networks, judges and raw results, each loaded when it is first needed."""
+
+    def __init__(self, settings: StudyConfig) -> None:
+        self.settings = settings
+        self.out = settings.out / settings.level
+        self.level = Level(self.out)
+        self.ledger = Ledger(settings.results / f"{settings.level}.jsonl")
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline"}
+        self.runner = Runner(self.out, environment)
+        self.judge = cache(self._judge)
+        self.teacher = cache(self._teacher)
+        self.autoencoder: Callable[[str], Autoencoder] = cache(load_autoencoder)
+
+    def _judge(self) -> Judge:
+        return Judge(self.level.images / "train.npz", self.level.spaces, torch.device("cpu"), 100)
+
+    def _teacher(self, dataset: Path) -> Teacher:
+        return Teacher(dataset, torch.device("cpu"), 100)
+
+    def train_settings(self, spec: Spec) -> TrainConfig:
+        """The settings of train.py for one run."""
+        settings = self.settings
+        flags = {
+            "--config": settings.train,
+            "--data-dir": self.level.dataset(spec),
+            "--output-dir": self.out / "runs",
+            "--exp-name": spec.name,
+            "--max-train-steps": settings.steps[-1],
+            "--ema-decay": settings.ema_decay,
+            "--sampling-steps": 0,
+            "--checkpointing-steps": settings.steps[-1],
+            "--keep-last": 1,
+        }
+        words = [str(word) for pair in flags.items() for word in pair]
+        return parse(TrainConfig, "a run of the study", [*words, *spec.flags])
+
+    def key(self, spec: Spec, step: int, weights: str = EMA) -> str:
+        """Digest of all that a judgement depends on; settings at their defaults are left out, so that new ones of train.py
+        do not change it, and paths, so that the study may be moved."""
+        train = self.train_settings(spec)
+        changed = {
+            field.name: value
+            for field in dataclasses.fields(train)
+            if field.metadata["role"] == RESULT and (value := as_dict(train)[field.name]) != field.default
+        }
+        run = {"data": spec.data, "teacher": spec.teacher, "train": changed, "step": step, "weights": weights}
+        judged = {"level": self.settings.level, "samples": self.settings.samples, "solver": self.settings.solver_steps}
+        return fingerprint([run, judged])[:16]
+
+    def wanted(self, spec: Spec) -> dict[tuple[int, str], str]:
+        """(step, weights) of the judgements that a run is to give, with their keys."""
+        judged = [(step, EMA) for step in self.settings.steps] + [(self.settings.steps[-1], RAW)]
+        return {one: self.key(spec, *one) for one in judged}
+
+    def run(self, spec: Spec) -> None:
+        """Train one run from its newest checkpoint on, and judge it wherever the raw results lack it."""
+        self.level.prepare(spec, self.runner)
+        folder = self.out / "runs" / spec.name
+        with closing(FolderLock(self.out / "locks", f"{spec.name}.lock", "it is left out here")):
+            wanted, done = self.wanted(spec), self.ledger.keys()
+            first = min(step for (step, _), key in wanted.items() if key not in done)
+            newest = checkpoints.newest(folder / "checkpoints", say)
+            if newest is not None and int(newest.name) > first:  # trained before, judged otherwise: start again
+                shutil.rmtree(folder)
+            with prepare(self.train_settings(spec)) as run:
+                started = time.process_time()
+                for step in self.settings.steps:
+                    while run.step < step:
+                        run.advance()
+                        if run.step % run.settings.log_every == 0:
+                            run.log({})
+                    if run.step > step:
+                        continue
+                    run.save()
+                    trained = time.process_time() - started
+                    for (at, weights), key in wanted.items():
+                        if at == step and key not in done:
+                            parts = run.train_step
+                            network = parts.ema.average if weights == EMA else parts.network
+                            self.judged(spec, run, network.eval(), weights, key, trained)
+                    run.train_step.network.train()
+
+    @torch.no_grad()
+    def judged(self, spec: Spec, run: Run, network: SiT, weights: str, key: str, trained: float) -> None:
+        """Sample a network, judge the samples and append the line."""
+        started, info = time.process_time(), run.plan.model_info(run.step, spec.seed)
+        autoencoder = self.autoencoder(run.plan.vae)
+        count, batch = self.settings.samples, self.settings.batch_size
+        samples = draw(network, autoencoder, count, path=info.path, steps=self.settings.solver_steps, batch=batch)
+
+        def append() -> None:
+            label = samples.label if spec.data == "labelled" else None
+            metrics = self.judge().images(samples.pixels, label)
+            teacher = self.teacher(self.level.dataset(spec))
+            metrics |= teacher.tokens_of(samples) | teacher.layers(network, info)
+            line = {
+                **dataclasses.asdict(spec),
+                **{"key": key, "step": run.step, "weights": weights, "images": run.step * run.settings.batch_size},
+                **{"samples": count, "metrics": metrics, "train_flops_per_image": cost(network.config).train_flops},
+                **{"cpu_seconds": {"training": trained, "judging": time.process_time() - started}},
+                "networks": self.digests(spec),
+                "machine": machine(),
+            }
+            self.ledger.append(line)
+            say(f"{spec.name}, step {run.step}, {weights}: {shown(metrics)}")
+            if spec.seed == 0 and weights == EMA:
+                self.picture(f"{spec.data}-{spec.teacher}-{spec.row}-{run.step}", samples)
+
+        on_first(append)
+
+    def picture(self, name: str, samples: Samples) -> None:
+        """Keep the first samples."""
+        n, c, h, w = samples.pixels[:PICTURES].shape
+        rows = samples.pixels[:PICTURES].view(n // 10, 10, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, 10 * w, c)
+        write_png(self.settings.results / "pictures" / self.settings.level / f"{name}.png", rows.numpy())
+
+    def digests(self, spec: Spec) -> dict[str, str]:
+        """Weights of the networks that a line depends on."""
+        manifest = self.teacher(self.level.dataset(spec)).data.manifest
+        teacher = {} if spec.teacher == NO_TEACHER else {spec.teacher: manifest.encoders[0].weights[:16]}
+        return {**self.judge().digests, "vae": manifest.vae["weights"][:16], **teacher}
+
+    def floors(self, spec: Spec) -> None:
+        """What real images reach in the judges' spaces, and the teacher's own tokens of them: lines of their own."""
+        self.level.prepare(spec, self.runner)
+        held_out, dataset = self.level.images / "test.npz", self.level.dataset(spec)
+        head = {"level": self.settings.level, "teacher": spec.teacher, "data": spec.data}
+        done = self.ledger.keys()
+
+        def append(row: str, measured: Callable[[], dict[str, float]], **names: str) -> None:
+            key = fingerprint([head["level"], row, names])[:16]
+            if key not in done:
+                line = {"key": key, "row": row, **names, "metrics": measured(), "machine": machine()}
+                self.ledger.append({**line, "networks": self.digests(spec)})
+
+        vae = self.teacher(dataset).data.manifest.vae["name"]
+        real = cache(lambda: floors(self.judge(), self.autoencoder(vae), held_out))
+        for row in ("held-out", "reconstructions"):
+            append(row, lambda row=row: real()[row])  # type: ignore[misc]
+        if spec.teacher != NO_TEACHER:
+            names = {"teacher": spec.teacher, "data": spec.data}
+            append("oracle token", lambda: oracle(self.teacher(dataset), held_out), **names)
+            append("teacher", lambda: self.level.accuracy(spec.teacher), teacher=spec.teacher)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and packages."""
+    return {"processor": processor(), "threads": torch.get_num_threads(), **versions(("torch", "timm", "numpy"))}
+
+
+def shown(metrics: dict[str, float]) -> str:
+    """The metrics in one line, without their errors."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith("_error"))
+
+
+def selected(settings: StudyConfig) -> list[Spec]:
+    """The runs that have all words of --only."""
+    named = [({spec.data, spec.teacher, spec.row, f"seed{spec.seed}", spec.name}, spec) for spec in runs(settings)]
+    return [spec for words, spec in named if words.issuperset(settings.only)]
+
+
+def study(settings: StudyConfig) -> None:
+    """All runs of a level that the raw results lack, in their order."""
+    work = Study(settings)
+    started, specs = time.monotonic(), selected(settings)
+    done = work.ledger.keys()
+    missing = {spec: sum(key not in done for key in work.wanted(spec).values()) for spec in specs}
+    say(f"{len(specs)} runs, {sum(not count for count in missing.values())} of them finished; {work.ledger.path}")
+    for spec in specs:
+        if settings.dry_run:
+            say(f"{spec.name}: {missing[spec]} of {len(work.wanted(spec))} judgements missing")
+            continue
+        if settings.max_hours and time.monotonic() - started > 3600 * settings.max_hours:
+            say(f"stopped after {settings.max_hours:g} hours; the same command goes on")
+            return
+        if work.ledger.keys().issuperset(work.wanted(spec).values()):
+            continue
+        try:
+            work.floors(spec)
+            work.run(spec)
+        except UserError as error:
+            if "in use by" not in str(error):
+                raise
+            say(f"{spec.name}: {error}")

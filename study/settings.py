@@ -1,0 +1,31 @@
+"""Settings of `python -m study LEVEL`: a recipe of recipes/study, and flags. Nothing here imports torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import RUN, setting
+
+LEVELS = ("digits",)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """One level of the study: images, networks, the runs in their order, and how their samples are judged."""
+
+    level: str = setting(help="which images", group="study", choices=LEVELS)
+    train: Path = setting(help="recipe of train.py that all rows share", group="training")
+    steps: tuple[int, ...] = setting(help="optimiser steps after which a run is judged", group="training", above=0)
+    ema_decay: float = setting(help="of the averaged weights, which are judged", group="training", at_least=0, below=1)
+    runs: tuple[str, ...] = setting(
+        help="'DATA TEACHER ROW[,ROW...] SEED[,SEED...]', in the order of their importance", group="training"
+    )
+    samples: int = setting(help="images that are judged, with the same noise in all runs", group="judging", above=1)
+    solver_steps: int = setting(25, "Heun steps of the ODE, unguided", group="judging", above=0)
+    only: tuple[str, ...] = setting(
+        (), "run only what has these words in its name, such as unlabelled reg", group="machine", role=RUN
+    )
+    batch_size: int = setting(100, "images that are sampled at a time", group="machine", above=0, role=RUN)
+    max_hours: float | None = setting(None, "begin no further run after this time", group="machine", above=0, role=RUN)
+    dry_run: bool = setting(False, "list the runs and what is finished, and stop", group="machine", role=RUN)
+    out: Path = setting(Path("runs/study"), "images, networks and runs; may be deleted", group="machine", role=RUN)
+    results: Path = setting(Path("study/results"), "raw results, LEVEL.jsonl", group="machine", role=RUN)
