@@ -10,7 +10,6 @@ shard k is row i of each of its files. Fields:
     patch_tokens.K (T, D_K)   float16   likewise
 """
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from config import MissingFile, UserError
+from common.files import sha256
+from config import UserError
 from models import philox
 from models.noise import Stream
-from packed.format import MANIFEST, MOMENTS_STD_SCALE, REPAIR, Field, read_manifest
+from packed import checks
+from packed.format import CRC, MANIFEST, MOMENTS_STD_SCALE, REPAIR, Field, read_manifest
 from packed.memory import Buffers, copy_records, map_file
 
 _UNMAP = 16 * 2**30  # bytes read after which files are mapped anew: page tables of a whole epoch would take 1 GB
@@ -76,14 +77,14 @@ class PackedDataset(Dataset):
     """
 
     def __init__(self, directory: Path | str, fields: Sequence[str] | None = None) -> None:
-        """Read the manifest and check that all files are there, at their full size.
+        """Read the manifest and check that all files are there, at their full size, and each label is a class.
 
         Args:
             directory: of the dataset.
             fields: which ones to read; None: all.
 
         Raises:
-            UserError: names the file that is missing or damaged.
+            UserError: names the file that is missing or damaged, or the record whose label is not a class.
         """
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
@@ -99,16 +100,25 @@ class PackedDataset(Dataset):
         if len(self._ends) == 0 or self._ends[-1] != self.manifest.count:
             raise UserError(f"{self.directory / MANIFEST}: the shards do not add up to count {self.manifest.count}")
         self._specs = {name: Field.of(spec) for name, spec in self.manifest.fields.items()}
+        self._specs[CRC] = checks.crc_field(self.manifest)
         self._maps: dict[tuple[int, str], np.ndarray] = {}
         self._mapped_bytes = 0
         self._buffers = Buffers()
-        self._check_sizes()
+        checks.check_sizes(self.directory, self.manifest, self.fields)
+        if "label" in self.fields:
+            self.labels()
+        self._checks = checks.RecordChecks(self.directory, self.manifest, self.fields)
 
     def __len__(self) -> int:
         return self.manifest.count
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Gather records at `indices`, (N,) integers in [0, count). Raises IndexError outside of it."""
+        """Gather records at `indices`, (N,) integers in [0, count).
+
+        Raises:
+            IndexError: one is outside of it.
+            UserError: a record is not what was written. Each is compared with its CRC-32 when it is read for the first time.
+        """
         return self.read(indices)
 
     def read(self, indices: Sequence[int] | np.ndarray, *, pin_memory: bool = False) -> Batch:
@@ -122,6 +132,7 @@ class PackedDataset(Dataset):
         shards = np.searchsorted(self._ends, indices, side="right")
         places = list(zip(shards.tolist(), (indices - self._starts[shards]).tolist()))
         get = {name: self._gather(name, places, pin_memory) for name in self.fields}
+        self._checks.check(indices, places, get, lambda number: self.records(number, CRC))
         encoders = range(len(self.manifest.encoders))
         return Batch(
             moments=get.get("moments"),
@@ -136,19 +147,26 @@ class PackedDataset(Dataset):
         return {**self.__dict__, "_maps": {}, "_buffers": Buffers()}  # a spawned worker maps the files itself
 
     def labels(self) -> np.ndarray:
-        """(count,) int64 labels of all records."""
-        return np.concatenate([self.records(number, "label") for number in range(len(self.manifest.shards))])
+        """(count,) int64 labels of all records. Raises UserError if one is not a class, or not what was written."""
+        return checks.read_labels(self.directory, self.manifest)
 
     def records(self, number: int, name: str) -> np.ndarray:
-        """One field of one shard, (records, ...), mapped read-only. Raises UserError if the file is damaged."""
+        """One field of one shard, (records, ...), mapped read-only; records are not compared with their checksums.
+
+        Raises:
+            UserError: the header is not that of the field, or the CRC-32 themselves do not match their checksum.
+        """
         mapped = self._maps.get((number, name))
         if mapped is None:
-            path, field, count = self._file(number, name), self._specs[name], self.manifest.shards[number]["count"]
+            shard, field = self.manifest.shards[number], self._specs[name]
+            path, count = self.directory / shard["files"][name]["file"], shard["count"]
             mapped = map_file(path, field, count)
             if mapped is None:
                 raise UserError(
                     f"shard file {path} does not hold {count} records of {field.dtype} {field.shape}; {REPAIR}"
                 )
+            if name == CRC and sha256(path) != shard["files"][CRC]["sha256"]:
+                raise UserError(f"shard file {path} does not match its checksum; {REPAIR}")
             self._maps[number, name] = mapped
         return mapped
 
@@ -165,24 +183,6 @@ class PackedDataset(Dataset):
         maps = {number: self.records(number, name) for number in {number for number, _ in places}}
         copy_records(out, [maps[number][row : row + 1] for number, row in places])
         return tensor
-
-    def _file(self, number: int, name: str) -> Path:
-        return self.directory / self.manifest.shards[number]["files"][name]["file"]
-
-    def _check_sizes(self) -> None:
-        """Find missing and truncated files at start-up, without opening thousands of them."""
-        for number, shard in enumerate(self.manifest.shards):
-            for name in self.fields:
-                path = self._file(number, name)
-                try:
-                    size = os.stat(path).st_size
-                except FileNotFoundError:
-                    raise MissingFile(f"shard file {path} is missing; {REPAIR}") from None
-                expected = self._specs[name].file_bytes(shard["count"])
-                if size != expected:
-                    raise UserError(
-                        f"shard file {path} is truncated or damaged: {size} bytes, not {expected}; {REPAIR}"
-                    )
 
 
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:

@@ -4,7 +4,8 @@
 
 The published format (an uncompressed PNG and a npy for each image) and ours, with pixels and with cached tokens, are written
 to a temporary folder and read shuffled: the published one through torch's DataLoader, as it does, ours through
-`dataset.read_ahead` with as many threads as the other has processes, and through DataLoader too.
+`dataset.read_ahead` with as many threads as the other has processes, and through DataLoader too. In the first epoch each
+record is compared with its CRC-32; the rows without "first epoch" are of later ones.
 """
 
 import json
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,7 @@ def _compare(folder: Path, settings: DataBenchmark, workers: int, *, cold: bool)
     for kind in ("pixels", "tokens"):
         if workers == 0 and not cold:
             readers[f"bare gather, {kind}"] = _bare(folder / kind, settings.batch_size)
+        readers[f"ours, first epoch, {kind}"] = _our_first_epoch(folder / kind, settings.batch_size, workers)
         readers[f"ours, {kind}"] = _our_reader(folder / kind, settings.batch_size, workers)
         if not cold:
             readers[f"ours by DataLoader, {kind}"] = _our_loader(folder / kind, settings.batch_size, workers)
@@ -195,7 +198,22 @@ def _our_reader(folder: Path, size: int, threads: int) -> Callable[[], Any]:
     from dataset import PackedDataset, StepSampler, read_ahead
 
     dataset = PackedDataset(folder)
+    dataset[range(len(dataset))]  # the first epoch
     stream = read_ahead(dataset, StepSampler(len(dataset), size, seed=0), threads=threads)
+    return lambda: next(stream)
+
+
+def _our_first_epoch(folder: Path, size: int, threads: int) -> Callable[[], Any]:
+    """The dataset is opened anew for each epoch."""
+    from dataset import PackedDataset, StepSampler, read_ahead
+
+    def endless() -> Iterator[Any]:
+        while True:
+            dataset = PackedDataset(folder)
+            order = StepSampler(len(dataset), size, seed=0)
+            yield from read_ahead(dataset, islice(order, len(dataset) // size), threads=threads)
+
+    stream = endless()
     return lambda: next(stream)
 
 

@@ -326,17 +326,17 @@ def open_packed(path: Path) -> ImageSet:
     from dataset import PackedDataset
 
     dataset = PackedDataset(path, fields=("pixels", "label"))
-    shards = dataset.manifest.shards
 
-    def read(start: int, stop: int, number: int) -> np.ndarray:
-        return np.array(dataset.records(number, "pixels")[start:stop])
+    def read(start: int, stop: int) -> np.ndarray:
+        pixels = dataset[range(start, stop)].pixels
+        assert pixels is not None
+        return pixels.numpy()
 
     def digest() -> str:  # the manifest holds the checksum of every shard
-        return _sha(*(shard["files"]["pixels"]["sha256"] for shard in shards))
+        return _sha(*(shard["files"]["pixels"]["sha256"] for shard in dataset.manifest.shards))
 
-    shape = tuple(dataset.manifest.fields["pixels"]["shape"])
-    images = _joined([(shard["count"], partial(read, number=number)) for number, shard in enumerate(shards)])
-    return ImageSet(path.name, (len(dataset), *shape), images, digest, dataset.labels(), grouped=True)
+    shape = dataset.manifest.fields["pixels"]["shape"]
+    return ImageSet(path.name, (len(dataset), *shape), read, digest, dataset.labels(), grouped=True)
 
 
 def _sha(*parts: str) -> str:

@@ -1,6 +1,5 @@
 """Writing a shard of a packed dataset so that it is whole or absent."""
 
-import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from common.files import replacing, sha256, write_sealed
+from common.files import crc32, replacing, sha256, write_sealed
 from packed.format import CRC, Field, entry_file, shard_file
 
 
@@ -43,7 +42,7 @@ class ShardWriter:
         for column, name in enumerate(sorted(arrays)):
             array = np.ascontiguousarray(arrays[name])
             for row in range(len(array)):
-                crc[row, column] = zlib.crc32(array[row].data if array.ndim > 1 else array[row].tobytes())
+                crc[row, column] = crc32(array[row].data if array.ndim > 1 else array[row].tobytes())
             self._streams[name].write(array.data)
         self._crc.append(crc)
         self.count += len(crc)

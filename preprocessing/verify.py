@@ -2,7 +2,6 @@
 
 import os
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.files import sha256
+from common.files import crc32, sha256
 from common.reporting import progress, say
 from config import MissingFile, UserError
 from packed.format import CRC, MANIFEST, Field, entry_file, read_entry, read_manifest
@@ -149,7 +148,7 @@ def _damage(out: Path, plan: Plan, index: Index | None, number: int, entry: dict
     wanted = np.load(checksums, allow_pickle=False)[:, sorted(plan.fields).index(name)]
     with path.open("rb") as stream:
         stream.seek(len(field.header(0)))
-        broken = [row for row, crc in enumerate(wanted) if zlib.crc32(stream.read(field.record_bytes)) != crc]
+        broken = [row for row, crc in enumerate(wanted) if crc32(stream.read(field.record_bytes)) != crc]
     if not broken:
         return "does not match its checksum; its header is broken"
     start = sum(_count(out, plan, before) for before in range(number))

@@ -126,13 +126,14 @@ def write_dataset(
 
 
 def spoil(folder: Path, field: str, record: int) -> None:
-    """Put a NaN into one record of a dataset."""
-    shards = read_manifest(folder).shards
-    number, row = (0, record) if record < shards[0]["count"] else (1, record - shards[0]["count"])
-    file = folder / shards[number]["files"][field]["file"]
-    array = np.load(file)
-    array[row].reshape(-1)[1] = np.nan
-    np.save(file, array)
+    """Put a NaN into one record of a dataset, with the checksums of then: as if it had been packed so."""
+    manifest = read_manifest(folder)
+    first = manifest.shards[0]["count"]
+    number, row = (0, record) if record < first else (1, record - first)
+    arrays = {name: np.load(folder / manifest.shards[number]["files"][name]["file"]) for name in manifest.fields}
+    arrays[field][row].reshape(-1)[1] = np.nan
+    manifest.shards[number] = write_shard(folder, number, arrays)
+    write_manifest(folder, manifest)
 
 
 PUBLISHED_ARGS = argparse.Namespace(resolution=8, path_type="linear", enc_type="dinov2-vit-b", encoder_depth=1)

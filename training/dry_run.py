@@ -8,7 +8,7 @@ import torch
 
 from common.units import duration, size_text
 from config import UserError
-from dataset import StepSampler
+from dataset import PackedDataset, StepSampler
 from models.cost import GPUS, USABLE, TrainingMemory, cost, named_gpu, step_cost, training_memory, vit_macs
 from packed.format import read_manifest
 from training.assumed import assumed_manifest, record_bytes
@@ -49,6 +49,8 @@ def dry_run(settings: TrainConfig) -> str:
     if settings.assume is None:
         manifest = read_manifest(settings.data_dir)
     plan, world = make_plan(settings, manifest), int(os.environ.get("WORLD_SIZE", 1))
+    if settings.assume is None:
+        PackedDataset(settings.data_dir, plan.fields)  # finds missing files and impossible labels
     plan.class_means(settings.data_dir)  # there is none where the dataset is assumed
     open_source(settings, plan)
     micro = settings.gradient_accumulation_steps
