@@ -6,6 +6,7 @@ if not __package__:  # run as a file
 import json
 import sys
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 from common.files import write_text
@@ -13,6 +14,7 @@ from common.reporting import run, say
 from config import REMOVED, UserError, parse
 from config import differences as differing_settings
 from evaluations.results import Results, as_markdown, check_writable, columns, load, table
+from evaluations.seeds import mean_of, sign
 from evaluations.settings import CompareConfig
 
 # What decides a number besides the model and the sampler.
@@ -54,6 +56,7 @@ NOT_PROTOCOL = frozenset(
 EXAMPLES = (
     "python -m evaluations.compare samples/a/results.json samples/b/results.json",
     "python -m evaluations.compare samples/*/results.json --across cfg_scale steps --out table.md",
+    "python -m evaluations.compare sit-{0,1,2}.json reg-{0,1,2}.json --seeds 3 --floor held-out.json",
 )
 
 
@@ -65,8 +68,15 @@ def main() -> None:
     if len({row.name for row in rows}) < len(rows):
         for path, row in zip(settings.results, rows, strict=True):
             row.name = str(path)
+    if len(rows) % settings.seeds:
+        raise UserError(f"--seeds {settings.seeds}: {len(rows)} results are not so many for each method")
+    if settings.floor is not None:
+        add_ratios(rows, load(settings.floor))
     differing = differences(rows, settings.across)
-    text = as_markdown(table(rows) if differing else ranked(rows))
+    if settings.seeds > 1 and not differing:
+        text = over_seeds([rows[i : i + settings.seeds] for i in range(0, len(rows), settings.seeds)])
+    else:
+        text = as_markdown(table(rows) if differing else ranked(rows))
     say(text.rstrip())
     if settings.out is not None:
         check_writable(settings.out)
@@ -127,6 +137,56 @@ def ranked(rows: list[Results]) -> list[list[str]]:
             if value == best and len(rows) > 1:
                 cells[number] = f"**{cells[number]}**"
     return [["Rank", *head], *([str(place), *cells] for place, cells in enumerate(body, start=1))]
+
+
+def add_ratios(rows: list[Results], floor: Results) -> None:
+    """Give each result FDr: its Frechet distances over those of held-out images to the same reference.
+
+    Raises:
+        UserError: the two were not measured against the same reference.
+    """
+    for row in rows:
+        if row.protocol.get("reference_sha256") != floor.protocol.get("reference_sha256"):
+            raise UserError(f"--floor {floor.name} was measured against another reference than {row.name}")
+        for key in [key for key in row.metrics if key == "fid" or key.startswith("fd_")]:
+            if floor.metrics.get(key) is not None and floor.metrics[key].value > 0:
+                least, value = floor.metrics[key].value, row.metrics[key]
+                error = None if value.error is None else value.error / least
+                name = "fdr" if key == "fid" else key.replace("fd_", "fdr_", 1)
+                row.metrics[name] = value._replace(value=value.value / least, error=error)
+
+
+def over_seeds(methods: list[list[Results]]) -> str:
+    """Markdown: each method's metrics over its seeds, and the differences of every pair, seed by seed.
+
+    A method's rank is 1 + the number of methods that are surely better in the first metric (evaluations/seeds.py), so that
+    those within the spread of the seeds share a rank.
+
+    Args:
+        methods: the results of each, in the same order of seeds.
+    """
+    every = [row for rows in methods for row in rows]
+    shown = [column for column in columns(every) if all(column.key in row.metrics for row in every)]
+    if not shown:
+        raise UserError("--seeds: no metric is in all of the results")
+    names = [rows[0].name for rows in methods]
+    values = {c.key: [[row.metrics[c.key].value for row in rows] for rows in methods] for c in shown}
+    first, better = values[shown[0].key], 1 if shown[0].larger else -1
+    ranks = [1 + sum(sign(other, own) == better for other in first) for own in first]
+    head = ["Rank", "Method", "Seeds", *(column.title for column in shown)]
+    body = [
+        [str(ranks[k]), names[k], str(len(methods[k])), *(mean_of(values[c.key][k]).text(c.digits) for c in shown)]
+        for k in sorted(range(len(methods)), key=lambda k: (ranks[k], -better * sum(first[k])))
+    ]
+    pairs = [["Difference", *(column.title for column in shown)]]
+    for (i, a), (j, b) in combinations(enumerate(names), 2):
+        cells = [f"{b} - {a}"]
+        for column in shown:
+            x, y = values[column.key][i], values[column.key][j]
+            verdict = {0: "within the spread", 1: "higher", -1: "lower"}[sign(y, x)]
+            cells.append(f"{mean_of([q - p for p, q in zip(x, y, strict=True)]).text(column.digits)}: {verdict}")
+        pairs.append(cells)
+    return as_markdown([head, *body]) + "\n" + as_markdown(pairs)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,12 @@ def _kernel_distance(inputs: Inputs) -> Numbers:
     return [kernel_distance(*inputs.rows, seed=inputs.settings.seed)]
 
 
+def _mind(inputs: Inputs) -> Numbers:
+    from evaluations.sliced import mind
+
+    return [mind(*inputs.rows, seed=inputs.settings.seed)]
+
+
 def _clip_mmd(inputs: Inputs) -> Numbers:
     from evaluations.metrics import clip_mmd
 
@@ -213,6 +219,7 @@ METRICS = (  # in the order of the columns of tables
     ),
     Entry(_kernel_distance, OTHER_SPACE, ROWS, "kernel_distance", (Column("kd", "KD", 5),)),
     Entry(_kernel_distance, INCEPTION, ROWS, "kernel_distance", (Column("kid", "KID", 5),)),
+    Entry(_mind, ANY_SPACE, ROWS, "mind", (Column("mind", "MIND"),)),
     Entry(_clip_mmd, CLIP, ROWS, "", (Column("cmmd", "CMMD"),)),
     Entry(_class_accuracy, CLASSIFIER, "", "", (Column("class_accuracy", "Class accuracy", 3, LARGER),)),
     Entry(_authenticity, FIRST_SPACE, ROWS, "memorization", (Column("authenticity", "Authenticity", 3, LARGER),)),
@@ -229,4 +236,5 @@ METRICS = (  # in the order of the columns of tables
         ),
     ),
 )
-COLUMNS = {column.key: column for entry in METRICS for column in entry.columns}
+RATIOS = (Column("fdr", "FDr"),)  # compare.py's: a Frechet distance over that of held-out images
+COLUMNS = {column.key: column for column in (*(c for entry in METRICS for c in entry.columns), *RATIOS)}

@@ -33,6 +33,7 @@ class EvaluateConfig:
     )
     precision_recall: bool = setting(True, "precision and recall (k = 3)", group="metrics")
     density_coverage: bool = setting(False, "density and coverage (k = 5)", group="metrics")
+    mind: bool = setting(False, "MIND, a sliced Wasserstein distance that 5,000 samples suffice for", group="metrics")
     kernel_distance: bool = setting(False, "kernel distance: KID, KDD", group="metrics")
     pr_dtype: str = setting(
         "adm",
@@ -82,6 +83,16 @@ class CompareConfig:
     results: tuple[Path, ...] = setting(help="results.json files", group="compare")
     across: tuple[str, ...] = setting(
         (), "protocol keys that may differ (cfg_scale, steps, ...), or all: rank all the same", group="compare"
+    )
+    seeds: int = setting(
+        1,
+        "training seeds of each method: so many results in a row are one method's, in the same order of seeds; "
+        "differences within their spread are not ranked",
+        group="compare",
+        at_least=1,
+    )
+    floor: Path | None = setting(
+        None, "results.json of held-out images: adds FDr, Frechet distances over theirs", group="compare"
     )
     out: Path | None = setting(None, "also write the table to this Markdown file", group="compare", role=RUN)
 

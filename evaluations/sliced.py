@@ -47,4 +47,4 @@ def _transport(a: Tensor, b: Tensor) -> Tensor:
     # where either quantile function steps, times N M, so that integers decide which value holds
     ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique().to(a.device)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    return ((a[:, starts // m] - b[:, starts // n]) ** 2 * ((ends - starts) / (n * m))).sum(1)
+    return ((a[:, starts // m] - b[:, starts // n]) ** 2 * ((ends - starts).double() / (n * m))).sum(1)

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from config import UserError
 from evaluations import compare
 from evaluations.registry import Metric
 from evaluations.results import Results, as_markdown, load, markdown
+from evaluations.seeds import mean_of, sign
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +67,45 @@ def test_former_words_mean_the_present_ones():
     assert set(compare.differences([old, new], ("dtype",))) == {"sampling.guidance_schedule"}
 
 
+def test_seeds_of_a_method_are_compared_in_pairs():
+    """The mean difference and its sign, by numpy; what lies in the spread of the seeds shares a rank."""
+    sit, repa, reg = [9.0, 8.0, 8.6], [7.5, 8.1, 7.9], [6.3, 6.5, 6.4]
+    methods = [
+        [result(n, v, seed=i) for i, v in enumerate(vs)] for n, vs in (("sit", sit), ("repa", repa), ("reg", reg))
+    ]
+    lines = compare.over_seeds(methods).splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:5]] == [["1", "reg", "3"], ["2", "repa", "3"], ["2", "sit", "3"]]
+    assert lines[8].startswith("repa - sit | -1.50, 0.10, -0.70: within the spread | ")
+    assert lines[9].startswith("reg - sit | -2.70, -1.50, -2.20: lower | ") and lines[9].endswith(": higher")
+
+
+def test_intervals_need_five_seeds():
+    """A bootstrap interval holds the mean, shrinks with the spread, and decides from five pairs on; one run ranks none."""
+    noise = np.random.default_rng(1).normal(size=8)
+    wide, narrow = mean_of(3 + noise), mean_of(3 + noise / 10)
+    assert wide.interval[0] < wide.mean < wide.interval[1]
+    width = np.subtract(*wide.interval[::-1])
+    assert width == pytest.approx(2 * 1.96 * noise.std() / 8**0.5, rel=0.1)
+    assert np.subtract(*narrow.interval[::-1]) == pytest.approx(width / 10)
+    assert mean_of([1, 2, 3]).interval is None and mean_of([1, 2, 3]).text(1) == "1.0, 2.0, 3.0"
+    base = np.array([5.0, 9, 6, 8, 7])
+    assert (
+        sign(base - 0.5 + noise[:5] / 10, base) == -1 and sign(base + noise[:5] / 10 - noise[:5].mean() / 10, base) == 0
+    )
+    assert sign([1.0], [2.0]) == 0 and sign([2, 3], [0.0, 1]) == 1 and sign([2, 3, 4], [1.0, 2.5, 3]) == 0
+
+
+def test_ratios_to_held_out_images():
+    """FDr is FD over the FD of held-out images; another reference is refused."""
+    rows, floor = [result("a", 3.0)], result("held-out", 1.5)
+    rows[0].metrics["fd_judge"], floor.metrics["fd_judge"] = Metric(8.0, 0.4), Metric(4.0)
+    compare.add_ratios(rows, floor)
+    assert rows[0].metrics["fdr"] == Metric(2.0) and rows[0].metrics["fdr_judge"] == Metric(2.0, 0.1)
+    assert "FDr judge" in markdown(rows)
+    with pytest.raises(UserError, match="another reference than a"):
+        compare.add_ratios(rows, result("held-out", 1.0, reference_sha256="x"))
+
+
 def test_compare_program(tmp_path):
     """Prints the table either way; status 2 and the differing keys when it will not rank."""
     result("a", 3.0).save(tmp_path / "a.json")
@@ -75,3 +116,5 @@ def test_compare_program(tmp_path):
     assert "protocols differ in reference_sha256" in done.stderr and done.stderr.count("\n") == 1
     done = subprocess.run([*command, "--across", "reference_sha256"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 | b" in done.stdout
+    done = subprocess.run([*command, "--across", "all", "--seeds", "2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 | a | 2 | 3.00, 2.00" in done.stdout
