@@ -22,24 +22,18 @@ def train(settings: TrainConfig) -> int:
     from training.setup import prepare
 
     with prepare(settings) as run:
-        reason = None
+        reason = run.watch(resumed=True)
         while run.step < settings.max_train_steps and reason is None:
             run.advance()
             reason = run.interrupt.requested()
-            last = run.step == settings.max_train_steps
-            distance = run.evaluate() if _due(settings.eval_every, run.step, last) else {}
-            if distance or _due(settings.log_every, run.step, last):
-                run.log(distance)
-            if reason or _due(settings.checkpointing_steps, run.step, last):
+            if run.due(settings.log_every) or run.due(settings.eval_every):
+                run.log()
+            if reason or run.due(settings.checkpointing_steps):
                 run.save()
-            if _due(settings.sampling_steps, run.step, last):
-                run.preview()
+            reason = reason or run.watch()  # after the save: it may take longer than a scheduler waits
+        if reason:
+            run.save()  # if the stop was requested while watching
     return run.conclude(reason)
-
-
-def _due(every: int, step: int, last: bool) -> bool:
-    """True at multiples of `every` and after the last step; never where `every` is 0."""
-    return every > 0 and (last or step % every == 0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,10 +1,12 @@
 """Messages, errors and progress bars of the programs: from rank 0, and readable in log files as on terminals."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
@@ -14,16 +16,39 @@ SECONDS_BETWEEN_LINES = 30.0  # of a bar in a log file
 
 
 def say(text: str) -> None:
-    """Print one message on stdout, above a progress bar if there is one; ranks other than 0 stay silent.
-
-    Where the reader of a pipe is gone (`| head`) this and all later output is dropped, and the program goes on.
-    """
+    """Print one message on stdout, above a progress bar if there is one; ranks other than 0 stay silent."""
     if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class _Console:
+    """A standard stream that never ends a program: what cannot be written is dropped.
+
+    The reader of a pipe may go (`| head`), a terminal be closed, the disk of a log file be full.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        self._try(partial(self._stream.write, text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
         try:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            action()
+        except OSError as error:
+            if (
+                error.errno != errno.ENOSPC
+            ):  # for good, so that nothing meets the error again, at the exit of Python for one
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -31,7 +56,9 @@ def run(main: Callable[[], None]) -> None:
 
     The same error of several ranks is reported by the first of them, an error of one rank alone with its number. Any other
     exception is a bug and keeps its traceback. What then breaks on the other ranks, whose peer has left, is not reported.
+    A console that is gone never ends the program.
     """
+    sys.stdout, sys.stderr = cast(TextIO, _Console(sys.stdout)), cast(TextIO, _Console(sys.stderr))
     try:
         main()
     except UserError as error:

@@ -107,7 +107,7 @@ class Study:
                     while run.step < step:
                         run.advance()
                         if run.step % run.settings.log_every == 0:
-                            run.log({})
+                            run.log()
                     if run.step > step:
                         continue
                     run.save()

@@ -228,7 +228,7 @@ def test_rotation_keeps_what_is_not_its_own(data, tmp_path):
     assert (folder / "0000002/notes.txt").read_text() == "mine" and len(list((folder / "0000002").iterdir())) == 5
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_signals_finish_the_step_and_save(data, tmp_path, name, status):
     """The process saves the step it is in and exits with the status; handlers are as before; the run resumes."""
     marker = tmp_path / "requeued"

@@ -1,8 +1,10 @@
-"""Stopping by signals and --max-hours, agreed on by all ranks without touching the device."""
+"""Stopping by signals, the end of the launcher and --max-hours, agreed on by all ranks without touching the device."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -10,8 +12,26 @@ import torch
 
 from common.processes import PATIENCE
 
-EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "max-hours": 143}
-_REASONS = tuple(EXIT_STATUS)  # the last one wins where ranks have different ones
+_ORPHANED = "the end of its launcher"
+EXIT_STATUS = {"SIGINT": 130, "SIGHUP": 129, _ORPHANED: 143, "SIGTERM": 143, "SIGUSR1": 143, "max-hours": 143}
+_REASONS = tuple(EXIT_STATUS)  # the last one wins where there are several
+_SIGNALS = ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1")
+
+
+class Stopped(Exception):
+    """A measurement or preview that was given up because a stop was requested."""
+
+
+def launcher() -> int | None:
+    """The process number of the launcher (torchrun, accelerate) that started this process, None if it is another parent."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        command = b""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ or b"accelerate" in command else None
+
+
+_LAUNCHER = launcher()  # looked up before weights are loaded, in which time it may end
 
 
 class Interrupt:
@@ -31,9 +51,11 @@ class Interrupt:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        for reason in _REASONS[:3]:
+        for reason in _SIGNALS:
             number = getattr(signal, reason)
-            self._former[number] = signal.signal(number, self._note)
+            # nohup's ignore counts; but torchrun passes a hang-up on, under nohup too, and kills 30 seconds later
+            if reason != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN or _LAUNCHER is not None:
+                self._former[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -43,12 +65,19 @@ class Interrupt:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def requested(self) -> str | None:
-        """The reason to stop now ("SIGTERM", "SIGUSR1", "SIGINT", "max-hours"), the same on every rank, or None."""
+    def noted(self) -> str | None:
+        """The reason to stop that this rank knows of; the others may not have heard of it yet."""
         if self._deadline is not None and self._clock() >= self._deadline:
             self._noted = max(self._noted, _REASONS.index("max-hours"))
+        if _LAUNCHER is not None and os.getppid() != _LAUNCHER:
+            self._noted = max(self._noted, _REASONS.index(_ORPHANED))
+        return _REASONS[self._noted] if self._noted >= 0 else None
+
+    def requested(self) -> str | None:
+        """The reason to stop now (a key of EXIT_STATUS), the same on every rank, or None."""
+        reason = self.noted()
         if self._group is None:
-            return _REASONS[self._noted] if self._noted >= 0 else None
+            return reason
         before = self._pending
         note = torch.tensor([self._noted])
         work = torch.distributed.all_reduce(note, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)

@@ -1,5 +1,6 @@
 """Preview grids: samples of the EMA at fixed noise and labels, the same ones at every step."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from models.samplers import sde_times
 from models.sit import SiT
 from models.solvers import Progress, euler_maruyama
 from models.state import State
+from training.interrupt import Stopped
 from training.plan import Plan
 from training.settings import TrainConfig
 
@@ -62,6 +64,7 @@ def draw(
     class_means: Tensor | None,
     settings: TrainConfig,
     precision: str,
+    requested: Callable[[], str | None] = lambda: None,
 ) -> None:
     """Write a contact sheet of guided samples, each over its label and the class that its class token is nearest to.
 
@@ -73,12 +76,20 @@ def draw(
         class_means: (classes, E) mean class tokens, or None.
         settings: seed, steps and guidance scale.
         precision: of the run; see `sample`.
+        requested: why to stop, if a stop was requested; asked at each step.
 
     Raises:
+        Stopped: a stop was requested.
         OSError: the file cannot be written.
     """
     device = next(network.parameters()).device
     labels = preview_labels(plan.network.num_classes, PREVIEWS).to(device)
+
+    def moved(done: int) -> None:
+        bar.update()
+        if reason := requested():
+            raise Stopped(reason)
+
     with progress(settings.preview_steps, unit="step", description=f"preview of step {int(file.stem[-7:])}") as bar:
         sampled = sample(
             network,
@@ -89,7 +100,7 @@ def draw(
             steps=settings.preview_steps,
             guidance=Guidance(settings.preview_scale, high=GUIDANCE_HIGH),
             precision=precision,
-            progress=lambda done: bar.update(),
+            progress=moved,
         )
     nearest: list[int | None] = [None] * PREVIEWS
     if class_means is not None and sampled.class_token is not None:

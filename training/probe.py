@@ -1,6 +1,7 @@
 """Frechet distance of the EMA's samples while it trains: a few thousand, from the same noise and labels every time."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from models.guidance import Guidance
 from models.interpolant import Interpolant
 from models.sit import SiT
 from training import previews
+from training.interrupt import Stopped
 
 FIRST_INDEX = 1 << 20  # of the noise; previews have the numbers from 0 on
 BATCH = 32  # images
@@ -66,15 +68,39 @@ class FrechetProbe:
 
     @torch.no_grad()
     def measure(
-        self, network: SiT, interpolant: Interpolant, *, seed: int, steps: int, precision: str = "fp32"
+        self,
+        network: SiT,
+        interpolant: Interpolant,
+        *,
+        seed: int,
+        steps: int,
+        precision: str = "fp32",
+        requested: Callable[[], str | None] = lambda: None,
     ) -> float:
-        """The Frechet distance, in every process; features are computed without TF32, as evaluate.py does."""
+        """The Frechet distance, in every process; features are computed without TF32, as evaluate.py does.
+
+        Args:
+            network: is sampled from.
+            interpolant: of its training.
+            seed: of the noise.
+            steps: of the SDE.
+            precision: of the run; see `previews.sample`.
+            requested: why to stop, the same in every process; asked between batches.
+
+        Raises:
+            Stopped: a stop was requested.
+        """
         labels = previews.preview_labels(network.config.num_classes, self.count).to(self.device)
         batches = torch.arange(self.count).tensor_split(world())[rank()].split(BATCH)
+        most = math.ceil(math.ceil(self.count / world()) / BATCH)  # batches of any process
 
         def sampled(bar: tqdm) -> Iterator[Tensor]:
-            for rows in batches:
-                index = rows.to(self.device)
+            for number in range(most):
+                if reason := requested():
+                    raise Stopped(reason)
+                if number == len(batches):  # others have one more
+                    return
+                index = batches[number].to(self.device)
                 state = previews.sample(
                     network,
                     interpolant,

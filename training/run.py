@@ -18,7 +18,7 @@ from models.autoencoder import Autoencoder
 from models.cost import cost
 from training import checkpoints, previews
 from training.health import check_weights, check_window
-from training.interrupt import EXIT_STATUS, Interrupt
+from training.interrupt import EXIT_STATUS, Interrupt, Stopped
 from training.launch import Processes, gather_row
 from training.plan import Plan
 from training.probe import FrechetProbe
@@ -75,14 +75,17 @@ class Run:
         self.step += 1
         self.bar.update()
 
-    def log(self, more: dict[str, float]) -> None:
-        """Write a line of averages since the last one, and `more`. Only this and a save wait for the device."""
+    def due(self, every: int) -> bool:
+        """True after the last step and at multiples of `every`; never where `every` is 0."""
+        return every > 0 and (self.step == self.settings.max_train_steps or self.step % every == 0)
+
+    def log(self) -> None:
+        """Write a line of averages since the last one. Only this and a save wait for the device."""
         rows = self._checked_window()
         steps_per_second, data_wait = self.stopwatch.rates()
         rate, device = steps_per_second * self.settings.batch_size, self.processes.device
         used = rate * cost(self.plan.network).train_flops if device.type == "cuda" else 0
         values = averages(rows, self.plan.objective) | {
-            **more,
             "lr": learning_rate(self.settings, self.step - 1),
             "ema_distance": float(self.train_step.ema.distance(self.train_step.network)),
             "images_per_second": rate,
@@ -106,6 +109,8 @@ class Run:
             return
         with self.stopwatch.pause():
             rows, parts = self._checked_window(), self.train_step
+            if self.tracker:
+                self.tracker.sync()
             check_weights(parts.network, parts.ema, self.step)
             state = checkpoints.TrainingState(
                 self.step,
@@ -122,36 +127,66 @@ class Run:
             if share(on_first(lambda: write(folder, state, info, means, self.settings))):
                 self.saved_step = self.step
 
-    def preview(self) -> None:
-        """Write previews/step_0000100.png from the EMA, on rank 0."""
-        if self.tracker is None or self.autoencoder is None:
-            return
-        with self.stopwatch.pause():
-            file = self.folder / "previews" / f"step_{self.step:07d}.png"
-            try:
-                previews.draw(
-                    file,
-                    self.train_step.ema.average,
-                    self.plan,
-                    self.autoencoder,
-                    self.class_means,
-                    self.settings,
-                    self.processes.precision,
-                )
-                self.tracker.picture(self.step, file)
-            except OSError as error:
-                say(f"preview {file} could not be written: {error}")
+    def watch(self, *, resumed: bool = False) -> str | None:
+        """Draw the preview and measure the Frechet distance where they are due; both give up when a stop is requested.
 
-    def evaluate(self) -> dict[str, float]:
-        """The Frechet distance of samples of the EMA, for the log."""
-        assert self.probe is not None
-        with self.stopwatch.pause():
-            interpolant, steps = self.plan.objective.interpolant, self.settings.preview_steps
-            network = self.train_step.ema.average
-            distance = self.probe.measure(
-                network, interpolant, seed=self.settings.seed, steps=steps, precision=self.processes.precision
+        Args:
+            resumed: the run continues from this step: make what a former start did not come to.
+
+        Returns:
+            The reason to stop, or None.
+        """
+        if resumed and self.step == 0:
+            return None
+        try:
+            with self.stopwatch.pause():
+                if self.due(self.settings.sampling_steps):
+                    self._preview(resumed)
+                if self.due(self.settings.eval_every):
+                    self._evaluate(resumed)
+        except Stopped as stopped:
+            return str(stopped)
+        return None
+
+    def _preview(self, resumed: bool) -> None:
+        """Write previews/step_0000100.png from the EMA, on rank 0."""
+        file = self.folder / "previews" / f"step_{self.step:07d}.png"
+        if self.tracker is None or self.autoencoder is None or (resumed and file.is_file()):
+            return
+        try:
+            previews.draw(
+                file,
+                self.train_step.ema.average,
+                self.plan,
+                self.autoencoder,
+                self.class_means,
+                self.settings,
+                self.processes.precision,
+                self.interrupt.noted,
             )
-        return {"fd": distance, "fd_samples": self.settings.eval_samples}
+            self.tracker.picture(self.step, file)
+        except Stopped:  # the other ranks hear of it when they ask together
+            pass
+        except OSError as error:
+            say(f"preview {file} could not be written: {error}")
+
+    def _evaluate(self, resumed: bool) -> None:
+        """Add the Frechet distance of samples of the EMA to the newest line of the log."""
+        assert self.probe is not None
+        if resumed and not share(self.tracker is not None and self.tracker.lacks(self.step, "fd")):
+            return
+        distance = self.probe.measure(
+            self.train_step.ema.average,
+            self.plan.objective.interpolant,
+            seed=self.settings.seed,
+            steps=self.settings.preview_steps,
+            precision=self.processes.precision,
+            requested=self.interrupt.requested,
+        )
+        more = {"fd": distance, "fd_samples": self.settings.eval_samples}
+        if self.tracker:
+            self.tracker.amend(self.step, more)
+        self.last |= more
 
     def conclude(self, reason: str | None) -> int:
         """Print how the run ended and requeue it if asked to, after it is closed; returns the exit status.

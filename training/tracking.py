@@ -4,14 +4,14 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.files import write_error, write_text
+from common.files import sync, write_bytes, write_error
 from common.reporting import say
 from loss import Objective
 from models.hub import first_line
@@ -168,7 +168,7 @@ class Tracker:
         self.path = folder / METRICS
         self._cut(start_step)
         try:
-            self._stream = self.path.open("a")
+            self._stream = self.path.open("ab")
         except OSError as error:
             raise write_error(self.path, error) from error
         self._reported: set[str] = set()
@@ -178,11 +178,35 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line."""
         try:
-            self._write(json.dumps({"step": step, **values}) + "\n")
+            self._write(_line({"step": step, **values}) + b"\n")
         except OSError as error:
             self._report(str(self.path), error)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self._try(lambda tracker: tracker.log(step, numbers))
+
+    def lacks(self, step: int, name: str) -> bool:
+        """Whether the last line is that of this step and has no such value."""
+        last = self._last()
+        return last.get("step") == step and name not in last
+
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the last line, which is that of this step."""
+        try:
+            last = self._last()
+            if last.get("step") == step:
+                self._write_all([*self._lines()[:-1], _line({**last, **values})])
+                former, self._stream = self._stream, self.path.open("ab")
+                former.close()
+        except OSError as error:
+            self._report(str(self.path), error)
+        self._try(lambda tracker: tracker.log(step, values))
+
+    def sync(self) -> None:
+        """Flush the lines to the disk (fsync): a checkpoint must not outlive the log of its steps."""
+        try:
+            sync(self.path)
+        except OSError as error:
+            self._report(str(self.path), error)
 
     def picture(self, step: int, file: Path) -> None:
         """Show a PNG in the tracker."""
@@ -195,7 +219,7 @@ class Tracker:
             self._report(str(self.path), error)
         self._try(lambda tracker: tracker.close())
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: bytes) -> None:
         self._stream.write(line)
         self._stream.flush()
 
@@ -214,17 +238,30 @@ class Tracker:
         self._reported.add(what)
 
     def _cut(self, start_step: int) -> None:
-        """Drop lines after start_step and a line torn by a kill."""
+        """Drop lines after start_step, and what is no line: one torn by a kill, or damaged."""
         if not self.path.is_file():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
-            try:
+        for line in self._lines():
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
                 if json.loads(line)["step"] <= start_step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        self._write_all(kept)
+
+    def _write_all(self, lines: list[bytes]) -> None:
+        write_bytes(self.path, b"".join(line + b"\n" for line in lines))
+
+    def _lines(self) -> list[bytes]:
+        return self.path.read_bytes().splitlines()
+
+    def _last(self) -> dict[str, Any]:
+        with suppress(IndexError, ValueError):  # no line yet, or a full disk took a part of it
+            return json.loads(self._lines()[-1])
+        return {}
+
+
+def _line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values).encode()
 
 
 def peak_memory(device: torch.device) -> float:
