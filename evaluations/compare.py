@@ -50,6 +50,7 @@ NOT_PROTOCOL = frozenset(
         "vae_tiling",
         "class_token_names_label",
         "label_values_sha256",
+        "files",
         "vae_sha256",
     }
 )

@@ -105,10 +105,14 @@ class Parts:
         return self.folder / f"part-{samples.start:09d}-{samples.stop:09d}.npz"
 
 
+class OtherSettings(UserError):
+    """The folder holds samples of other settings."""
+
+
 def refuse_mixing(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError unless the two identities are the same, naming the first difference."""
+    """Raise OtherSettings unless the two identities are the same, naming the first difference."""
     for name, was, value in differences(before, now):
-        raise UserError(
+        raise OtherSettings(
             f"{folder} holds samples made with {name} = {was}, this command says {value}; give another --out, or delete "
             "that folder"
         )

@@ -18,7 +18,7 @@ from common.units import size_text
 from config import UserError, differences
 from models.obtain import obtain
 from sampling import messages
-from sampling.assemble import assemble, is_finished, png_file
+from sampling.assemble import TOKENS, assemble, is_finished, png_file, restore_pictures
 from sampling.job import Job, load
 from sampling.parts import Parts
 from sampling.sampler import Drawn, guidance_of, solver_of
@@ -71,8 +71,9 @@ def _begin(settings: SampleConfig, process: Processes, parts: Parts) -> tuple[Jo
     found = replace(settings, checkpoint=obtain(settings.checkpoint), guide_checkpoint=guide and obtain(guide))
     job = load(found, process)
     out, count, side = settings.out, settings.num_fid_samples, job.model.info.resolution
-    wanted = [name for name, asked in (("class_tokens.npy", settings.class_tokens), ("png", settings.png)) if asked]
+    wanted = [TOKENS] if settings.class_tokens else []
     if is_finished(out, count, job.identity, wanted, have_parts=bool(parts.done())):
+        restore_pictures(job)
         say(f"{out} is complete: {count} samples with these settings are there")
         return None
 
