@@ -1,5 +1,6 @@
 """Files that are whole or absent: one way to write, to read what others wrote, to digest, to look at free space."""
 
+import codecs
 import errno
 import hashlib
 import json
@@ -71,6 +72,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text as `replacing` does."""
     write_bytes(path, text.encode())
+
+
+def read_text(path: Path) -> str:
+    """Text that a person wrote, in UTF-8 or UTF-16, with or without a byte order mark, or else in Latin-1."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    if content[1:2] == b"\0":
+        return content.decode("utf-16-le", "replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 def write_json(path: Path, content: Any) -> None:

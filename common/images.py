@@ -1,19 +1,21 @@
-"""Image files: which files of a folder are images, and image file => RGB pixels."""
+"""Image files: which names promise an image, and image file => RGB pixels."""
 
 import io
-import os
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 SUFFIX = re.compile(
-    r"\.(jpe?g|jpe|jfif|png|bmp|gif|webp|tiff?|ppm|pgm|pbm|pnm|jp2|avif|tga|ico|pcx)\Z", re.IGNORECASE | re.ASCII
+    r"\.(jpe?g|jpe|jfif|png|apng|bmp|gif|webp|tiff?|ppm|pgm|pbm|pnm|jp2|j2k|jpx|avif|tga|ico|pcx|hei[cf]|hif|jxl|jxr)\Z",
+    re.IGNORECASE | re.ASCII,
 )
+UNREAD = {"heic": "", "heif": "", "hif": "", "jxl": "", "jxr": "", "avif": "avif", "webp": "webp"} | dict.fromkeys(
+    ("jp2", "j2k", "jpx"), "jpg_2000"
+)  # suffix => the feature of Pillow that it takes, "" if there is none
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "PCX")  # MPO is JPEG's
 MODES_OF_8_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 MAX_BYTES = 2**28  # of an image file; the largest of ImageNet has 16 MB
@@ -33,51 +35,39 @@ def is_image(name: str) -> bool:
     return bool(SUFFIX.search(name)) and not path.name.startswith(".") and "__MACOSX" not in path.parts
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """Paths of all files below a folder, relative to it, with "/", in the order of the file system.
-
-    Links are followed, but never in a circle; hidden folders are skipped. An unreadable folder is a PermissionError.
-    """
-    stack: list[tuple[str, frozenset[str]]] = [("", frozenset((os.path.realpath(folder),)))]
-    while stack:
-        below, above = stack.pop()
-        with os.scandir(folder / below) as found:
-            for entry in found:
-                name = f"{below}/{entry.name}" if below else entry.name
-                if entry.is_dir():
-                    real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-                    if real not in above and not entry.name.startswith("."):
-                        stack.append((name, above | {real} if entry.is_symlink() else above))
-                elif entry.is_file():
-                    yield name
+def unread_format(name: str) -> str | None:
+    """Why an image of this name cannot be read here; None where it can."""
+    suffix = name.rpartition(".")[2].lower()
+    if suffix in UNREAD and not (UNREAD[suffix] and features.check(UNREAD[suffix])):
+        return f"the format {suffix} cannot be read here; convert it to JPEG or PNG"
+    return None
 
 
-def list_images(folder: Path) -> list[str]:
-    """Paths of all images below a folder, as `walk` gives them, sorted as text."""
-    return sorted(filter(is_image, walk(folder)))
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) by the file's header. Raises BadImage."""
+def image_size(source: bytes | Path) -> tuple[int, int]:
+    """(height, width) by the header of a file, or of its content. Raises BadImage."""
     try:
-        with path.open("rb") as stream:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
             image = _open(stream)
-            return image.height, image.width
     except OSError as error:
         raise _unreadable(error) from error
+    except BadImage:
+        data = source if isinstance(source, bytes) else _read(source)
+        image = _open(io.BytesIO(_without_metadata(data)))
+    return image.height, image.width
 
 
 def decode_image(source: bytes | Path, max_pixels: int | None = None, *, still_8_bit: bool = False) -> Image.Image:
     """An image file => RGB, as Pillow's convert("RGB") does it.
 
     Alpha is dropped, grey repeated, CMYK converted, 16 bits are scaled to 8 (Pillow would clip grey ones), of an animation
-    the first frame is taken, and EXIF orientation is ignored: but for the 16 bits all as in the published code.
+    the first frame is taken, and EXIF orientation is ignored: but for the 16 bits all as in the published code. Metadata
+    never decides whether an image can be read.
 
     Args:
         source: the content of the file, or its path.
         max_pixels: value of the flag --max-pixels: images whose header promises more are refused before they take memory.
             None: Pillow's own limit of 179 million.
-        still_8_bit: refuse animations, and channels of other than 8 bits.
+        still_8_bit: refuse animations (not the further views of a phone's MPO), and channels of other than 8 bits.
 
     Raises:
         BadImage: the file cannot be read, or is not such an image.
@@ -85,11 +75,21 @@ def decode_image(source: bytes | Path, max_pixels: int | None = None, *, still_8
     data = source if isinstance(source, bytes) else _read(source)
     if len(data) > MAX_BYTES:
         raise _too_large(len(data))
+    try:
+        return _decode(data, max_pixels, still_8_bit)
+    except BadImage:
+        bare = _without_metadata(data)
+        if bare == data:
+            raise
+    return _decode(bare, max_pixels, still_8_bit)
+
+
+def _decode(data: bytes, max_pixels: int | None, still_8_bit: bool) -> Image.Image:
     image = _open(io.BytesIO(data))
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise BadImage(f"its header says {image.width} x {image.height} pixels, more than --max-pixels {max_pixels}")
     try:
-        if still_8_bit and getattr(image, "n_frames", 1) > 1:
+        if still_8_bit and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise BadImage("is animated; a still image is needed")
         if still_8_bit and image.mode not in MODES_OF_8_BITS:
             raise BadImage(f"has pixels of type {image.mode}; 8 bits per channel are needed")
@@ -99,6 +99,28 @@ def decode_image(source: bytes | Path, max_pixels: int | None = None, *, still_8
         raise
     except Exception as error:
         raise BadImage(f"truncated or corrupt ({_reason(error)})") from error
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG file without texts, profiles, previews and the like, which Pillow may stumble over."""
+    kept, place = [data[:8]], 8
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        while len(data) - place >= 8:
+            kind, end = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], "big")
+            if kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT"):  # pixels, transparency, animation
+                kept.append(data[place:end])
+            place = end
+    elif data[:2] == b"\xff\xd8":
+        kept, place = [data[:2]], 2
+        while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in (
+            b"",
+            b"\xda",
+        ):  # before the pixels
+            marker, end = data[place + 1], place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            if not (0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE)):  # APP0 and APP14 say how colours are stored
+                kept.append(data[place:end])
+            place = end
+    return b"".join([*kept, data[place:]])
 
 
 def _read(path: Path) -> bytes:

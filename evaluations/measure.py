@@ -17,7 +17,8 @@ from evaluations import features as networks
 from evaluations.audit import Auditor, set_warnings
 from evaluations.coherence import class_means, load_reader, load_tokens
 from evaluations.collect import collect
-from evaluations.image_sets import ImageSet, SeveralSizes, open_images
+from evaluations.image_folder import SeveralSizes
+from evaluations.image_sets import ImageSet, open_images
 from evaluations.reference import EMPTY, read_reference
 from evaluations.registry import CLASSIFIER, INCEPTION, TOKENS, Inputs, compute, places, rows_wanted
 from evaluations.results import Results, check_writable

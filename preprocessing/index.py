@@ -3,33 +3,23 @@
 import io
 import itertools
 import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from common.class_names import by_spelling, spelled
+from common.files import read_text
+from common.listing import Item
 from config import UserError
 
 AS_LISTED = ("parquet", "arrow", "published")  # kinds whose order is the source's; others are ordered by class and name
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}
-
-
-class Item(NamedTuple):
-    """One image; by default a file of its own.
-
-    label: class number; None where a source is listed and gives no numbers itself. file: number of the container in
-    Index.files. offset and size: its bytes there (tables: group and row; -1 where unknown). stored: its compressed size in a
-    zip, -1 if it is not compressed. crc: its CRC-32, -1 if unknown.
-    """
-
-    name: str
-    label: int | None
-    file: int = 0
-    offset: int = 0
-    size: int = -1
-    stored: int = -1
-    crc: int = -1
+MOST_CLASSES = 10**6  # numbers beyond this are not those of classes
+SPLITS = {"train", "val", "valid", "validation", "trainval", "test", "dev", "eval", "evaluation", "holdout"}
 
 
 @dataclass
@@ -87,6 +77,8 @@ class Listing(NamedTuple):
     """What a source holds, before classes are chosen.
 
     kind, root, files, ignored: as in Index. items: all images. names: of the classes, where the source gives labels itself.
+    path: the source, as people name it. folders: of the source, also those without images. unlabelled: the file that says
+    that the images have no labels, if there is one.
     """
 
     kind: str
@@ -95,6 +87,9 @@ class Listing(NamedTuple):
     items: list[Item]
     names: list[str] | None = None
     ignored: list[str] = []  # noqa: RUF012
+    path: Path | None = None
+    folders: Sequence[str] = ()
+    unlabelled: str = ""
 
 
 def build(listing: Listing, classes: Path | None, allow_one_class: bool) -> Index:
@@ -108,45 +103,49 @@ def build(listing: Listing, classes: Path | None, allow_one_class: bool) -> Inde
     Raises:
         UserError: the images cannot be given classes.
     """
-    kind, root, files, items, names, ignored = listing
+    kind, items, ignored = listing.kind, listing.items, listing.ignored
+    source = listing.path or listing.root
     if not items:
-        raise UserError(f"--source {root}: no images found{f', only files like {ignored[0]}' if ignored else ''}")
-    numbers = [item.label for item in items if item.label is not None]  # of all images, or of none
-    own = bool(numbers)
+        raise UserError(f"--source {source}: no images found{f', only files like {ignored[0]}' if ignored else ''}")
+    own = items[0].label is not None  # all images have labels, or none
     if own:
-        width = max(numbers) + 1
-        found = names or [str(number) for number in range(width)]
-        if width > len(found) or min(numbers) < 0:
-            raise UserError(
-                f"--source {root}: label {width - 1} has no name among the {len(found)} classes of the source"
-            )
+        numbers = [item.label for item in items if item.label is not None]
+        found = _numbered(source, numbers, items, listing.names)
+        chosen = _choose(classes, source, found) if classes else dict(enumerate(found))
     else:
-        folders = _class_folders(root, [item.name for item in items], allow_one_class)
-        found = sorted(set(folders))
-        if set(found) <= SPLITS and len(found) > 1:
-            raise UserError(f"--source {root}: holds splits, not classes; give one of them, such as {root}/{found[0]}")
-        place = {name: number for number, name in enumerate(found)}
+        folders, depth = _class_folders(listing, source, allow_one_class)
+        raw = by_spelling(folders, f"--source {source}")
+        found = list(raw)
+        place = {name: number for number, name in enumerate(raw.values())}
         numbers = [place[folder] for folder in folders]
-    chosen = _choose(classes, root, found) if classes else dict(enumerate(found))
+        split = _split_folder(source, [item.name.split("/") for item in items], depth)
+        try:
+            chosen = _choose(classes, source, found) if classes else dict(enumerate(found))
+        except UserError as error:
+            raise (UserError(split) if split else error) from error
+        if classes is None and split:
+            raise UserError(split)
+        if classes is None:
+            _refuse_empty_folders(listing, source, folders, depth)
     label_of = {number: label for label, number in enumerate(chosen)}
     kept = [(label_of[number], item) for number, item in zip(numbers, items) if number in label_of]
     empty = chosen.keys() - set(numbers)
     if empty and (classes is not None or not own):
-        raise UserError(f"--source {root}: class {found[min(empty, key=label_of.__getitem__)]!r} has no images")
+        raise UserError(f"--source {source}: class {found[min(empty, key=label_of.__getitem__)]!r} has no images")
     if len({label for label, _ in kept}) == 1 and not allow_one_class:
         raise UserError(
-            f"--source {root}: all images are of one class, {found[list(chosen)[kept[0][0]]]!r}; expected a folder for each "
-            "class (--allow-one-class packs it all the same)"
+            f"--source {source}: all images are of one class, {found[list(chosen)[kept[0][0]]]!r}; expected a folder for "
+            "each class (--allow-one-class packs it all the same)"
         )
     if kind not in AS_LISTED:
         kept.sort(key=lambda pair: (pair[0], pair[1].name))
         for (_, a), (_, b) in itertools.pairwise(kept):
             if a.name == b.name:
-                raise UserError(f"--source {root}: {a.name} is there twice")
+                raise UserError(f"--source {source}: {a.name} is there twice")
     return Index(
         kind,
-        str(root.resolve()),
-        files,
+        str(listing.root.resolve()),
+        listing.files,
         [item.name for _, item in kept],
         np.array([label for label, _ in kept], np.int64),
         np.array([item[2:] for _, item in kept], np.int64),
@@ -155,7 +154,17 @@ def build(listing: Listing, classes: Path | None, allow_one_class: bool) -> Inde
     )
 
 
-def _choose(file: Path, root: Path, found: list[str]) -> dict[int, str]:
+def _numbered(source: Path, numbers: list[int], items: list[Item], names: list[str] | None) -> list[str]:
+    """The names of all classes of a source that gives numbers. Raises UserError for a number that is not a class's."""
+    limit = len(names) if names else MOST_CLASSES
+    for number, item in zip(numbers, items):
+        if not 0 <= number < limit:
+            known = f"the source names {limit} classes" if names else f"labels are numbers from 0 to below {limit:,}"
+            raise UserError(f"--source {source}: {item.name} has label {number}, but {known}")
+    return names or [str(number) for number in range(max(numbers) + 1)]
+
+
+def _choose(file: Path, source: Path, found: list[str]) -> dict[int, str]:
     """The classes of --classes, in the order of their labels: number among those found => name to show.
 
     A line holds the name of a class, and a name to show after a tab or, if the line is not a class's name, after the first
@@ -163,16 +172,17 @@ def _choose(file: Path, root: Path, found: list[str]) -> dict[int, str]:
     """
     if not file.is_file():
         raise UserError(f"--classes {file}: no such file")
-    number_of = {name: number for number, name in enumerate(found)}
+    number_of = {spelled(name): number for number, name in enumerate(found)}
+    count = Counter(found)
     chosen: dict[int, str] = {}
-    for line in filter(None, map(str.strip, file.read_text().splitlines())):
+    for line in filter(None, map(str.strip, spelled(read_text(file)).splitlines())):
         name, _, shown = line.partition("\t")
         if name not in number_of:
             name, _, shown = line.partition(" ")
         if name not in number_of:
-            raise UserError(f"--classes {file}: {line!r} is not a class of {root}")
-        if found.count(name) > 1:
-            raise UserError(f"--classes {file}: {root} has several classes named {name!r}; leave --classes out")
+            raise UserError(f"--classes {file}: {line!r} is not a class of {source}")
+        if count[name] > 1:
+            raise UserError(f"--classes {file}: {source} has several classes named {name!r}; leave --classes out")
         if number_of[name] in chosen:
             raise UserError(f"--classes {file}: {name!r} is there twice")
         chosen[number_of[name]] = shown.strip() or name
@@ -181,18 +191,70 @@ def _choose(file: Path, root: Path, found: list[str]) -> dict[int, str]:
     return chosen
 
 
-def _class_folders(root: Path, names: list[str], allow_one_class: bool) -> list[str]:
-    """The class of an image is the first folder of its path; folders that wrap all of the classes are skipped."""
+def _class_folders(listing: Listing, source: Path, allow_one_class: bool) -> tuple[list[str], int]:
+    """The class of each image, and how many folders wrap the classes: the first folder of its path that is not a wrapper."""
+    if listing.unlabelled and not allow_one_class:
+        raise UserError(
+            f"{listing.unlabelled}: says that these images have no labels (--allow-one-class packs them as one class)"
+        )
+    names = [item.name for item in listing.items]
+    if listing.unlabelled:
+        return ["all"] * len(names), -1
     parts = [name.split("/") for name in names]
     depth = 0
     while min(len(p) for p in parts) > depth + 2 and len({p[depth] for p in parts}) == 1:
         depth += 1
     loose = [name for name, p in zip(names, parts) if len(p) == depth + 1]
     if loose and len(loose) == len(names) and allow_one_class:
-        return ["all"] * len(names)
+        return ["all"] * len(names), -1
     if loose:
         raise UserError(
-            f"--source {root}: {min(loose)} lies in no class folder; expected CLASS/IMAGE (--allow-one-class takes a folder "
-            "of images as one class)"
+            f"--source {source}: {min(loose)} lies in no class folder; expected CLASS/IMAGE (--allow-one-class takes a "
+            "folder of images as one class)"
         )
-    return [p[depth] for p in parts]
+    return [p[depth] for p in parts], depth
+
+
+def _split_folder(source: Path, parts: list[list[str]], depth: int) -> str:
+    """A sentence if the folders around the images are splits (train, test, ...) and not classes; "" if they are classes."""
+    if depth < 0:
+        return ""
+    below: defaultdict[str, set[str]] = defaultdict(set)
+    for p in parts:
+        below[p[depth]].add(p[depth + 1] if len(p) > depth + 2 else "")
+    plain = {name: re.sub(r"\d+x\d+|[^a-z]", "", name.lower()) for name in below}
+    kinds = {name: re.sub(r"(ing|sets?|images?|imgs?|data)*$", "", text) for name, text in plain.items()}
+    splits = [name for name in below if kinds[name] in SPLITS]
+    largest = max(below.values(), key=len)
+    if len(splits) > 1:
+        first = min(splits, key=lambda name: (kinds[name] != "train", name))
+        what = "holds splits, not classes"
+    elif len(below) > 1 and all(len(names) > 1 and names <= largest for names in below.values()) and "" not in largest:
+        images = Counter(p[depth] for p in parts)
+        first = max(below, key=lambda name: (kinds[name] == "train", images[name]))
+        what = f"its folders {', '.join(sorted(below)[:3])} all hold the same folders, as splits do and classes do not"
+    else:
+        return ""
+    where = "/".join([*parts[0][:depth], first])
+    return (
+        f"--source {source}: {what}; give one of them, such as {source / where} (if they are classes, name them in a file "
+        "for --classes)"
+    )
+
+
+def _refuse_empty_folders(listing: Listing, source: Path, folders: list[str], depth: int) -> None:
+    """Raise UserError if a folder or archive beside the class folders has no images: that class would vanish."""
+    if depth < 0:
+        return
+    around, known = listing.items[0].name.split("/")[:depth], set(folders)
+    tars = {name[:-4]: name for name in listing.ignored if name.lower().endswith(".tar")}
+    for name in sorted({*listing.folders, *tars}):
+        parts = name.split("/")
+        if name and len(parts) > depth and parts[:depth] == around and parts[depth] not in known:
+            what = (
+                f"{tars[name]} is not unpacked" if name in tars else f"{'/'.join(parts[: depth + 1])} holds no images"
+            )
+            raise UserError(
+                f"--source {source}: {what}, but lies beside the class folders; remove it, or name the classes to take in a "
+                "file for --classes"
+            )

@@ -1,7 +1,5 @@
 """Crops, a batch at a time, from any source: what the worker processes of packing do."""
 
-import os
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.crop import center_crop
-from common.images import MAX_BYTES, BadImage, decode_image
-from preprocessing.index import Item
+from common.images import BadImage, decode_image
+from common.listing import Item
+from common.members import Members
 from preprocessing.sources import LATENT_FOLDER, latent_name
 from preprocessing.tables import Table
 
@@ -59,26 +58,19 @@ def crop_file(source: bytes | Path, size: int, max_pixels: int) -> tuple[np.ndar
 
 
 class Reader:
-    """Encoded images of items. Archives are opened on first use in the process that uses them, and stay open."""
+    """Encoded images of items; tables are opened on first use in the process that uses them."""
 
     def __init__(self, kind: str, root: str, files: list[str]) -> None:
         self.kind, self.root, self.files = kind, Path(root), files
-        self._descriptors: dict[int, int] = {}
+        self._members = Members(kind, self.root, files)
         self._tables: dict[int, Table] = {}
 
     def read(self, item: Item) -> bytes | Path:
         """The encoded image, or the file that holds it. Raises BadImage if it cannot be had."""
+        if self.kind not in ("parquet", "arrow"):
+            return self._members.read(item)
         try:
-            if self.kind in ("parquet", "arrow"):
-                return self._table(item.file).image_bytes(item.offset, item.size) or b""
-            if self.kind in ("folder", "published"):
-                return self.root / self.files[item.file] / item.name
-            if max(item.size, item.stored) > MAX_BYTES:
-                raise BadImage(f"a member of {item.size} bytes is too large for an image (limit {MAX_BYTES})")
-            descriptor = self._descriptor(item.file)
-            if self.kind == "tar":
-                return _read_range(descriptor, item.offset, item.size)
-            return _read_zip_member(descriptor, item)
+            return self._table(item.file).image_bytes(item.offset, item.size) or b""
         except OSError as error:
             raise BadImage(f"cannot be read ({error.strerror or error})") from error
 
@@ -94,12 +86,7 @@ class Reader:
         return moments.astype(np.float32)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_descriptors": {}, "_tables": {}}
-
-    def _descriptor(self, number: int) -> int:
-        if number not in self._descriptors:
-            self._descriptors[number] = os.open(self.root / self.files[number], os.O_RDONLY)
-        return self._descriptors[number]
+        return {**self.__dict__, "_tables": {}}
 
     def _table(self, number: int) -> Table:
         if number not in self._tables:
@@ -150,28 +137,3 @@ def mirrored(name: str) -> str:
 def as_is(crops: Crops) -> Crops:
     """Collate function: a batch is made by the dataset already."""
     return crops
-
-
-def _read_range(descriptor: int, offset: int, size: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    if len(data) != size:
-        raise BadImage("the archive ends within it")
-    return data
-
-
-def _read_zip_member(descriptor: int, item: Item) -> bytes:
-    """A member of a zip by its place alone: no process but the first needs the archive's directory in memory."""
-    header = _read_range(descriptor, item.offset, 30)
-    if header[:4] != b"PK\3\4":
-        raise BadImage("the zip is damaged: no member where its directory says")
-    start = item.offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    if item.stored < 0:
-        data = _read_range(descriptor, start, item.size)
-    else:
-        try:
-            data = zlib.decompressobj(-15).decompress(_read_range(descriptor, start, item.stored), item.size + 1)
-        except zlib.error as error:
-            raise BadImage(f"the zip is damaged ({error})") from error
-    if len(data) != item.size or zlib.crc32(data) != item.crc:  # also a bomb that inflates to more than it says
-        raise BadImage("the zip is damaged: the member is not what its directory says")
-    return data

@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.listing import Item
 from config import UserError
-from preprocessing.index import Item, Listing
+from preprocessing.index import Listing
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+KINDS = (".parquet", ".arrow")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 
 
 def is_table(source: Path) -> bool:
     """Whether this is a parquet or arrow file, or a folder with such files in it or in its data/."""
-    return bool(_table_files(source)) if source.is_dir() else source.suffix in (".parquet", ".arrow")
+    return bool(_table_files(source)) if source.is_dir() else source.is_file() and source.suffix in KINDS
 
 
 def list_tables(source: Path) -> Listing:
@@ -38,7 +40,7 @@ def list_tables(source: Path) -> Listing:
                 items.append(Item(f"{file}#{row}", label, number, group, within))
                 row += 1
     kind = "parquet" if files[0].endswith(".parquet") else "arrow"
-    return Listing(kind, root, files, items, names)
+    return Listing(kind, root, files, items, names, path=source)
 
 
 class Table:
@@ -93,7 +95,7 @@ def _open_arrow(pyarrow: Any, path: Path) -> Any:
 
 def _table_files(folder: Path) -> list[str]:
     for below in ("", "data"):
-        for suffix in (".parquet", ".arrow"):
+        for suffix in KINDS:
             found = sorted(f"{below}/{p.name}".removeprefix("/") for p in (folder / below).glob(f"*{suffix}"))
             if found:
                 return found

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from common.crop import center_crop
-from evaluations.image_sets import SeveralSizes, open_images
+from evaluations.image_folder import SeveralSizes
+from evaluations.image_sets import open_images
 from evaluations.statistics import compute_statistics
 from tests.toy_images import Trap, pixels, read_all, write_mixed
 
@@ -151,7 +152,7 @@ def test_a_damaged_compressed_file_is_named(tmp_path):
 
 def test_folders_with_unusable_images(tmp_path):
     """Missing, empty, of two sizes, not an image, 16 bits: each with the name of the file."""
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
         open_images([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="holds no images"):
         open_images([tmp_path])
