@@ -1,5 +1,6 @@
 """The members of zips and tars. Nothing is extracted: an item says where its bytes lie (`common.members` reads them)."""
 
+import io
 import stat
 import tarfile
 import zipfile
@@ -7,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from common.contents import MAX_LABELS, Contents, Item
+from common.files import read_bounded
 from common.images import is_image
 from config import UserError
 
@@ -65,16 +67,9 @@ def _list_zip(source: Path, number: int, prefix: str, found: Contents) -> None:
 def _read_zipped(source: Path, member: zipfile.ZipInfo) -> bytes:
     try:
         with zipfile.ZipFile(source) as archive, archive.open(member) as stream:
-            content = stream.read(MAX_LABELS + 1)
+            return read_bounded(stream, MAX_LABELS, f"{source}: {member.filename}")
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{source}: damaged zip ({error})") from error
-    _check_labels(source, member.filename, len(content))
-    return content
-
-
-def _check_labels(source: Path, name: str, size: int) -> None:
-    if size > MAX_LABELS:
-        raise UserError(f"{source}: {name} is larger than {MAX_LABELS:,} bytes: too large for a list of labels")
 
 
 def _list_tar(source: Path, number: int, prefix: str, found: Contents) -> None:
@@ -122,7 +117,8 @@ def _list_members(
 
 
 def _read_stretch(source: Path, item: Item) -> bytes:
-    _check_labels(source, item.name, item.size)
     with source.open("rb") as stream:
         stream.seek(item.offset)
-        return stream.read(item.size)
+        return read_bounded(
+            io.BytesIO(stream.read(min(item.size, MAX_LABELS + 1))), MAX_LABELS, f"{source}: {item.name}"
+        )

@@ -8,10 +8,12 @@ import os
 import re
 import stat
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 from common.archives import list_archive
-from common.contents import CIRCLES, HIDDEN, OURS, SHEETS, SPECIAL, Contents, Item, is_hidden
+from common.contents import CIRCLES, HIDDEN, MAX_LABELS, OURS, SHEETS, SPECIAL, Contents, Item, is_hidden
+from common.files import read_bounded
 from common.images import is_image
 from config import MissingFile, UserError
 
@@ -62,7 +64,7 @@ def _list_folder(root: Path) -> Contents:
                     found.left_out[OURS].append(name)
                 elif mode or is_image(name):
                     size = entry.stat().st_size if mode else -1
-                    found.add(Item(name, None, 0, 0, size), (root / name).read_bytes)
+                    found.add(Item(name, None, 0, 0, size), partial(_read_labels, root / name))
                     if not mode:
                         found.unreadable.append((name, f"a link to {_target(entry)}, which does not exist"))
                 elif is_hidden(entry.name):
@@ -76,6 +78,11 @@ def _list_folder(root: Path) -> Contents:
         )
     archives = sorted(name for name in found.ignored if _is_archive(name))
     return found if found.items or not archives else _list_archives_of(found, archives)
+
+
+def _read_labels(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return read_bounded(stream, MAX_LABELS, str(path))
 
 
 def _mode(entry: os.DirEntry) -> int:

@@ -1,10 +1,10 @@
 """What can be packed: a folder of class folders, the published layout, zip, tar, parquet and arrow => an Index."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
-from common.contents import LABELS, Contents, Item
+from common.contents import LABELS, OTHERS, Contents, Item
+from common.files import parse_json
 from common.listing import list_contents
 from common.reporting import say
 from config import UserError
@@ -38,13 +38,13 @@ def list_source(
             contents = list_contents(source)
         except UserError as error:
             raise type(error)(f"--source {error}") from error
+        listing = _labelled(contents, source)
         if contents.unreadable and not skip_unreadable:
             name, reason = min(contents.unreadable)
             raise UserError(
                 f"--source {source}: {len(contents.unreadable):,} images cannot be read, such as {name}: {reason}; "
                 "--on-corrupt skip leaves such images out and lists them"
             )
-        listing = _labelled(contents, source)
         if contents.left_out:
             say(f"left out of {source}: {contents.note()}")
     return build(listing, classes, allow_one_class)
@@ -84,13 +84,14 @@ def _labelled(contents: Contents, source: Path) -> Listing:
 def _read_labels(content: bytes, where: str) -> dict[str, int] | None:
     """Image => label; None if the file gives no labels."""
     wanted = '{"labels": [[name, number], ...]}'
+    parsed = parse_json(content, where)
     try:
-        labels = json.loads(content).get("labels")
+        labels = parsed.get("labels")
         if labels is None:
             return None
         pairs = [(name.replace("\\", "/"), int(number)) for name, number in labels]
         odd = next((number for _, number in labels if isinstance(number, bool) or int(number) != float(number)), None)
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}: expected {wanted} ({error})") from error
     if odd is not None:
         raise UserError(f"{where}: expected {wanted}, found the number {odd}")
@@ -113,8 +114,8 @@ def _list_published(root: Path) -> Listing:
         raise UserError(f"--source {root}: has {LATENT_FOLDER}/ but neither {wanted}")
     contents, beside_them = list_contents(root / images), list_contents(root / LATENT_FOLDER)
     crops = sorted(item.name for item in contents.items)
-    latents = sorted(name for name in beside_them.ignored if name.endswith(".npy"))
-    labels = _read_published_labels(root / LATENT_FOLDER / "dataset.json")
+    latents = sorted(name for name in beside_them.left_out[OTHERS] if name.endswith(".npy"))
+    labels = _read_published_labels(beside_them)
     unpaired = {latent_name(crop): crop for crop in crops}
     unpaired = {name: unpaired.get(name, name) for name in unpaired.keys() ^ set(latents)}
     if unpaired:
@@ -123,8 +124,7 @@ def _list_published(root: Path) -> Listing:
         raise UserError(
             f"--source {root}: {name} of {has}/ has no partner in {lacks}/; the two folders do not belong together"
         )
-    beside = root / images / "dataset.json"
-    crop_labels = _read_published_labels(beside) if beside.is_file() else {}
+    crop_labels = _read_published_labels(contents) if "" in contents.labels else {}
     items = []
     for crop in crops:
         latent = latent_name(crop)
@@ -146,8 +146,8 @@ def latent_name(crop: str) -> str:
     return f"{folder}/img-mean-std-{stem.removeprefix('img')}.npy".removeprefix("/")
 
 
-def _read_published_labels(path: Path) -> dict[str, int]:
-    labels = _read_labels(path.read_bytes(), str(path))
+def _read_published_labels(contents: Contents) -> dict[str, int]:
+    labels = _read_labels(contents.labels[""](), where := str(contents.root / LABELS))
     if labels is None:
-        raise UserError(f"{path}: holds no labels; the published preprocessing had lost them")
+        raise UserError(f"{where}: holds no labels; the published preprocessing had lost them")
     return labels

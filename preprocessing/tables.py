@@ -1,12 +1,12 @@
 """Hugging Face image datasets in a local folder: parquet files, or the arrow files of `save_to_disk`. Needs pyarrow."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from common.files import parse_json, read_json
 from common.listing import Item
 from config import UserError
-from preprocessing.index import Listing
+from preprocessing.index import SPLITS, Listing
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 KINDS = (".parquet", ".arrow")
@@ -14,22 +14,27 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 
 
 def is_table(source: Path) -> bool:
-    """Whether this is a parquet or arrow file, or a folder with such files in it or in its data/."""
-    return bool(_table_files(source)) if source.is_dir() else source.is_file() and source.suffix in KINDS
+    """Whether this is a parquet or arrow file, a folder with such files in it or in its data/, or FOLDER/SPLIT."""
+    return bool(_table_files(source)) if not source.is_file() else source.suffix in KINDS
 
 
 def list_tables(source: Path) -> Listing:
     """Rows of all files, in the order of the files' names. Raises UserError where there is no image or label column."""
     root = source if source.is_dir() else source.parent
-    files = _table_files(source) if source.is_dir() else [source.name]
-    splits = {Path(file).name.split("-")[0] for file in files} if len(files) > 1 else set()
-    if len(splits) > 1 and splits & {"train", "training"}:
+    files = [source.name] if source.is_file() else _table_files(source)
+    splits = {_split(file) for file in files}
+    if len(splits) > 1 and (len(splits & SPLITS) > 1 or splits & {"train", "training"}):
         found = ", ".join(sorted(splits))
-        raise UserError(f"--source {source}: holds the splits {found}; move one of them to a folder of its own")
+        raise UserError(
+            f"--source {source}: holds the splits {found}; give one of them, such as "
+            f"{root / Path(files[0]).parent / min(splits, key=lambda name: 'train' not in name)}"
+        )
     items: list[Item] = []
     names: list[str] | None = None
     for number, file in enumerate(files):
         table = Table(root / file)
+        if names and table.class_names and names != table.class_names:
+            raise UserError(f"{root / file}: its classes are not those of {files[0]}; move it to a folder of its own")
         names = names or table.class_names
         row = 0
         for group in range(table.groups):
@@ -93,7 +98,15 @@ def _open_arrow(pyarrow: Any, path: Path) -> Any:
         return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
 
 
+def _split(file: str) -> str:
+    """train-00000-of-00002.parquet => train."""
+    return Path(file).stem.split("-")[0]
+
+
 def _table_files(folder: Path) -> list[str]:
+    """The tables of a folder; of a folder and the name of a split in it, those of the split, relative to the folder."""
+    if not folder.exists() and folder.parent.is_dir():
+        return [file for file in _table_files(folder.parent) if "/" not in file and _split(file) == folder.name]
     for below in ("", "data"):
         for suffix in KINDS:
             found = sorted(f"{below}/{p.name}".removeprefix("/") for p in (folder / below).glob(f"*{suffix}"))
@@ -115,9 +128,9 @@ def _class_names(schema: Any, label: str, folder: Path) -> list[str] | None:
     beside = folder / "dataset_info.json"
     try:
         if metadata:
-            features = json.loads(metadata)["info"]["features"]
+            features = parse_json(metadata, str(folder))["info"]["features"]
         else:
-            features = json.loads(beside.read_text())["features"]
+            features = read_json(beside)["features"]
         return list(features[label]["names"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None  # no names: the classes are called by their numbers

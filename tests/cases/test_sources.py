@@ -247,7 +247,7 @@ def test_labels_that_inflate(tmp_path, monkeypatch):
     monkeypatch.setattr("common.archives.MAX_LABELS", 10**6)
     source = write_zip(tmp_path / "bomb.zip", AB | {"dataset.json": b" " * 10**7})
     assert source.stat().st_size < 20_000
-    with pytest.raises(UserError, match=r"bomb\.zip: dataset\.json is larger than 1,000,000 bytes"):
+    with pytest.raises(UserError, match=r"bomb\.zip: dataset\.json is larger than the 1,000,000 bytes"):
         list_source(source)
 
 
