@@ -8,7 +8,7 @@ import torch
 
 from evaluations import measure
 from evaluations.features import Extractor, Features
-from evaluations.image_sets import SeveralSizes
+from evaluations.image_folder import SeveralSizes
 from evaluations.metrics import frechet_distance
 from evaluations.settings import EvaluateConfig
 from evaluations.statistics import compute_statistics
