@@ -19,7 +19,7 @@ def list_archive(root: Path, files: list[str]) -> Contents:
     """One archive, or several of one kind: each file is then a folder of its name."""
     kind, read = ("zip", _list_zip) if zipfile.is_zipfile(root / files[0]) else ("tar", _list_tar)
     if kind == "tar" and not tarfile.is_tarfile(root / files[0]):
-        raise UserError(f"{root / files[0]}: not a folder, zip, tar, parquet or arrow file, or a damaged one")
+        raise UserError(f"{root / files[0]}: not a folder, zip, tar or another file that can be used here, or damaged")
     found = Contents(kind, root, files)
     for number, file in enumerate(files):
         folder = file.rpartition(".")[0] if files[1:] else ""

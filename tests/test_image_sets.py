@@ -169,7 +169,7 @@ def test_folders_with_unusable_images(tmp_path):
     with pytest.raises(ValueError, match=r"b\.png: has pixels of type I;16"):
         read_all(tmp_path)
     (tmp_path / "c.txt").write_text("")
-    with pytest.raises(ValueError, match=r"c\.txt is not an \.npz file"):
+    with pytest.raises(ValueError, match=r"c\.txt: not a folder, zip, tar or another file"):
         open_images([tmp_path / "c.txt"])
 
 
