@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from common.reporting import say
 from config import MissingFile, UserError
 
 try:
@@ -19,6 +20,8 @@ try:
 except ImportError:
     import zlib  # type: ignore[no-redef]
 
+_NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)  # EACCES: a folder that may not be listed
+_WARNED: set[int] = set()  # devices
 JSON_LIMIT = 2**28  # bytes of a JSON file; the manifest of 14 million images has 5 MB
 
 
@@ -42,7 +45,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         yield temporary
         sync(temporary)
         temporary.replace(path)
@@ -192,12 +195,30 @@ def plain_name(name: str, where: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to the disk (fsync); a warning where the file system has no such service."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+        device = path.stat().st_dev
+        if device not in _WARNED:
+            say(
+                f"warning: the file system of {path} cannot flush it to the disk: a power cut may lose the newest files"
+            )
+        _WARNED.add(device)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, on the disk, if they are missing."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync(made.parent)
 
 
 def sha256(path: Path) -> str:

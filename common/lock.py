@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from common.files import write_error
+from common.files import make_folder, write_error
 from common.processes import on_first
 from common.reporting import say
 from config import UserError
@@ -51,7 +51,7 @@ class FolderLock:
         self._stream: TextIO | None = None
         self._marker: Path | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             try:
                 self._stream = _locked(self._path, joins)
             except BlockingIOError as error:

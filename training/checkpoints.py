@@ -5,6 +5,7 @@ checkpoints/0000100/
     ema.safetensors    the model file         state.json    step, settings, and size and SHA-256 of the others; written last
 """
 
+import errno
 import json
 import pickle
 import shutil
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import sha256, sync, write_json
+from common.files import WriteError, free_space, make_folder, sha256, sync, write_error, write_json
 from common.reporting import say
+from common.units import size_text
 from config import UserError
 from models.model_file import MODEL_FILE, ModelInfo, save_model
 from training.settings import TrainConfig
@@ -54,16 +56,24 @@ class TrainingState:
 
 
 def save_and_rotate(
-    folder: Path, state: TrainingState, info: ModelInfo, class_means: Tensor | None, settings: TrainConfig
+    folder: Path, state: TrainingState, info: ModelInfo, class_means: Tensor | None, settings: TrainConfig, before: int
 ) -> bool:
     """Save, then delete the checkpoints that need not be kept; returns whether the checkpoint is on the disk.
+
+    Args:
+        folder: of all checkpoints of the run.
+        state: what resuming needs.
+        info: header of the model file.
+        class_means: (classes, E), stored in the model file.
+        settings: which checkpoints are kept, and what a failing disk means.
+        before: step of the newest intact checkpoint until now.
 
     Raises:
         UserError: the disk fails, and --on-save-error stop was given or it was the last save of the run.
     """
     try:
         save(folder, state, info, class_means)
-        rotate(folder, settings.keep_last, settings.keep_every)
+        rotate(folder, settings.keep_last, settings.keep_every, state.step, before)
     except (OSError, DamagedCheckpoint) as error:
         if settings.on_save_error == "stop" or state.step >= settings.max_train_steps:
             raise UserError(f"step {state.step} could not be saved: {error}") from error
@@ -94,7 +104,7 @@ def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tenso
 
     final = folder / f"{state.step:07d}"
     temporary = folder / (_TEMPORARY + final.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -110,8 +120,11 @@ def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tenso
         write_json(temporary / STATE, content)
         verify(temporary)
         _publish(temporary, final)
-    except (RuntimeError, SafetensorError) as error:  # the writers wrap the operating system's error
-        raise OSError(f"{temporary}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise write_error(final, error) from error
+    except (RuntimeError, SafetensorError) as error:  # the writers wrap the operating system's error, or hide it
+        free = size_text(free_space(folder))
+        raise OSError(f"{final} cannot be written: {str(error).splitlines()[0]} ({free} free on its disk)") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
@@ -119,7 +132,9 @@ def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tenso
 
 def _publish(temporary: Path, final: Path) -> None:
     """Give a whole checkpoint its name."""
-    if final.exists():  # a damaged one of the same step: resume fell back to the one before
+    if final.is_symlink() or final.exists():  # a damaged one of the same step: resume fell back to the one before
+        if foreign := _foreign(final):
+            raise WriteError(f"{final} {foreign}: move it away")
         _delete(final)
     temporary.rename(final)
     sync(final.parent)
@@ -178,7 +193,7 @@ def load(checkpoint: Path) -> TrainingState:
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest intact checkpoint of a run, None if it has none at all. Clears what a killed save left behind.
 
-    A damaged one is skipped with a warning.
+    A damaged one is skipped with a warning; one that rotation will leave where it is, is named.
 
     Raises:
         UserError: every checkpoint is damaged; starting anew then has to be the user's decision.
@@ -186,6 +201,9 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     for leftover in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_DELETED}*")]:
         _remove_own_files(leftover)
     candidates = _by_step(folder).values()
+    for checkpoint in candidates:
+        if foreign := _foreign(checkpoint):
+            warn(f"checkpoint {checkpoint} {foreign}: it is never deleted, and not counted by --keep-last")
     for checkpoint in reversed(candidates):
         try:
             verify(checkpoint)
@@ -202,17 +220,38 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
 def _by_step(folder: Path) -> dict[int, Path]:
     """The checkpoint folders of a run by their names, oldest first, intact or not."""
     found = (path for path in folder.glob("[0-9]" * 7 + "*") if path.name.isdigit() and path.is_dir())
-    return {int(path.name): path for path in sorted(found)}
+    return {int(path.name): path for path in sorted(found, key=lambda path: int(path.name))}
 
 
-def rotate(folder: Path, keep_last: int, keep_every: int) -> None:
+def rotate(folder: Path, keep_last: int, keep_every: int, saved: int, before: int) -> None:
     """Delete the checkpoints that are superseded; call it after `save` has read the new one back.
 
-    Folders with anything in them that this code did not write stay.
+    Damaged ones go first. Links, and folders with anything in them that this code did not write, stay.
+
+    Args:
+        folder: of all checkpoints of the run.
+        keep_last, keep_every: see `superseded`.
+        saved: step of the checkpoint that was just saved, which always stays.
+        before: step of the newest intact one before it; what is newer was passed over when the run was resumed.
     """
-    checkpoints = _by_step(folder)
+    checkpoints = {step: path for step, path in _by_step(folder).items() if not _foreign(path)}
+    for step in [step for step in checkpoints if keep_last and step > before and step != saved]:
+        try:
+            verify(checkpoints[step])
+        except DamagedCheckpoint as error:
+            say(f"damaged checkpoint {checkpoints[step]} is deleted: {error}")
+            _delete(checkpoints.pop(step))
     for step in superseded(list(checkpoints), keep_last, keep_every):
-        _delete(checkpoints[step])
+        if step != saved:
+            _delete(checkpoints[step])
+
+
+def _foreign(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not this code's to delete, None if it is."""
+    if checkpoint.is_symlink():
+        return "is a link"
+    others = sorted({path.name for path in checkpoint.iterdir()} - set(FILES))
+    return f"holds {others[0]}, which is not of a checkpoint" if others else None
 
 
 def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
@@ -229,14 +268,18 @@ def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[in
 
 def _delete(checkpoint: Path) -> None:
     """First take the valid name away, so that no half-deleted folder carries it."""
-    if {path.name for path in checkpoint.iterdir()} <= set(FILES):
-        hidden = checkpoint.with_name(_DELETED + checkpoint.name)
+    hidden = checkpoint.with_name(_DELETED + checkpoint.name)
+    try:
         checkpoint.rename(hidden)
-        _remove_own_files(hidden)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # a folder of another layer of an overlay
+            raise
+        hidden = checkpoint
+    _remove_own_files(hidden)
 
 
 def _remove_own_files(folder: Path) -> None:
-    for file in FILES:
+    for file in reversed(FILES):  # without its state it is no checkpoint
         (folder / file).unlink(missing_ok=True)
         (folder / f"{file}.tmp").unlink(missing_ok=True)
     if not any(folder.iterdir()):

@@ -124,7 +124,7 @@ class Run:
             info = self.plan.model_info(self.step, self.settings.seed)
             write = checkpoints.save_and_rotate
             folder, means = self.folder / "checkpoints", self.class_means
-            if share(on_first(lambda: write(folder, state, info, means, self.settings))):
+            if share(on_first(lambda: write(folder, state, info, means, self.settings, self.saved_step))):
                 self.saved_step = self.step
 
     def watch(self, *, resumed: bool = False) -> str | None:
