@@ -10,11 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.arrays import read_npy
 from config import MissingFile, UserError
 from evaluations.collect import collect, kept_rows
 from evaluations.features import Extractor, Features
 from evaluations.image_sets import ImageSet
 from evaluations.metrics import Estimate, share
+from evaluations.sidecars import check_recorded
 
 RETRIEVAL = 10_000  # pairs among which the retrieval looks, at most
 
@@ -65,10 +67,8 @@ def load_tokens(path: Path, count: int) -> torch.Tensor:
     """
     if not path.is_file():
         raise MissingFile(f"{path} does not exist; generate.py writes it when asked for class tokens")
-    try:
-        tokens = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not an .npy file of numbers: {error}") from error
+    check_recorded(path)
+    tokens = read_npy(path)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.floating) or len(tokens) < count:
         raise UserError(f"{path} holds {tokens.dtype} {tokens.shape}, not one float vector for each of {count} samples")
     return torch.from_numpy(tokens[:count].astype(np.float32))

@@ -6,7 +6,7 @@ FID, sFID, IS, precision and recall as the ADM evaluator computes them, and more
 if not __package__:  # run as a file
     __import__("script")  # starts it again as a module
 
-from common.reporting import run, say
+from common.reporting import run
 from config import parse
 from evaluations.settings import EvaluateConfig
 
@@ -19,13 +19,8 @@ EXAMPLES = (
 def main() -> None:
     settings = parse(EvaluateConfig, "Measure samples against a reference.", examples=EXAMPLES)
     from evaluations.measure import measure
-    from evaluations.results import markdown
 
-    results = measure(settings)
-    if results is not None:  # rank 0
-        for warning in results.warnings:
-            say(f"warning: {warning}")
-        say(markdown([results]).rstrip())
+    measure(settings)
 
 
 if __name__ == "__main__":

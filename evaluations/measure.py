@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,24 +20,31 @@ from evaluations.image_folder import SeveralSizes
 from evaluations.image_sets import ImageSet, open_images
 from evaluations.reference import EMPTY, read_reference
 from evaluations.registry import CLASSIFIER, INCEPTION, TOKENS, Inputs, compute, places, rows_wanted
-from evaluations.results import Results, check_writable
+from evaluations.results import Results, check_writable, markdown
 from evaluations.settings import EvaluateConfig
 from models.acceleration import DTYPES, allow_tf32
 from models.hub import go_offline_if_unreachable
 
 
 def measure(settings: EvaluateConfig) -> Results | None:
-    """Measure all that the settings ask for and write it to `settings.out`; None on ranks other than 0."""
+    """Measure all that the settings ask for, print it and write it to `settings.out`; None on ranks other than 0.
+
+    Raises:
+        UserError: something cannot be measured. What was measured before it is printed and written all the same.
+    """
     run = _Measurement(settings)
+    steps: list[Callable[[], None]] = [partial(run.feature_space, spec) for spec in settings.features]
+    steps += [partial(run.classifier, settings.classifier)] if settings.classifier is not None else []
+    steps += [run.class_tokens] if run.tokens is not None else []
     with closing(claim(run.out.parent, f".{run.out.name}.lock", "wait for it, or give another --out")):
-        for spec in settings.features:
-            run.feature_space(spec)
-        suspicions = run.auditor.warnings() if settings.features else []
-        if settings.classifier is not None:
-            run.classifier(settings.classifier)
-        if settings.class_tokens is not None:
-            run.class_tokens(settings.class_tokens)
-        return run.finish(suspicions)
+        for step in steps:
+            try:
+                step()
+            except UserError as error:
+                if run.results.metrics:
+                    run.finish(f"not everything was measured: {error}")
+                raise
+        return run.finish()
 
 
 class _Measurement:
@@ -53,12 +59,14 @@ class _Measurement:
         self.samples, self.reference = open_sets(settings)
         on_first(partial(check_writable, self.out))
         self.results = Results(name=self.samples.name)
-        self.auditor = Auditor()
+        self.auditor, self.suspicions = Auditor(), list[str]()
         self.digests: dict[str, str] = {}
         self.classes: np.ndarray | None = None  # of the samples, where Inception is among the feature spaces
         self.labels = np.zeros(0) if self.samples.labels is None else self.samples.labels
         if settings.classifier is not None and not len(self.labels):
             raise UserError(f"--classifier needs the labels of the samples (arr_1), which {self.samples.name} lacks")
+        tokens = settings.class_tokens
+        self.tokens = None if tokens is None else load_tokens(tokens, len(self.samples))
 
     def feature_space(self, spec: str) -> None:
         """All metrics of one feature space. `spec`: as for `features.load`."""
@@ -81,6 +89,8 @@ class _Measurement:
             auditor=self.auditor if first else None,
             progress=f"samples, {space}",
         )
+        if first:
+            self.suspicions = self.auditor.warnings()
         if space == INCEPTION and found.predictions is not None:
             self.classes = found.predictions.numpy() if self.samples.labels is None else self.samples.labels
         self._compute(here, space, known, found)
@@ -99,16 +109,15 @@ class _Measurement:
         )
         self._compute({CLASSIFIER}, judge.space, EMPTY, found)
 
-    def class_tokens(self, path: Path) -> None:
-        """Generated class tokens (`path`) against the encoder's tokens of the generated images."""
+    def class_tokens(self) -> None:
+        """Generated class tokens against the encoder's tokens of the generated images."""
         settings = self.settings
-        tokens = load_tokens(path, len(self.samples))
         reader = in_turn(partial(load_reader, settings.encoder, settings.token_grid, self.processes.device))
         found = collect(self.samples, reader, batch_size=settings.batch_size, progress="samples, class tokens")
         means = None
         if self.reference is not None:
             means = class_means(self.reference, settings.reference, reader, settings.batch_size, settings.pr_reference)
-        self._compute({TOKENS}, "class token", EMPTY, found, tokens, means)
+        self._compute({TOKENS}, "class token", EMPTY, found, self.tokens, means)
 
     def _load(self, load: Callable[..., networks.Extractor], name: str, **options: Any) -> networks.Extractor:
         dtype = DTYPES[self.settings.dtype]
@@ -119,31 +128,40 @@ class _Measurement:
             inputs = Inputs(here, space, self.settings, self.out, self.samples, self.reference, *found)
             self.results.metrics |= compute(inputs)
 
-    def finish(self, warnings: list[str]) -> Results | None:
-        """Write the results on rank 0. `warnings`: those of the audit."""
+    def finish(self, *warnings: str) -> Results | None:
+        """Write and print the results on rank 0; they are printed also if they cannot be written."""
         if not self.processes.first:
             return None
-        self.results.warnings = set_warnings(self.samples, self.reference, self.classes, self.settings.split) + warnings
+        results, samples, reference = self.results, self.samples, self.reference
+        results.warnings = set_warnings(samples, reference, self.classes, self.settings.split) + self.suspicions
         if self.digests.get(INCEPTION, networks.INCEPTION_SHA256) != networks.INCEPTION_SHA256:
-            self.results.warnings.append(
+            results.warnings.append(
                 "the Inception weights are not the published ones: FID, sFID and IS cannot be compared with papers"
             )
-        say("checksums of the images, for results.json")
-        self.results.protocol = self._protocol()
-        self.results.save(self.out)
-        return self.results
+        results.warnings += warnings
+        results.protocol = self._protocol()
+        try:
+            say("checksums of the images, for results.json")
+            results.protocol["samples_sha256"] = samples.digest()
+            results.protocol["reference_sha256"] = None if reference is None else reference.digest()
+            results.save(self.out)
+        finally:
+            for warning in results.warnings:
+                say(f"warning: {warning}")
+            say(markdown([results]).rstrip())
+        return results
 
     def _protocol(self) -> dict[str, Any]:
-        """What must be equal for two results to be comparable, and what helps to repeat one."""
+        """What must be equal for two results to be comparable, and what helps to repeat one; but for the checksums."""
         samples, reference, settings = self.samples, self.reference, self.settings
         return {
             "n_samples": len(samples),
             "image_size": f"{samples.shape[1]} x {samples.shape[2]}",
             "samples_cropped": samples.cropped,
-            "samples_sha256": samples.digest(),
+            "samples_sha256": None,
             "reference": None if reference is None else reference.name,
             "reference_cropped": None if reference is None else reference.cropped,
-            "reference_sha256": None if reference is None else reference.digest(),
+            "reference_sha256": None,
             "n_reference": None if reference is None else len(reference),
             "networks": self.digests,
             "pr_dtype": settings.pr_dtype,

@@ -49,8 +49,8 @@ def read_reference(
     if settings.cache and rank() == 0:
         parts = (CACHE_SCHEMA, reference.digest(), extractor.digest, settings.dtype, settings.pr_reference, bool(given))
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-        file = settings.cache_dir.expanduser() / f"{key}.npz"
-        cached = _read_cache(file, given)
+        file = _place(settings.cache_dir, f"{key}.npz")
+        cached = None if file is None else _read_cache(file, given)
     if share(cached is not None):
         return cached or EMPTY
     images = reference
@@ -73,6 +73,15 @@ def read_reference(
     return known
 
 
+def _place(folder: Path, name: str) -> Path | None:
+    """The file of that name in the cache; None where its place is the home folder of a user who has none."""
+    try:
+        return folder.expanduser() / name
+    except RuntimeError as error:
+        say(f"warning: the statistics of the reference are not kept ({error}); --cache-dir names another folder")
+        return None
+
+
 def _write_cache(file: Path, known: Reference, given: dict[str, Statistics]) -> None:
     arrays = {"pooled_features": known.pooled.numpy(), "rows": known.rows}
     for kind, stats in {} if given else known.statistics.items():
@@ -81,7 +90,7 @@ def _write_cache(file: Path, known: Reference, given: dict[str, Statistics]) -> 
         with replacing(file, shared=True) as temporary, temporary.open("wb") as stream:
             np.savez(stream, **arrays)
     except WriteError as error:  # the numbers do not depend on it
-        say(f"the statistics of the reference are not kept: {error}; see --cache-dir")
+        say(f"warning: the statistics of the reference are not kept ({error}); --cache-dir names another folder")
 
 
 def _read_cache(file: Path, given: dict[str, Statistics]) -> Reference | None:

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from common.files import WriteError
 from common.reporting import say
 from evaluations.settings import EvaluateConfig
 
@@ -177,7 +178,10 @@ def _authenticity(inputs: Inputs) -> Numbers:
     assert inputs.reference_images is not None
     pairs = closest_pairs(*inputs.rows, inputs.settings.memorization)
     picture = inputs.out.with_name("memorization.png")
-    write_pairs(picture, pairs, inputs.samples, inputs.reference_images, inputs.reference.rows)
+    try:
+        write_pairs(picture, pairs, inputs.samples, inputs.reference_images, inputs.reference.rows)
+    except WriteError as error:
+        say(f"warning: the closest pairs are not shown ({error})")
     return [(pairs.authenticity, None)]
 
 

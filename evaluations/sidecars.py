@@ -1,10 +1,10 @@
 """The JSON beside samples that says how they were made."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.files import check_digests, read_json
 from config import UserError
 
 
@@ -18,12 +18,23 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); it should say how {path.name} was made") from error
+        content = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}; it should say how {path.name} was made") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} does not hold a JSON object; it should say how {path.name} was made")
     return content
+
+
+def check_recorded(path: Path) -> None:
+    """Compare a file with what samples.json beside it recorded of it, if there is one that did.
+
+    Raises:
+        UserError: it is not as it was written.
+    """
+    files = (read_sidecar(path.parent) or {}).get("files", {})
+    if path.name in files:
+        check_digests(path.parent, {path.name: files[path.name]})
 
 
 def common_sidecar(sidecars: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.arrays import read_npy
 from common.crop import center_crop
 from common.images import BadImage, decode_image
 from config import MissingFile, UserError
+from evaluations.sidecars import check_recorded
 from models.encoder import VisionEncoder, load_encoder
 from models.local_networks import open_network
 from models.model_file import Model
@@ -60,9 +62,10 @@ def _rows_of_file(source: str, dim: int) -> Tensor:
     if not Path(name).is_file():
         raise MissingFile(f"--like {source}: no such file")
     try:
-        tokens = np.load(name, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"--like {source}: not an .npy file of numbers ({error})") from error
+        check_recorded(Path(name))
+        tokens = read_npy(Path(name))
+    except UserError as error:
+        raise UserError(f"--like {source}: {error}") from error
     tokens = np.atleast_2d(tokens)
     if tokens.ndim != 2 or tokens.shape[1] != dim or not np.issubdtype(tokens.dtype, np.floating):
         raise UserError(f"--like {source}: holds {tokens.dtype} {tokens.shape}, the model's tokens have width {dim}")

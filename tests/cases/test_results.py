@@ -4,11 +4,15 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from common.files import WriteError
 from config import UserError
+from evaluations import measure
+from evaluations.results import load
 from sampling import assemble
 from tests import toy_model
 from tests.toy_model import generate, samples
@@ -90,3 +94,63 @@ def test_pictures_that_fail_do_not_take_the_samples_along(place, finished, tmp_p
     assert set(json.loads((out / "samples.json").read_text())["files"]) == {"samples.npz", "grid.png"}
     generate(place, out)
     assert "is complete" in capsys.readouterr().out
+
+
+def test_tokens_that_have_changed_are_not_used(place, copy, measurement):
+    """One bit of class_tokens.npy, for --like and for evaluate --class-tokens: its digest stands in samples.json."""
+    content = bytearray((copy / "class_tokens.npy").read_bytes())
+    content[-3] ^= 4
+    (copy / "class_tokens.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"--like .*class_tokens.npy has changed since it was written"):
+        generate(place, copy.with_name("other"), "--like", f"{copy}/class_tokens.npy:0")
+    asked = measurement(samples=(copy / "samples.npz",), class_tokens=copy / "class_tokens.npy")
+    with pytest.raises(UserError, match=r"class_tokens.npy has changed since it was written"):
+        measure.measure(asked)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(measurement, tmp_path, monkeypatch, capsys):
+    """A full disk, a read-only one, and no home folder at all: the numbers do not depend on the cache."""
+    usual = measure.measure(measurement(cache=False)).metrics
+    for number in (errno.ENOSPC, errno.EROFS):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "evaluations.reference.np.savez", lambda *_, n=number, **__: _raise(OSError(n, os.strerror(n)))
+            )
+            assert measure.measure(measurement()).metrics == usual
+        assert "warning: the statistics of the reference are not kept (" in capsys.readouterr().out
+    monkeypatch.setattr("pathlib.Path.home", lambda: _raise(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(
+        "pathlib.Path.expanduser", lambda path: _raise(RuntimeError("no home")) if "~" in str(path) else path
+    )
+    assert measure.measure(measurement(cache_dir=Path("~/.cache/reg/statistics"))).metrics == usual
+    assert "not kept (no home); --cache-dir names another folder" in capsys.readouterr().out
+    assert not Path("~").exists()
+
+
+def test_results_are_printed_when_they_cannot_be_written(measurement, monkeypatch, capsys):
+    """The disk fills up during the measurement."""
+    monkeypatch.setattr(
+        "evaluations.results.write_text", lambda path, _: _raise(WriteError(f"the disk is full at {path}"))
+    )
+    with pytest.raises(WriteError, match=r"the disk is full at .*results.json"):
+        measure.measure(measurement())
+    printed = capsys.readouterr().out
+    assert "FD judge" in printed and "warning: only 40 samples" in printed
+
+
+def test_what_fails_later_does_not_take_the_first_results_along(measurement, tmp_path, capsys):
+    """A second feature space whose weights are missing, and pairs that cannot be drawn."""
+    (tmp_path / "memorization.png").mkdir()
+    with pytest.raises(UserError, match=r"no-such-folder does not exist"):
+        measure.measure(measurement(features=(*measurement().features, "timm:/no-such-folder"), memorization=2))
+    found = load(tmp_path / "results.json")
+    assert {"fd_judge", "authenticity"} <= set(found.metrics)
+    assert "not everything was measured: /no-such-folder does not exist" in found.warnings[-1]
+    printed = capsys.readouterr().out
+    assert "the closest pairs are not shown" in printed and "FD judge" in printed
+    with pytest.raises(UserError, match=r"tokens.npy does not exist"):  # before anything is measured
+        measure.measure(measurement(class_tokens=tmp_path / "tokens.npy"))
+
+
+def _raise(error):
+    raise error
