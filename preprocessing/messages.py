@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from common.class_names import order_note
 from common.files import free_space
 from common.units import duration, size_text
 from packed.format import MANIFEST, Field
@@ -41,6 +42,12 @@ def needs(out: Path, plan: Plan, index: Index, todo: list[int], device: torch.de
     if plan.copies > 1:
         lines.append("each image is followed by its mirror image")
     networks = ", ".join([f"VAE {plan.vae['name']}", *(f"encoder {e['name']}" for e in plan.encoders)])
+    if note := order_note(index.classes):
+        lines.append(f"{note}; --classes FILE gives another order")
+    missing = len(index.classes) - len(filled)
+    if missing and not part.number:
+        first = index.classes[int(np.flatnonzero(counts == 0)[0])]
+        lines.append(f"{missing:,} of the {len(index.classes):,} classes have no images, such as {first}")
     lines.append(f"crop {settings['resolution']} x {settings['resolution']}; {networks}")
     lines.append(f"{settings['dtype']} on {_device(device)}, {world} process{'es' * (world > 1)}")
     for name, spec in plan.fields.items():

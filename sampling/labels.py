@@ -1,6 +1,5 @@
 """Labels: what --labels and --classes mean, and the label of sample i as a function of (seed, i) alone."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -10,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.arrays import members, read_npy
+from common.class_names import class_number
+from common.files import parse_json, read_text
 from common.presets import spread_labels
 from config import MissingFile, UserError
 from models import philox
@@ -68,24 +70,27 @@ def read_labels(
         raise UserError("--classes goes with --labels random, balanced or spread, not with a list of labels")
     if tuple(source) == ("null",):
         return Labels("null", np.array([num_classes], dtype=np.int64))
-    if len(source) == 1 and not source[0].isdecimal() and source[0] not in names:
+    if (
+        len(source) == 1
+        and class_number(source[0], names, num_classes, "--labels") is None
+        and not source[0].isdecimal()
+    ):
         return Labels("list", _read_label_file(Path(source[0]), num_classes, names))
     numbers = [_class_number(word, num_classes, names, "--labels") for word in source]
     return Labels("list", np.array(numbers, dtype=np.int64))
 
 
 def _class_number(word: str, num_classes: int, names: Sequence[str], flag: str) -> int:
-    """A number is an index; anything else is looked up among the class names."""
-    if word.isdecimal():
-        if int(word) < num_classes:
-            return int(word)
+    """A name of a class, or a number (see `common.class_names.class_number`)."""
+    number = class_number(word, names, num_classes, flag)
+    if number is None and word.isdecimal():
         raise UserError(f"{flag} {word}: the model has classes 0 to {num_classes - 1}")
-    if word in names:
-        return list(names).index(word)
-    raise UserError(
-        f"{flag} {word}: neither a class number below {num_classes} nor one of the model's class names"
-        + _known_names(word, names)
-    )
+    if number is None:
+        raise UserError(
+            f"{flag} {word}: neither a class number below {num_classes} nor one of the model's class names"
+            + _known_names(word, names)
+        )
+    return number
 
 
 def _known_names(word: str, names: Sequence[str]) -> str:
@@ -112,14 +117,13 @@ def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.n
         )
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as stream:
-                labels = stream["arr_1"]
+            labels = members(path)["arr_1"].all()
         elif path.suffix == ".npy":
-            labels = np.load(path, allow_pickle=False)
+            labels = read_npy(path)
         else:
-            text = path.read_text()
-            labels = np.array(json.loads(text) if path.suffix == ".json" else [int(word) for word in text.split()])
-    except (ValueError, KeyError, EOFError, OSError) as error:
+            text = read_text(path)
+            labels = np.array(parse_json(text, str(path)) if path.suffix == ".json" else [int(w) for w in text.split()])
+    except (ValueError, KeyError, OSError) as error:
         raise UserError(f"--labels {path}: not a list of class numbers ({error})") from error
     if labels.ndim != 1 or len(labels) == 0 or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"--labels {path}: holds {labels.dtype} {labels.shape}, not a list of class numbers")
