@@ -9,24 +9,24 @@ import numpy as np
 from config import UserError
 from preprocessing.index import AS_LISTED, Index
 from preprocessing.settings import PackConfig
-from preprocessing.sources import LATENT_FOLDER, latent_name, list_source
+from preprocessing.sources import LATENT_FOLDER, latent_name
 
 
-def new_images(packed: list[Index], listed_at: list[int], settings: PackConfig) -> Index:
-    """List the source again: the images that are not packed yet, in the order of their records.
+def new_images(packed: list[Index], listed_at: list[int], fresh: Index, settings: PackConfig) -> Index:
+    """The images of a source that are not packed yet, in the order of their records.
 
     Known classes keep their labels, new ones follow in the order of the source (by name, or as in --classes).
 
     Args:
         packed: the parts of the dataset so far.
         listed_at: when each of them was listed (mtime in ns): files modified later are changed.
-        settings: source, classes, allow_one_class.
+        fresh: the source, listed again.
+        settings: source and classes.
 
     Raises:
         UserError: if packed images are gone, changed, or of another class now.
     """
     source = settings.images
-    fresh = list_source(source, settings.classes, settings.allow_one_class)
     classes = _merged(packed[-1].classes, fresh.classes, settings)
     place = {name: i for i, name in enumerate(fresh.names)}
     gone, moved, changed = [], [], []
@@ -37,7 +37,7 @@ def new_images(packed: list[Index], listed_at: list[int], settings: PackConfig) 
                 gone.append(name)
             elif fresh.classes[fresh.labels[now]] != part.classes[part.labels[i]]:
                 moved.append(name)
-            elif _bytes_of(fresh, now) != _bytes_of(part, i) or _modified(part, name, then):
+            elif not _same_bytes(fresh, now, part, i) or _modified(part, name, then):
                 changed.append(name)
     for names, what in ((gone, "are gone"), (moved, "have another class now"), (changed, "were changed after packing")):
         if names:
@@ -112,10 +112,12 @@ def _merged(known: list[str], found: list[str], settings: PackConfig) -> list[st
     return merged_classes(known, found)
 
 
-def _bytes_of(index: Index, i: int) -> tuple:
-    """Where the bytes of an image lie in the source."""
-    file, *place = index.places[i].tolist()
-    return index.files[file], *place
+def _same_bytes(fresh: Index, now: int, part: Index, then: int) -> bool:
+    """Whether an image lies where it lay; the size of a file is compared where both lists have it."""
+    (file, *place), (file_then, *place_then) = fresh.places[now].tolist(), part.places[then].tolist()
+    if -1 in (place[1], place_then[1]):
+        place[1] = place_then[1]
+    return fresh.files[file] == part.files[file_then] and place == place_then
 
 
 def _modified(index: Index, name: str, then: int) -> bool:

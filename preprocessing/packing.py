@@ -21,7 +21,7 @@ from preprocessing.extend import joined
 from preprocessing.index import Index
 from preprocessing.manifest import build_manifest, write_class_means
 from preprocessing.messages import Totals
-from preprocessing.plan import Plan, check_settings, index_source, is_complete, make_plan, read_parts
+from preprocessing.plan import Plan, check_settings, check_source, index_source, is_complete, make_plan, read_parts
 from preprocessing.read import CropDataset, Crops, Reader, Request, as_is
 from preprocessing.settings import PackConfig
 from preprocessing.verify import repair
@@ -63,6 +63,7 @@ def _is_packed(settings: PackConfig, begun: Plan | None) -> bool:
         )
     if begun is None or not complete or settings.extend:
         return False
+    check_source(settings, begun)
     say(
         f"{out} is packed already: {begun.count} images (--verify re-reads it; --extend adds images that were added to "
         f"{settings.source})"
@@ -99,6 +100,9 @@ def _pack(settings: PackConfig, processes: Processes) -> None:
     networks = Networks(settings, has_moments=kind == "published", device=processes.device)
     plan = from_first(lambda: make_plan(settings, parts, networks, begun))
     index = joined(read_parts(out, plan))
+    here = from_first(
+        lambda: None if _lies_there(index, joined(parts)) else joined(parts)
+    )  # where the images are by now
     todo = from_first(lambda: plan.unfinished(out))
 
     def announce() -> None:
@@ -106,7 +110,7 @@ def _pack(settings: PackConfig, processes: Processes) -> None:
         check_space("--out", out, plan.bytes(todo), "--pixels without --tokens (--no-tokens) takes less")
 
     on_first(announce)
-    totals = pack_shards(index, plan, todo[processes.rank :: processes.world], networks, settings, processes)
+    totals = pack_shards(here or index, plan, todo[processes.rank :: processes.world], networks, settings, processes)
     everyone = gather(totals)
 
     def finish() -> None:
@@ -116,6 +120,10 @@ def _pack(settings: PackConfig, processes: Processes) -> None:
         say(messages.summary(out, manifest.source, everyone))
 
     on_first(finish)
+
+
+def _lies_there(listed: Index, found: Index) -> bool:
+    return (listed.kind, listed.root, listed.files) == (found.kind, found.root, found.files)
 
 
 def _list_images(settings: PackConfig, begun: Plan | None) -> list[Index]:

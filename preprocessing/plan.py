@@ -1,6 +1,7 @@
 """What a packing will write, decided before it starts and kept in `packing.json`: restart and repair rest on it."""
 
 import hashlib
+import sys
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ from config import MissingFile, UserError, differences, identity
 from packed.format import MANIFEST, REPAIR, Field, check_fields, read_entry, read_manifest
 from preprocessing.encode import Networks
 from preprocessing.extend import merged_classes, new_images, remaining
+from preprocessing.identity import forms, lies_elsewhere, located
 from preprocessing.index import Index
 from preprocessing.settings import PackConfig
-from preprocessing.sources import list_source
+from preprocessing.sources import list_images
 
 PLAN = "packing.json"
 INDEX = "index.npz"
@@ -156,6 +158,8 @@ def check_settings(settings: PackConfig) -> Plan | None:
     plan = read_plan(out)
     extending = settings.extend and is_complete(out, plan)
     for name, was, value in differences(plan.settings, now):
+        if name == "source":  # may have been moved: its images are compared instead (`located`)
+            continue
         if not (extending and name == "classes"):  # may name more classes now
             before, today = (" ".join(x) if isinstance(x, list) else str(x) for x in (was, value))
             raise UserError(
@@ -190,26 +194,43 @@ def index_source(settings: PackConfig, plan: Plan | None, *, extend: bool) -> li
         plan: of the packing that was begun, if any.
         extend: list the source again, and add the images that are new as a part of their own, if there are any.
 
+    Returns:
+        The parts, with the places that the images have now.
+
     Raises:
-        UserError: if a list has to be made again and the images have changed since.
+        UserError: if a list has to be made again, or the source lies elsewhere, and the images have changed since.
     """
     out = settings.out
     if plan is None and index_file(out, 1).is_file():  # the plan was lost, the lists are what it was made of
         return [Index.from_file(index_file(out, k)) for k in range(sum(1 for _ in out.glob("index*.npz")))]
     if plan is None:
-        index = list_source(settings.images, settings.classes, settings.allow_one_class)
+        index = list_images(settings)
         write_bytes(index_file(out, 0), index.to_bytes())
         return [index]
     broken = [part.number for part in plan.parts if not index_is_whole(out, part)]
     if broken:
         _list_again(settings, plan, broken)
     parts = read_parts(out, plan)
+    moved = lies_elsewhere(parts, plan.settings["source"], settings.images)
+    if not moved and not extend:
+        return parts
+    fresh = list_images(settings)
+    if moved:
+        parts = located(parts, fresh, settings.images, out)
     if extend:
-        new = new_images(parts, [index_file(out, part.number).stat().st_mtime_ns for part in plan.parts], settings)
+        listed_at = [sys.maxsize if moved else index_file(out, part.number).stat().st_mtime_ns for part in plan.parts]
+        new = new_images(parts, listed_at, fresh, settings)
         if len(new):
             write_bytes(index_file(out, len(parts)), new.to_bytes())
             parts.append(new)
     return parts
+
+
+def check_source(settings: PackConfig, plan: Plan) -> None:
+    """Raise UserError if the source lies elsewhere than when the dataset was packed and lacks some of its images."""
+    parts = read_parts(settings.out, plan)
+    if lies_elsewhere(parts, plan.settings["source"], settings.images):
+        located(parts, list_images(settings), settings.images, settings.out)
 
 
 def index_is_whole(out: Path, part: Part) -> bool:
@@ -221,11 +242,11 @@ def index_is_whole(out: Path, part: Part) -> bool:
 def _list_again(settings: PackConfig, plan: Plan, broken: list[int]) -> None:
     """Make a lost list of images again from the source. Raises UserError if that gives another list."""
     out, source = settings.out, settings.images
-    fresh = list_source(source, settings.classes, settings.allow_one_class)
+    fresh = list_images(settings)
     number, last = broken[0], len(plan.extends)
-    content = b""
+    again: Index | None = None
     if last == 0:
-        content = fresh.to_bytes()
+        again = fresh
     elif len(broken) == 1:
         known = {k: Index.from_file(index_file(out, k)) for k in range(last + 1) if k != number}
         if number < last:
@@ -233,8 +254,10 @@ def _list_again(settings: PackConfig, plan: Plan, broken: list[int]) -> None:
         else:
             classes = merged_classes(known[last - 1].classes, fresh.classes)
         if {fresh.classes[label] for label in fresh.labels} <= {*classes, *known[max(known)].classes}:
-            content = remaining(fresh, known.values(), classes).to_bytes()
-    if hashlib.sha256(content).hexdigest() != plan.parts[number].index:
+            again = remaining(fresh, known.values(), classes)
+    contents = (form.to_bytes() for form in (forms(again, plan.settings["source"], source) if again else ()))
+    content = next((c for c in contents if hashlib.sha256(c).hexdigest() == plan.parts[number].index), None)
+    if content is None:
         raise UserError(
             f"--source {source}: its images are not those that packing into {out} began with; give another --out, or "
             "finish with the images of then and add the new ones by --extend afterwards"

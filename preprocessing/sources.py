@@ -10,9 +10,16 @@ from common.reporting import say
 from config import UserError
 from preprocessing import tables
 from preprocessing.index import Index, Listing, build
+from preprocessing.settings import PackConfig
 
 IMAGE_FOLDERS = ("imagenet_256_vae", "images")  # of the published layout: REG's, REPA's
 LATENT_FOLDER = "vae-sd"
+
+
+def list_images(settings: PackConfig) -> Index:
+    """The images of --source and their classes, as the settings want them. Raises UserError as `list_source`."""
+    skip = settings.on_corrupt == "skip"
+    return list_source(settings.images, settings.classes, settings.allow_one_class, skip_unreadable=skip)
 
 
 def list_source(

@@ -97,7 +97,7 @@ def test_labels_of_images_that_are_not_there_are_said(tmp_path, capsys):
 
 
 def test_tables_of_different_classes_and_of_splits(tmp_path):
-    """Files whose classes have other names or another order are not one dataset; nor are splits, of which one can be given."""
+    """Files whose classes have other names or another order are not one dataset; nor are splits: one can be given."""
     root = write_table(tmp_path / "a", "parquet")
     other = write_table(tmp_path / "b", "parquet", names=("bee", "ant", "cat"))
     (other / "train-00000.parquet").rename(root / "train-00009.parquet")
