@@ -157,7 +157,7 @@ class Study:
         """Weights of the networks that a line depends on."""
         manifest = self.teacher(self.level.dataset(spec)).data.manifest
         teacher = {} if spec.teacher == NO_TEACHER else {spec.teacher: manifest.encoders[0].weights[:16]}
-        return {**self.judge().digests, "vae": manifest.vae["weights"][:16], **teacher}
+        return {**self.judge().digests, "vae": manifest.vae.get("weights", "")[:16], **teacher}
 
     def floors(self, spec: Spec) -> None:
         """What real images reach in the judges' spaces, and the teacher's own tokens of them: lines of their own."""

@@ -1,12 +1,19 @@
 """The study: its plan, its raw results, and a whole level at tiny size."""
 
+from dataclasses import dataclass, replace
+
+import numpy as np
 import pytest
 
 from config import UserError, parse
+from packed.format import read_manifest, write_manifest
+from study import run as running
 from study.ledger import Ledger
+from study.levels import Level
 from study.plan import NO_TEACHER, Spec, runs
 from study.run import EMA, RAW, Study, selected
 from study.settings import StudyConfig
+from tests import tiny, toy_images
 
 FLAGS = ("--level", "digits", "--train", "recipes/digits.yaml", "--ema-decay", "0.9", "--samples", "40")
 
@@ -56,3 +63,77 @@ def test_the_key_is_of_what_was_run_alone(tmp_path):
     for flags in (("--samples", "41"), ("--solver-steps", "2"), ("--ema-decay", "0.5")):
         others.append(Study(settings(tmp_path, *flags)).key(spec, 2))
     assert len({key, *others}) == 1 + len(others)
+
+
+@dataclass(frozen=True)
+class Toy(Level):
+    """Random images and networks in the place of the digits."""
+
+    @property
+    def spaces(self):
+        return (f"timm:{self.network('judge')}",)
+
+    def accuracy(self, teacher):
+        return {"linear_accuracy": 0.5}
+
+    def prepare(self, spec, runner):
+        if self.images.exists():
+            return
+        self.images.mkdir(parents=True)
+        for part, count in (("train", 30), ("test", 12)):
+            images = {"arr_0": toy_images.pixels(count, 8), "arr_1": np.arange(count) % 3}
+            np.savez(self.images / f"{part}.npz", **images)
+        toy_images.save_vit(self.network("judge"))
+        vae, encoder = tiny.write_vae(self.network("vae")), tiny.write_encoder(self.network("supervised"))
+        for data in ("labelled", "unlabelled"):
+            folder = tiny.write_dataset(self.out / "packed" / f"{data}-supervised", vae=vae)
+            manifest = read_manifest(folder)
+            write_manifest(folder, replace(manifest, encoders=[replace(manifest.encoders[0], name=str(encoder))]))
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A recipe of a tiny network, and the toy level."""
+    (tmp_path / "train.yaml").write_text(
+        "\n".join(f"{flag[2:]}: {value}" for flag, value in zip(tiny.FLAGS[::2], tiny.FLAGS[1::2]))
+    )
+    monkeypatch.setattr(running, "Level", Toy)
+
+    def made(*extra, **changes):
+        flags = ("--train", str(tmp_path / "train.yaml"), "--solver-steps", "1", "--samples", "20", *extra)
+        return settings(tmp_path, *flags, lines=("labelled supervised sit,reg 0",), **changes)
+
+    return made
+
+
+def test_a_level_from_end_to_end(toy, monkeypatch, capsys):
+    """A line for each row and checkpoint; a cut study goes on where it was, to the numbers of one that was not cut."""
+    ledger = running.Study(toy()).ledger
+    judged, cut = Study.judged, []
+
+    def once(self, spec, *rest):
+        if spec.row == "reg" and self.ledger.path.read_text().count('"reg"') == 1 and not cut:
+            cut.append(spec)
+            raise KeyboardInterrupt
+        judged(self, spec, *rest)
+
+    monkeypatch.setattr(Study, "judged", once)
+    with pytest.raises(KeyboardInterrupt):
+        running.study(toy())
+    running.study(toy())
+    assert cut and "resuming from" in capsys.readouterr().out
+    lines = [line for line in ledger.lines() if "step" in line]
+    assert [(x["row"], x["step"], x["weights"]) for x in lines] == [
+        (row, *one) for row in ("sit", "reg") for one in ((2, EMA), (4, EMA), (4, RAW))
+    ]
+    assert {x["row"] for x in ledger.lines()} >= {"held-out", "reconstructions", "oracle token", "teacher"}
+    reg = lines[-1]["metrics"]
+    assert reg.keys() >= {"fd_judge", "mind_judge", "class_accuracy", "token_cosine", "token_fd", "cknna"}
+    assert "token_fd" not in lines[0]["metrics"] and lines[0]["teacher"] == NO_TEACHER
+    before = ledger.path.read_text()
+    running.study(toy())
+    assert ledger.path.read_text() == before
+    ledger.path.unlink()
+    running.study(toy())
+    again = {x["key"]: x["metrics"] for x in ledger.lines() if "step" in x}
+    assert {x["key"]: x["metrics"] for x in lines} == again
