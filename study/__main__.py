@@ -9,18 +9,26 @@ from pathlib import Path
 
 from common.reporting import run
 from config import UserError, parse
-from study.settings import LEVELS, StudyConfig
+from study.settings import LEVELS, ReportConfig, StudyConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "study"
+EXAMPLES = ("python -m study digits --only unlabelled reg", "python -m study report")
 
 
 def main() -> None:
     word, *rest = sys.argv[1:] or [""]
+    if word == "report":
+        page = parse(ReportConfig, "Write the page of the study from its raw results.", rest)
+        from study.report import report
+
+        return report(page)
     if word in LEVELS:
         rest = ["--config", str(RECIPES / f"{word}.yaml"), *rest]
-    elif not word.startswith("-"):
-        raise UserError(f"{word!r} is no level of the study: give {', '.join(LEVELS)}")
-    settings = parse(StudyConfig, __doc__ or "", rest if word in LEVELS else sys.argv[1:])
+    elif word.startswith("-"):
+        rest = [word, *rest]
+    else:
+        raise UserError(f"{word!r} is no level of the study: give {', '.join(LEVELS)}, or report")
+    settings = parse(StudyConfig, __doc__ or "", rest, examples=EXAMPLES)
     from study.run import study
 
     study(settings)

@@ -12,6 +12,7 @@ ROWS: dict[str, tuple[str, ...]] = {  # rows of the paper's ablation => flags of
     "repa": ("--no-class-token",),
     "reg": (),
 }
+TITLES = {"sit": "SiT", "token": "SiT + class token", "repa": "SiT + REPA", "reg": "SiT + REG"}
 DATA = ("labelled", "unlabelled")  # unlabelled: all images are of one class
 NO_TEACHER = "none"  # the word of a row that reads no token of any encoder
 

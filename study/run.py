@@ -102,8 +102,9 @@ class Study:
             if newest is not None and int(newest.name) > first:  # trained before, judged otherwise: start again
                 shutil.rmtree(folder)
             with prepare(self.train_settings(spec)) as run:
-                started = time.process_time()
+                trained, resumed = 0.0, run.step  # processor seconds; a resumed run's are those of its later steps
                 for step in self.settings.steps:
+                    started = time.process_time()
                     while run.step < step:
                         run.advance()
                         if run.step % run.settings.log_every == 0:
@@ -111,12 +112,13 @@ class Study:
                     if run.step > step:
                         continue
                     run.save()
-                    trained = time.process_time() - started
+                    trained += time.process_time() - started
                     for (at, weights), key in wanted.items():
                         if at == step and key not in done:
                             parts = run.train_step
                             network = parts.ema.average if weights == EMA else parts.network
-                            self.judged(spec, run, network.eval(), weights, key, trained)
+                            seconds = trained * run.step / max(run.step - resumed, 1)
+                            self.judged(spec, run, network.eval(), weights, key, seconds)
                     run.train_step.network.train()
 
     @torch.no_grad()

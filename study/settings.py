@@ -19,6 +19,7 @@ class StudyConfig:
     runs: tuple[str, ...] = setting(
         help="'DATA TEACHER ROW[,ROW...] SEED[,SEED...]', in the order of their importance", group="training"
     )
+    headline: int = setting(help="which of them stands beside the paper's numbers", group="judging", role=RUN)
     samples: int = setting(help="images that are judged, with the same noise in all runs", group="judging", above=1)
     solver_steps: int = setting(25, "Heun steps of the ODE, unguided", group="judging", above=0)
     only: tuple[str, ...] = setting(
@@ -29,3 +30,13 @@ class StudyConfig:
     dry_run: bool = setting(False, "list the runs and what is finished, and stop", group="machine", role=RUN)
     out: Path = setting(Path("runs/study"), "images, networks and runs; may be deleted", group="machine", role=RUN)
     results: Path = setting(Path("study/results"), "raw results, LEVEL.jsonl", group="machine", role=RUN)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of `python -m study report`."""
+
+    results: Path = setting(Path("study/results"), "raw results", group="report")
+    page: Path = setting(
+        Path("docs/reproduction.md"), "page to write; pictures go to images beside it", group="report", role=RUN
+    )

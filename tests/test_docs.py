@@ -108,7 +108,10 @@ def program(words: list[str]) -> tuple[str | None, list[str]]:
     if rest[0] == "-m" and rest[1] == "pytest":
         assert all((ROOT / word).exists() for word in rest[2:] if word.startswith("tests")), words
         return None, []
-    return (rest[1], rest[2:]) if rest[0] == "-m" else (module_of(rest[0]), rest[1:])
+    if rest[0] == "-m":
+        package = (ROOT / rest[1] / "__main__.py").is_file()
+        return (f"{rest[1]}.__main__" if package else rest[1]), rest[2:]
+    return module_of(rest[0]), rest[1:]
 
 
 def module_of(file: str) -> str:

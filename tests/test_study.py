@@ -1,6 +1,7 @@
 """The study: its plan, its raw results, and a whole level at tiny size."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +9,28 @@ import pytest
 from config import UserError, parse
 from packed.format import read_manifest, write_manifest
 from study import run as running
+from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, first_pass
 from study.ledger import Ledger
 from study.levels import Level
 from study.plan import NO_TEACHER, Spec, runs
+from study.report import report
 from study.run import EMA, RAW, Study, selected
-from study.settings import StudyConfig
+from study.settings import ReportConfig, StudyConfig
 from tests import tiny, toy_images
 
-FLAGS = ("--level", "digits", "--train", "recipes/digits.yaml", "--ema-decay", "0.9", "--samples", "40")
+ROOT = Path(__file__).parents[1]
+FLAGS = (
+    "--level",
+    "digits",
+    "--train",
+    "recipes/digits.yaml",
+    "--ema-decay",
+    "0.9",
+    "--samples",
+    "40",
+    "--headline",
+    "2",
+)
 
 
 def settings(tmp_path, *extra, steps=("2", "4"), lines=("unlabelled supervised sit,reg 0",)):
@@ -137,3 +152,45 @@ def test_a_level_from_end_to_end(toy, monkeypatch, capsys):
     running.study(toy())
     again = {x["key"]: x["metrics"] for x in ledger.lines() if "step" in x}
     assert {x["key"]: x["metrics"] for x in lines} == again
+
+
+def test_the_page_is_what_the_raw_results_give(tmp_path):
+    """docs/reproduction.md holds no number that its own command does not write."""
+    page = tmp_path / "reproduction.md"
+    report(ReportConfig(page=page))
+    assert page.read_text() == (ROOT / "docs" / "reproduction.md").read_text(), "run `python -m study report`"
+    for picture in tmp_path.glob("images/*"):
+        assert (ROOT / "docs" / "images" / picture.name).is_file()
+
+
+def lines_of(values, row="reg", data="unlabelled", teacher="supervised", steps=(100, 200, 400)):
+    """Raw results: one list of FDs over the steps for each seed."""
+    head = {"data": data, "teacher": teacher, "row": row, "weights": EMA, "train_flops_per_image": 10}
+    return [
+        {**head, "seed": seed, "step": step, "metrics": {"fd_judge": value}}
+        for seed, curve in enumerate(values)
+        for step, value in zip(steps, curve)
+    ]
+
+
+def test_when_a_value_is_reached():
+    """EP@k on a curve that is linear in log(step) is exact between checkpoints; rising curves are the same upside down."""
+    steps, curve = [100, 300, 900], lambda step: 20 - 3 * np.log(step)
+    values = [curve(step) for step in steps]
+    for step in (150, 300, 899):
+        assert first_pass(steps, values, curve(step)) == pytest.approx(step)
+        assert first_pass(steps, [-v for v in values], -curve(step), larger=True) == pytest.approx(step)
+    assert first_pass(steps, values, curve(950)) is None and first_pass(steps, values, curve(50)) == 100
+
+
+def test_curves_compare_the_seeds_that_both_have():
+    """A row without a teacher stands beside each; a difference counts if no value of one reaches those of the other."""
+    sit = lines_of([[9, 8, 5], [9.5, 7, 4], [8.8, 7.5, 5]], "sit", teacher=NO_TEACHER)
+    curves = Curves([*sit, *lines_of([[9, 6, 4.5], [9.2, 6.5, 4.4]]), {"row": "held-out", "metrics": {}}], EMA)
+    plain, reg = curves.row("unlabelled", "supervised", "sit"), curves.row("unlabelled", "supervised", "reg")
+    assert plain.teacher == NO_TEACHER and curves.steps(reg) == [100, 200, 400]
+    verdicts = [curves.verdict(reg, plain, step, "fd_judge") for step in (100, 200, 400, 800)]
+    assert verdicts == [SPREAD, LOWER, SPREAD, UNKNOWN] and curves.verdict(plain, reg, 200, "fd_judge") == HIGHER
+    assert curves.at(plain, 200, "fd_judge") == {0: 8, 1: 7, 2: 7.5}
+    passed = curves.passes(reg, "fd_judge", 6.5)
+    assert passed[1] == pytest.approx(200) and 100 < passed[0] < 200

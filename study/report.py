@@ -1,0 +1,284 @@
+"""docs/reproduction.md and its pictures from the raw results alone: `python -m study report`."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.files import write_text
+from common.reporting import say
+from config import parse
+from evaluations.results import as_markdown
+from evaluations.seeds import mean_of
+from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, Row
+from study.figures import draw_curves, draw_samples
+from study.ledger import Ledger
+from study.plan import DATA, NO_TEACHER, TITLES, runs
+from study.run import EMA, RAW, Study
+from study.settings import LEVELS, ReportConfig, StudyConfig
+
+ROOT = Path(__file__).parents[1]
+PAIRS = (("reg", "sit"), ("repa", "sit"), ("reg", "repa"))
+PAPER = {
+    "sit": 33.0,
+    "token": 26.7,
+    "repa": 22.4,
+    "token-patch": 15.5,
+    "reg": 15.2,
+}  # B/2, 400K steps, unguided, FID-50K
+IN_WORDS = {"unlabelled": "without labels", "labelled": "with labels"}
+
+
+class Space(NamedTuple):
+    """A judge's feature space: its name in the metrics, and whether smaller is better."""
+
+    key: str
+    title: str
+
+
+class Page:
+    """One level's part of the page."""
+
+    def __init__(self, settings: StudyConfig, images: Path) -> None:
+        self.settings, self.images = settings, images
+        self.lines = Ledger(settings.results / f"{settings.level}.jsonl").lines()
+        self.curves, self.raw = Curves(self.lines, EMA), Curves(self.lines, RAW)
+        fds = dict.fromkeys(key for line in self.lines for key in line["metrics"] if key.startswith("fd_"))
+        self.spaces = [Space(key, key.removeprefix("fd_")) for key in fds]
+        self.steps = sorted({step for row in self.curves.runs for step in self.curves.steps(row)})
+        self.floors = {
+            line["row"]: line["metrics"] for line in self.lines if line["row"] in ("held-out", "reconstructions")
+        }
+
+    def teachers(self, data: str) -> list[str]:
+        """Those whose rows have been measured, in the order of the recipe."""
+        named = dict.fromkeys(s.teacher for s in runs(self.settings) if s.data == data and s.teacher != NO_TEACHER)
+        measured = {row.teacher for row in self.curves.runs if row.data == data}
+        return [teacher for teacher in named if teacher in measured]
+
+    def rows(self, data: str, teacher: str) -> list[Row]:
+        """The measured rows of one teacher, SiT first."""
+        found = [self.curves.row(data, teacher, name) for name in dict.fromkeys(s.row for s in runs(self.settings))]
+        return [row for row in found if row in self.curves.runs]
+
+    def claims(self) -> Iterable[str]:
+        """A sentence for each teacher and pair of rows: where one is ahead in both spaces."""
+        for data in DATA:
+            for teacher in self.teachers(data):
+                for name, other in PAIRS:
+                    row, base = (self.curves.row(data, teacher, one) for one in (name, other))
+                    verdicts = {step: self.verdict(row, base, step) for step in self.steps}
+                    verdicts = {step: verdict for step, verdict in verdicts.items() if verdict != UNKNOWN}
+                    if not verdicts:
+                        continue
+                    seeds = len(self.curves.at(row, next(iter(verdicts)), self.spaces[0].key))
+                    where = f"{self.settings.level.capitalize()} {IN_WORDS[data]}, {teacher} teacher"
+                    plural = "s" * (seeds != 1)
+                    pair = f"{TITLES[name]} against {TITLES[other]} ({seeds} seed{plural})"
+                    yield f"- {where}, {pair}: {in_words(verdicts)}."
+
+    def verdict(self, row: Row, base: Row, step: int) -> str:
+        """The verdict if all spaces agree on it; else that nothing is known beyond the spread."""
+        found = {self.curves.verdict(row, base, step, space.key) for space in self.spaces}
+        return found.pop() if len(found) == 1 else UNKNOWN if UNKNOWN in found else SPREAD
+
+    def table(self, rows: Sequence[Row], key: str, digits: int, title: str) -> list[list[str]]:
+        """Rows by steps, floors last."""
+        body = []
+        for row in rows:
+            values = [list(self.curves.at(row, step, key).values()) for step in self.steps]
+            if any(values):
+                cells = [mean_of(v).text(digits) if v else "-" for v in values]
+                body.append([label(row), *cells])
+        for name, metrics in self.floors.items():
+            if key in metrics:
+                body.append([f"{name} images" if name == "held-out" else name, *[f"{metrics[key]:.{digits}f}"] * 1])
+                body[-1] += [""] * (len(self.steps) - 1)
+        return [[title, *map(str, self.steps)], *body]
+
+    def efficiency(self, rows: Sequence[Row], key: str) -> list[list[str]]:
+        """EP@k at SiT's own values: how many times fewer steps, and fewer FLOPs, a row needs for the value."""
+        base = next((row for row in rows if row.row == "sit"), None)
+        body = []
+        for step in self.steps[1:] if base else []:
+            assert base is not None
+            reached = self.curves.at(base, step, key)
+            for row in [row for row in rows if row != base]:
+                passed = self.curves.passes(row, key, float(np.mean(list(reached.values()))))
+                known = [value for value in passed.values() if value is not None]
+                if len(known) < len(passed) or min(known) <= self.steps[0]:
+                    continue  # a seed does not reach it, or was past it at its first checkpoint
+                factors = [step / value for value in known]
+                flops = [factor * self.curves.flops[base] / self.curves.flops[row] for factor in factors]
+                cells = [mean_of(known).text(0), mean_of(factors).text(2), mean_of(flops).text(2)]
+                body.append([str(step), f"{np.mean(list(reached.values())):.2f}", label(row), *cells])
+        return [["SiT's steps", "its mean value", "row", "steps to reach it", "fewer steps", "fewer FLOPs"], *body]
+
+    def paper(self, rows: Sequence[Row]) -> list[list[str]]:
+        """The paper's FID beside ours, and whether the direction against SiT agrees."""
+        step, space = self.settings.headline, self.spaces[0]
+        base = next((row for row in rows if row.row == "sit"), None)
+        body = []
+        for row in rows:
+            values = list(self.curves.at(row, step, space.key).values())
+            if row.row not in PAPER or base is None or not values:
+                continue
+            verdict = self.verdict(row, base, step) if row != base else ""
+            agrees = {LOWER: "agrees", HIGHER: "the opposite", SPREAD: "not seen: within the spread"}.get(verdict, "")
+            ratio = float(np.mean(values)) / self.floors["held-out"][space.key]
+            body.append([label(row), f"{PAPER[row.row]:.1f}", mean_of(values).text(2), f"{ratio:.1f}", agrees])
+        return [["row", "paper, FID at 400K", f"here, FD {space.title} at {step}", "FDr", "lower than SiT"], *body]
+
+    def tokens(self) -> list[list[str]]:
+        """What is known of the class token and of the layers, after the last step."""
+        keys = {
+            "cknna": "CKNNA of the layers",
+            "token_denoised_cosine": "denoised token, cosine",
+            "token_cosine": "with its picture, cosine",
+            "token_cosine_shuffled": "with another picture",
+            "token_retrieval": "own picture is nearest",
+            "token_fd": "FD of tokens",
+        }
+        body, last = [], self.steps[-1]
+        for row in self.curves.runs:
+            values = [list(self.curves.at(row, last, key).values()) for key in keys]
+            if any(values):
+                cells = [mean_of(v).text(3) if v else "" for v in values]
+                body.append([f"{IN_WORDS[row.data]}, {row.teacher}, {label(row)}", *cells])
+        for line in self.lines:
+            if line["row"] == "oracle token":
+                name = f"{IN_WORDS[line['data']]}, {line['teacher']}, held-out images' own tokens"
+                body.append([name, "", "", "1", "", "1", f"{line['metrics']['token_fd']:.3f}"])
+        return [["after the last step", *keys.values()], *body]
+
+    def missing(self) -> tuple[list[list[str]], float]:
+        """Runs of the recipe that are not finished, and the processor hours that they will take."""
+        study, done = Study(self.settings), {line["key"] for line in self.lines}
+        costs = [line["cpu_seconds"] for line in self.lines if line.get("weights") == EMA]
+        judging = float(np.mean([cost["judging"] for cost in costs])) if costs else 0.0
+        training = max((cost["training"] for cost in costs), default=0.0)
+        count: dict[tuple[str, str, str], list[int]] = {}
+        for spec in runs(self.settings):
+            keys = study.wanted(spec).values()
+            if not done.issuperset(keys):
+                count.setdefault((spec.data, spec.teacher, spec.row), []).append(spec.seed)
+        hours = sum(map(len, count.values())) * (training + judging * (len(self.settings.steps) + 1)) / 3600
+        body = [[IN_WORDS[d], t, TITLES.get(r, r), ", ".join(map(str, seeds))] for (d, t, r), seeds in count.items()]
+        return [["images", "teacher", "row", "seeds"], *body], hours
+
+    def text(self) -> str:
+        """Markdown of the level, with its pictures written."""
+        level, parts = self.settings.level, [f"## {self.settings.level.capitalize()}\n"]
+        for data in DATA:
+            rows = list(dict.fromkeys(row for teacher in self.teachers(data) for row in self.rows(data, teacher)))
+            rows = [row for row in rows if row.row in TITLES]
+            if not rows:
+                continue
+            named = [(label(row), row) for row in rows]
+            panels = [(f"{IN_WORDS[data]}: FD {space.title}", space.key, named) for space in self.spaces]
+            if data == "labelled":
+                panels.append(("with labels: class accuracy", "class_accuracy", named))
+            file = self.images / f"study-{level}-{data}.png"
+            draw_curves(file, self.curves, panels)
+            parts.append(f"### {IN_WORDS[data].capitalize()}\n\n![Curves of all rows](images/{file.name})\n")
+            for space in self.spaces:
+                parts.append(as_markdown(self.table(rows, space.key, 2, f"FD {space.title}")))
+                mind = space.key.replace("fd_", "mind_")
+                parts.append(as_markdown(self.table(rows, mind, 2, f"MIND {space.title}")))
+            if data == "labelled":
+                parts.append(as_markdown(self.table(rows, "class_accuracy", 3, "class accuracy")))
+            for teacher in self.teachers(data):
+                own = self.rows(data, teacher)
+                table = self.efficiency(own, self.spaces[0].key)
+                if len(table) > 1:
+                    parts.append(f"EP@k, {teacher} teacher: when a row reaches SiT's FD {self.spaces[0].title}.\n")
+                    parts.append(as_markdown(table))
+                parts.append(f"Beside the paper, {teacher} teacher.\n")
+                parts.append(as_markdown(self.paper(own)))
+            parts.append(self.samples(data, rows))
+        parts.append("### Class tokens and layers\n\n" + as_markdown(self.tokens()))
+        return "\n".join([*parts, self.closing()])
+
+    def samples(self, data: str, rows: Sequence[Row]) -> str:
+        """The sheet of samples of seed 0, where the pictures were kept."""
+        folder, grid = self.settings.results / "pictures" / self.settings.level, []
+        for row in rows:
+            named = [(f"{s} steps", folder / f"{data}-{row.teacher}-{row.row}-{s}.png") for s in self.steps]
+            found = [(caption, path) for caption, path in named if path.is_file()]
+            grid += [(label(row), found)] if found else []
+        if not grid:
+            return ""
+        file = self.images / f"study-{self.settings.level}-{data}-samples.png"
+        draw_samples(file, grid)
+        return f"![The same noise in all rows, seed 0](images/{file.name})\n"
+
+    def closing(self) -> str:
+        """Teachers, weights, machines, and what is still missing."""
+        parts = ["### Teachers, weights and machines\n"]
+        for line in self.lines:
+            if line["row"] == "teacher":
+                share = line["metrics"]["linear_accuracy"]
+                parts.append(f"- {line['teacher']}: a linear head names {share:.1%} of the held-out images.")
+        key, last = self.spaces[0].key, self.steps[-1]
+        for row in self.curves.runs:
+            ema, raw = self.curves.at(row, last, key), self.raw.at(row, last, key)
+            if raw:
+                average, plain = (mean_of(list(side.values())).text(2) for side in (ema, raw))
+                title = f"{IN_WORDS[row.data]}, {label(row)}: FD {self.spaces[0].title}"
+                parts.append(f"- {title} {average} with averaged weights, {plain} with raw ones.")
+        machines = {str(sorted(line["machine"].items())): line["machine"] for line in self.lines}
+        networks = {str(line["networks"].get("vae")) for line in self.lines if "networks" in line}
+        for machine in machines.values():
+            words = ", ".join(f"{name} {value}" for name, value in machine.items())
+            parts.append(f"- Machine: {words}.")
+        if len(networks) > 1:
+            parts.append(f"- The small networks were trained {len(networks)} times, by different arithmetic.")
+        table, hours = self.missing()
+        if len(table) > 1:
+            parts.append(
+                f"\n### Not finished\n\nAbout {hours:.1f} hours of one core; `python -m study {self.settings.level}`.\n"
+            )
+            parts.append(as_markdown(table))
+        return "\n".join(parts) + "\n"
+
+
+def label(row: Row) -> str:
+    """Title of a row, and its teacher where it has one."""
+    title = TITLES.get(row.row, row.row)
+    return title if row.teacher == NO_TEACHER else f"{title}, {row.teacher}"
+
+
+def in_words(verdicts: dict[int, str]) -> str:
+    """`lower in both spaces after 500, 750 steps; elsewhere within the spread of the seeds`."""
+    parts = []
+    for verdict in (LOWER, HIGHER):
+        steps = [f"{step:,}" for step, found in verdicts.items() if found == verdict]
+        if steps:
+            parts.append(f"{verdict} in both spaces after {', '.join(steps)} steps")
+    inside = [f"{step:,}" for step, found in verdicts.items() if found == SPREAD]
+    if inside:
+        parts.append(
+            f"within the spread of the seeds, or different in one space alone, after {', '.join(inside)} steps"
+        )
+    return "; ".join(parts)
+
+
+def recipe(level: str, *flags: str) -> StudyConfig:
+    """The settings of a level."""
+    return parse(StudyConfig, "", ["--config", str(ROOT / "recipes" / "study" / f"{level}.yaml"), *flags])
+
+
+def report(settings: ReportConfig) -> None:
+    """Write the page and its pictures from the raw results of all levels that have any."""
+    levels = [recipe(level, "--results", str(settings.results)) for level in LEVELS]
+    write(settings.page, levels)
+
+
+def write(page: Path, levels: Sequence[StudyConfig]) -> None:
+    """The page of these levels."""
+    found = [one for one in (Page(settings, page.parent / "images") for settings in levels) if one.steps]
+    claims = "\n".join(line for one in found for line in one.claims())
+    head = (ROOT / "study" / "page.md").read_text(encoding="utf-8").replace("CLAIMS", claims)
+    write_text(page, "\n".join([head, *(one.text() for one in found)]).rstrip() + "\n")
+    say(f"{page}: {', '.join(one.settings.level for one in found)}")
