@@ -64,7 +64,7 @@ def test_every_setting_is_read(name):
 def test_the_settings_of_all_programs_are_found():
     names = {name.rsplit(".", 1)[1] for name in CLASSES}
     assert {"TrainConfig", "SampleConfig", "PackConfig", "EvaluateConfig", "CknnaConfig"} <= names
-    assert all(len(fields) > 2 for fields in CLASSES.values())
+    assert all(len(fields) > 1 for fields in CLASSES.values())
 
 
 def test_a_setting_that_nothing_reads_is_found(tmp_path):
