@@ -139,7 +139,7 @@ def write_published(folder: Path, ours: Path, count: int) -> None:
         Image.fromarray(batch.pixels[0].numpy()).save(folder / "imagenet_256_vae" / names[0], compress_level=0)
         np.save(folder / "vae-sd" / names[1], decode_moments(batch.moments)[0].numpy())
         labels.append([names[1], int(batch.label[0])])
-    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}), encoding="utf-8")
 
 
 def _compare(folder: Path, settings: DataBenchmark, workers: int, *, cold: bool) -> list[dict[str, Any]]:
@@ -317,7 +317,7 @@ def _full_size(folder: Path) -> dict[str, Any]:
 
 def _private_memory() -> float:
     """MiB of this process that are its own: without mapped files, which are page cache."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("RssAnon:")[1].split()[0]) / 2**10
 
 

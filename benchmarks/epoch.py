@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 *(["--enc-type", *settings.enc_type] if settings.enc_type else []),
             ]
         )
-        lines = [json.loads(line) for line in (Path(folder) / "epoch/metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (Path(folder) / "epoch/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     lines = lines[1:] or lines  # the first interval also starts up
     row = {
         "tokens": "cached" if manifest.encoders else "computed in the step",

@@ -239,7 +239,7 @@ def write(
 
 def _write_markdown(benchmark: str, folder: Path) -> None:
     """Rebuild the table of a benchmark from all its JSON files."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{benchmark}-*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{benchmark}-*.json"))]
     records = [record for record in records if record["benchmark"] == benchmark]
     lines = [f"# {benchmark}", "", f"`python -m benchmarks.{benchmark} --help` says how to measure again.", ""]
     for record in records:

@@ -43,7 +43,7 @@ def functions(clone: Path, file: str, names: Sequence[str], given: Mapping[str, 
     """
     path = clone / file
     wanted = []
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         targets = [node.name] if isinstance(node, ast.FunctionDef) else []
         if isinstance(node, ast.Assign):
             targets = [target.id for target in node.targets if isinstance(target, ast.Name)]

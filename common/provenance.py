@@ -25,7 +25,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 def processor() -> str:
     """The model of this machine's processor."""
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.is_file() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

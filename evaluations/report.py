@@ -153,7 +153,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     if not file.is_file():
         raise MissingFile(f"{file} does not exist; is {folder} the folder of a training run?")
     points: dict[str, dict[float, float]] = {}
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -67,7 +67,7 @@ def load(path: Path) -> Results:
     if not path.is_file():
         raise MissingFile(f"{path} does not exist")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         schema = content["schema"]
         if schema != SCHEMA:
             raise UserError(f"{path} has schema {schema}, this program reads {SCHEMA}")

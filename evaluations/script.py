@@ -9,4 +9,4 @@ import sys
 _folder, _file = os.path.split(os.path.abspath(sys.argv[0]))
 _root, _package = os.path.split(_folder)
 os.environ["PYTHONPATH"] = os.pathsep.join([_root, *filter(None, [os.environ.get("PYTHONPATH")])])
-os.execv(sys.executable, [sys.executable, "-m", f"{_package}.{_file.removesuffix('.py')}", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-P", "-m", f"{_package}.{_file.removesuffix('.py')}", *sys.argv[1:]])

@@ -78,7 +78,7 @@ def _weights(repo: str) -> list[str]:
         newest = cached / "refs" / "main"
         if not newest.is_file():
             raise
-        snapshot = cached / "snapshots" / newest.read_text().strip()
+        snapshot = cached / "snapshots" / newest.read_text(encoding="utf-8").strip()
         names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
         if not names:
             raise

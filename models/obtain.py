@@ -148,7 +148,7 @@ def _digest(path: Path, folder: Path) -> str:
     stat = path.stat()
     known = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     memory = folder / "digests" / fingerprint(known)[:32]
-    if memory.is_file() and re.fullmatch("[0-9a-f]{64}", text := memory.read_text()):
+    if memory.is_file() and re.fullmatch("[0-9a-f]{64}", text := memory.read_text(encoding="utf-8")):
         return text
     if stat.st_size > 1e9:
         say(f"reading {path.name} ({stat.st_size / 1e9:.3g} GB) for the first time")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # run as a file: start again as a module that finds ours
     os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
-    os.execv(sys.executable, [sys.executable, "-m", "preprocessing.describe", *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "preprocessing.describe", *sys.argv[1:]])
 
 from common.reporting import run
 from config import parse

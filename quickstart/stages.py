@@ -63,7 +63,7 @@ class Runner:
         file = self.folder / f"{stage.name}.json"
         if not file.is_file() or not all(output.exists() for output in stage.outputs):
             return None
-        record = Record(**json.loads(file.read_text()))
+        record = Record(**json.loads(file.read_text(encoding="utf-8")))
         return record if record.key == key else None
 
     def _measure(self, stage: Stage, command: str, key: str) -> Record:

@@ -22,7 +22,7 @@ def collect(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool) 
         run, sampler, guidance = name.split("-")
         if run not in runs:
             continue
-        sidecar = json.loads(file.read_text())
+        sidecar = json.loads(file.read_text(encoding="utf-8"))
         seconds = by_name[f"sample-{name}"].seconds
         settings.append(
             {
@@ -119,7 +119,7 @@ def _line(row: list[str], widths: list[int]) -> str:
 
 def _metrics(file: Path) -> dict:
     """Accuracy, FD and n of one results.json of evaluations/evaluate.py."""
-    results = json.loads(file.read_text())
+    results = json.loads(file.read_text(encoding="utf-8"))
     metrics = results["metrics"]
     return {"accuracy": metrics["class_accuracy"], "fd": metrics["fd_judge"], "n": results["protocol"]["n_samples"]}
 

@@ -48,7 +48,7 @@ class Parts:
         self.claim()
         file = self.folder / "settings.json"
         if file.is_file():
-            refuse_mixing(self.folder, json.loads(file.read_text()), identity)
+            refuse_mixing(self.folder, json.loads(file.read_text(encoding="utf-8")), identity)
         write_json(file, identity)
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()

@@ -141,6 +141,38 @@ def test_settings_are_typed(path):
                     assert kind not in ("nothing", "Any"), f"{path.name}, {node.name}: {argument.arg} is {kind}"
 
 
+def opens_text_of_any_encoding(call: ast.Call) -> bool:
+    """Whether a call opens, reads or writes text in the encoding of the machine that it runs on."""
+    attribute, name = isinstance(call.func, ast.Attribute), getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if {"encoding", None} & {keyword.arg for keyword in call.keywords}:
+        return False
+    if attribute and name in ("read_text", "write_text") and ast.unparse(call.func.value) != "files":
+        return len(call.args) == (name == "write_text")
+    if name != "open" or (attribute and ast.unparse(call.func.value) == "tarfile"):
+        return False
+    modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] + call.args[not attribute :]
+    if not modes:
+        return not call.keywords
+    return isinstance(modes[0], ast.Constant) and isinstance(modes[0].value, str) and "b" not in modes[0].value
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("p.read_text()", True), ("p.write_text(x)", True), ("open(p)", True), ("open(p, 'a')", True), ("p.open()", True),
+    ("p.open('w')", True), ("p.open('rb')", False), ("open(p, mode='rb')", False), ("p.read_text(encoding='utf-8')", False),
+    ("read_text(p)", False), ("Image.open(stream, formats=F)", False), ("archive.open(member)", False),
+])  # fmt: skip
+def test_text_without_an_encoding_is_seen(text, found):
+    assert opens_text_of_any_encoding(ast.parse(text).body[0].value) == found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_text_has_an_encoding(path):
+    """UTF-8, whatever the locale; what people write is read by `common.files.read_text`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            assert not opens_text_of_any_encoding(node), f"{path}, line {node.lineno}: {ast.unparse(node)}"
+
+
 @pytest.mark.parametrize("path", [path for path in LIBRARY if path.stem != "files"], ids=module_name)
 def test_files_are_written_in_one_place(path):
     """Temporary name, fsync, rename: common/files.py alone. A checkpoint is a folder and renamed as one."""

@@ -149,7 +149,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / STATE
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] > SCHEMA:
             raise UserError(f"{path} has schema {content['schema']}, this code reads up to {SCHEMA}: update the code")
         if checkpoint.name.isdigit() and content["step"] != int(checkpoint.name):

@@ -31,7 +31,7 @@ def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) 
     changes: list[str] = []
     if path.is_file() and any(folder.glob("checkpoints/[0-9]*")):  # before the first one there is nothing to continue
         try:
-            former = json.loads(path.read_text())
+            former = json.loads(path.read_text(encoding="utf-8"))
             former_settings, former_facts = former["settings"], former["facts"]
             other_network = former_facts["network"] != facts["network"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -62,13 +62,13 @@ class Wandb:
         import wandb
 
         file = folder / WANDB_ID
-        if not file.is_file() or not file.read_text().strip():  # empty after a full disk
+        if not file.is_file() or not file.read_text(encoding="utf-8").strip():  # empty after a full disk
             write_text(file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=settings.wandb_project,
                 name=settings.exp_name,
-                id=file.read_text().strip(),
+                id=file.read_text(encoding="utf-8").strip(),
                 resume="allow",
                 dir=folder,
                 config=as_dict(settings),
