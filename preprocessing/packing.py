@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from common.files import check_space
+from common.files import check_space, free_space
 from common.lock import FolderLock, claim
 from common.processes import Processes, from_first, gather, on_first
 from common.reporting import progress, say
@@ -28,6 +28,8 @@ from preprocessing.verify import repair
 from preprocessing.writer import BackgroundWriter
 
 LOCK = ".packing.lock"
+SHARED_MEMORY = Path("/dev/shm")
+_PATIENCE = 1800  # seconds for a batch to be read, after which it counts as lost
 
 
 def requests(index: Index, plan: Plan, shards: list[int]) -> Iterator[Request]:
@@ -144,12 +146,15 @@ def pack_shards(
 ) -> Totals:
     """Write the given shards of a plan. Raises UserError for an image that cannot be read, or a full disk."""
     reader = Reader(index.kind, index.root, index.files)
+    side = plan.settings["resolution"]
+    workers = _workers(settings.num_workers, plan.copies * plan.settings["batch_size"] * 3 * side * side)
     loader = DataLoader(
-        CropDataset(reader, plan.settings["resolution"], settings.max_pixels, flip=plan.copies > 1),
+        CropDataset(reader, side, settings.max_pixels, flip=plan.copies > 1),
         sampler=requests(index, plan, shards),
         batch_size=None,
         collate_fn=as_is,
-        num_workers=_workers(settings.num_workers),
+        num_workers=workers,
+        timeout=_PATIENCE if workers else 0,
         pin_memory=networks.device.type == "cuda",
     )
     batches = iter(loader)  # worker processes start here
@@ -163,7 +168,7 @@ def pack_shards(
         pending: Pending | None = None
         while True:
             clock = time.monotonic()
-            crops: Crops | None = next(batches, None)
+            crops = _next(batches)
             waiting += time.monotonic() - clock
             if crops is not None and crops.bad and settings.on_corrupt == "error":
                 name, reason = crops.bad[0]
@@ -187,6 +192,21 @@ def pack_shards(
     return Totals(count, time.monotonic() - start, waiting)
 
 
+def _next(batches: Iterator[Crops]) -> Crops | None:
+    """The next batch of the reading processes. Raises UserError where one of them has died, or a batch was lost."""
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if "DataLoader" not in text:
+            raise
+        cause = "shared memory is full" if "shared memory" in text or "Bus error" in text else text[:200]
+        raise UserError(
+            f"the processes that read images have failed ({cause}); the same command goes on from here, with "
+            "--num-workers 0 without such processes"
+        ) from error
+
+
 def _write(writer: BackgroundWriter, encoded: Encoded, plan: Plan, tally: dict[int, dict[str, Any]]) -> None:
     """Hand a batch to the writer; the last of a shard goes with the shard's notes."""
     crops = encoded.crops
@@ -199,8 +219,30 @@ def _write(writer: BackgroundWriter, encoded: Encoded, plan: Plan, tally: dict[i
     writer.put(shard, encoded.arrays, tally.pop(shard) if crops.request.last else None)
 
 
-def _workers(wanted: int | None) -> int:
-    """Reading processes of one rank: by default the cores of this machine, shared among its ranks, but for one."""
-    if wanted is not None:
-        return wanted
-    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 0)
+def _workers(wanted: int | None, batch_bytes: int) -> int:
+    """Reading processes of one rank: by default the cores of this machine, shared among its ranks, but for one.
+
+    Args:
+        wanted: --num-workers.
+        batch_bytes: of the crops of a batch. Each process keeps two batches ready, in shared memory.
+
+    Raises:
+        UserError: so many as are wanted do not fit the shared memory that is free; by default fewer are started.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = max(len(os.sched_getaffinity(0)) // local - 1, 0) if wanted is None else wanted
+    if workers == 0 or not SHARED_MEMORY.is_dir():
+        return workers
+    free, each = free_space(SHARED_MEMORY), 2 * batch_bytes * local
+    if workers * each <= free:
+        return workers
+    text = (
+        f"{workers} reading processes take {workers * each / 1e6:,.1f} MB in {SHARED_MEMORY}, where {free / 1e6:,.1f} MB "
+        "are free (docker run --shm-size 8g gives a container more)"
+    )
+    if wanted is None:
+        say(f"{text}: {free // each} are started")
+        return free // each
+    raise UserError(
+        f"--num-workers {wanted}: {text}; give at most --num-workers {free // each}, or a smaller --batch-size"
+    )

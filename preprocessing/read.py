@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from common.crop import center_crop
 from common.images import BadImage, decode_image
@@ -135,5 +135,13 @@ def mirrored(name: str) -> str:
 
 
 def as_is(crops: Crops) -> Crops:
-    """Collate function: a batch is made by the dataset already."""
+    """Collate function: a batch is made by the dataset already.
+
+    A reading process puts it into shared memory here, where a lack of it is an error that reaches the first process; while
+    the batch is sent it would be lost, and waited for for ever.
+    """
+    if get_worker_info() is not None:
+        for tensor in (crops.pixels, crops.label, crops.moments):
+            if tensor is not None:
+                tensor.share_memory_()
     return crops

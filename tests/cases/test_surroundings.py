@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from tests.packs import ROOT
+from config import UserError
+from preprocessing import pack, packing
+from tests.packs import ROOT, encoded, flags, noise, write_folder
 
 
 @pytest.mark.parametrize("program", ["preprocessing/pack.py", "evaluations/evaluate.py"])
@@ -17,3 +20,54 @@ def test_modules_of_ours_in_the_current_folder(tmp_path, program):
     command = [sys.executable, str(ROOT / program), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0 and "--batch-size" in done.stdout, done.stderr
+
+
+def test_small_shared_memory(monkeypatch, capsys):
+    """Docker gives 64 MB: what the reading processes will hold is compared with it before they start."""
+    monkeypatch.setattr(packing, "SHARED_MEMORY", ROOT)
+    monkeypatch.setattr(packing, "free_space", lambda folder: 1_000_000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(9))
+    assert packing._workers(2, 250_000) == 2 and packing._workers(0, 10**9) == 0
+    with pytest.raises(
+        UserError, match=r"--num-workers 2: 2 reading processes take 1\.2 MB .*1\.0 MB are free.* at most .*1,"
+    ):
+        packing._workers(2, 300_000)
+    assert packing._workers(None, 60_000) == 8 and not capsys.readouterr().out
+    assert packing._workers(None, 130_000) == 3 and "8 reading processes take 2.1 MB" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # its ranks share the memory
+    assert packing._workers(None, 130_000) == 1
+
+
+def test_batch_that_does_not_fit_the_shared_memory(toys, tmp_path, monkeypatch):
+    """It ends the packing with a sentence; it would be lost on its way, and waited for for ever."""
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(UserError, match=r"have failed \(shared memory is full\); the same command goes on"):
+        pack.main([*flags(toys, tmp_path / "out"), "--num-workers", "1"])
+
+
+@pytest.mark.slow
+def test_shared_memory_that_is_full(toys, tmp_path):
+    """A real /dev/shm of 160 kB, which the check at the start does not see: the command ends by itself."""
+    images = {f"{name}/{i:02d}.png": encoded(noise(70, 70)) for name in "ab" for i in range(60)}
+    source = write_folder(tmp_path / "images", images)
+    words = [
+        *flags(toys, tmp_path / "out", source=source),
+        "--num-workers",
+        "2",
+        "--resolution",
+        "64",
+        "--batch-size",
+        "16",
+    ]
+    code = "import sys, preprocessing.packing as p, preprocessing.pack as k; from common.reporting import run\n"
+    code += "p.free_space = lambda folder: 10**12; run(lambda: k.main(sys.argv[1:]))"
+    mount = 'mount -t tmpfs -o size=160k tmpfs /dev/shm || exit 77; exec "$0" "$@"'
+    command = ["unshare", "-m", "bash", "-c", mount, sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if done.returncode in (1, 77) and "Error" not in done.stderr:
+        pytest.skip(f"needs the right to mount: {done.stderr.strip()[-100:]}")
+    assert done.returncode == 2 and "have failed (shared memory is full)" in done.stderr, done.stderr
