@@ -4,8 +4,8 @@ import os
 import zlib
 from pathlib import Path
 
+from common.contents import Item
 from common.images import MAX_BYTES, BadImage
-from common.listing import Item
 
 
 class Members:
@@ -24,7 +24,9 @@ class Members:
     def read(self, item: Item) -> bytes | Path:
         """The encoded image, or the file that holds it. Raises BadImage if it cannot be had."""
         if self.kind not in ("zip", "tar"):
-            return self.root / self.files[item.file] / item.name
+            path = self.root / self.files[item.file] / item.name
+            self._check_size(path, item.size)
+            return path
         if max(item.size, item.stored) > MAX_BYTES:
             raise BadImage(f"a member of {item.size} bytes is too large for an image (limit {MAX_BYTES})")
         try:
@@ -37,6 +39,15 @@ class Members:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_descriptors": {}}
+
+    def _check_size(self, path: Path, listed: int) -> None:
+        """Raise BadImage if a file is not the one that was listed: a packing may go on days after its start."""
+        try:
+            size = path.stat().st_size if listed >= 0 else listed
+        except OSError as error:
+            raise BadImage(f"cannot be read ({error.strerror})") from error
+        if size != listed:
+            raise BadImage(f"has {size:,} bytes, but had {listed:,} when the images were listed")
 
     def _descriptor(self, number: int) -> int:
         if number not in self._descriptors:

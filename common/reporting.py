@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -30,6 +31,8 @@ class _Console:
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        if isinstance(self._stream, TextIOWrapper):  # names of files may hold what the terminal's encoding lacks
+            self._stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         self._try(partial(self._stream.write, text))

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from common.class_names import by_spelling, order_note
+from common.contents import Item
 from common.crop import center_crop
 from common.files import sha256
 from common.images import BadImage, decode_image, image_size
-from common.listing import Item, list_contents
+from common.listing import list_contents
 from common.members import Members
 from common.processes import rank
 from common.reporting import progress, say

@@ -10,7 +10,9 @@ from models.choices import DEVICES, DISTANCE_RULES
 @dataclass(frozen=True)
 class EvaluateConfig:
     samples: tuple[Path, ...] = setting(
-        help="samples: .npz files, image folders or packed datasets", group="images", also=("sample", "sample_batch")
+        help="samples: .npz files, folders, zips or tars of images, or packed datasets",
+        group="images",
+        also=("sample", "sample_batch"),
     )
     reference: tuple[Path, ...] = setting(
         (), "the same for the reference; also ADM's files with mu, sigma", group="images", also=("ref", "ref_batch")
@@ -23,7 +25,13 @@ class EvaluateConfig:
         also=("image_size", "size"),
         at_least=1,
     )
-    num_samples: int | None = setting(None, "use only the first N samples", group="images", also=("n",), at_least=1)
+    num_samples: int | None = setting(
+        None,
+        "use only N samples: the first ones, or evenly spaced ones where those of a class lie together",
+        group="images",
+        also=("n",),
+        at_least=1,
+    )
     out: Path | None = setting(None, "results file; default: results.json beside the samples", group="images", role=RUN)
 
     features: tuple[str, ...] = setting(

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from common.class_names import spelled
 from config import UserError
 from preprocessing.index import AS_LISTED, Index
 from preprocessing.settings import PackConfig
@@ -27,6 +29,7 @@ def new_images(packed: list[Index], listed_at: list[int], fresh: Index, settings
         UserError: if packed images are gone, changed, or of another class now.
     """
     source = settings.images
+    packed = [replace(part, classes=[spelled(name) for name in part.classes]) for part in packed]
     classes = _merged(packed[-1].classes, fresh.classes, settings)
     place = {name: i for i, name in enumerate(fresh.names)}
     gone, moved, changed = [], [], []

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.class_names import by_spelling, spelled
+from common.contents import Item
 from common.files import read_text
-from common.listing import Item
 from config import UserError
 
 AS_LISTED = ("parquet", "arrow", "published")  # kinds whose order is the source's; others are ordered by class and name

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from common.contents import Item
 from common.crop import center_crop
 from common.images import BadImage, decode_image
-from common.listing import Item
 from common.members import Members
 from preprocessing.sources import LATENT_FOLDER, latent_name
 from preprocessing.tables import Table

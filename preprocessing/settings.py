@@ -28,7 +28,8 @@ class PackConfig:
 
     source: Path | None = setting(
         None,
-        "folder of class folders, zip, tar (also of tars), parquet or arrow, or the published layout",
+        "folder of class folders or of class archives, zip, tar (also of tars), a folder inside one (x.zip/train), parquet "
+        "or arrow, or the published layout",
         group="input",
         also=("input", "data", "images", "data_dir"),
     )

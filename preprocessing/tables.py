@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from common.contents import Item
 from common.files import parse_json, read_json
-from common.listing import Item
 from config import UserError
 from preprocessing.index import SPLITS, Listing
 

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from common.arrays import read_npy
+from common.contents import Item
 from common.crop import center_crop
 from common.images import BadImage, decode_image
+from common.listing import list_contents
+from common.members import Members
 from config import MissingFile, UserError
 from evaluations.sidecars import check_recorded
 from models.encoder import VisionEncoder, load_encoder
@@ -22,8 +25,8 @@ def read_tokens(sources: Sequence[str], model: Model) -> Tensor:
     """The tokens that `--like` means, (K, D) float32.
 
     Args:
-        sources: image files, encoded by the model's own encoder after the training crop; .npy files of tokens (all rows);
-            FILE.npy:I for row I.
+        sources: image files, folders, zips or tars of images, encoded by the model's own encoder after the training crop;
+            .npy files of tokens (all rows); FILE.npy:I for row I.
         model: whose tokens they are.
 
     Raises:
@@ -37,9 +40,9 @@ def read_tokens(sources: Sequence[str], model: Model) -> Tensor:
             continue
         if not info.encoders:
             raise UserError("--like: the model file names no encoder; give tokens as .npy")
-        pixels = _pixels(source, info.resolution)
+        crops = _crops(source, info.resolution)  # the images are looked at before the encoder is loaded
         encoder = encoder or _own_encoder(model)
-        rows.append(encoder(pixels).class_token.float())
+        rows += [encoder(crop).class_token.float() for crop in crops]
         width, expected = rows[-1].shape[1], info.network.class_token_dim
         if width != expected:
             raise UserError(
@@ -76,13 +79,24 @@ def _rows_of_file(source: str, dim: int) -> Tensor:
     return torch.from_numpy(tokens.astype(np.float32))
 
 
-def _pixels(source: str, resolution: int) -> Tensor:
-    """The centre crop of an image file: (1, 3, H, W) uint8."""
+def _crops(source: str, resolution: int) -> list[Tensor]:
+    """The centre crops of an image file, or of all images of a folder or archive: (1, 3, H, W) uint8 each."""
     path = Path(source)
-    if not path.is_file():
-        raise MissingFile(f"--like {source}: no such file")
-    try:
-        crop = center_crop(decode_image(path), resolution)
-    except BadImage as error:
-        raise UserError(f"--like {source}: neither an image nor an .npy file of tokens ({error})") from error
-    return torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None]
+    items, members = [Item("", None)], Members("folder", path, [""])
+    if not path.is_file() or path.suffix in (".zip", ".tar"):
+        try:
+            contents = list_contents(path)
+        except UserError as error:
+            raise type(error)(f"--like {error}") from error
+        items, members = sorted(contents.items), Members(contents.kind, contents.root, contents.files)
+        if not items:
+            raise UserError(f"--like {source}: holds no images")
+    crops = []
+    for item in items:
+        try:
+            crop = center_crop(decode_image(members.read(item)), resolution)
+        except BadImage as error:
+            where = path / item.name
+            raise UserError(f"--like {where}: neither an image nor an .npy file of tokens ({error})") from error
+        crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None])
+    return crops

@@ -45,6 +45,7 @@ def test_more_like_an_image(place, tmp_path):
 
     from common.crop import center_crop
     from models.encoder import load_encoder
+    from tests.packs import write_zip
     from tests.tiny import write_encoder
 
     encoder = write_encoder(tmp_path / "encoder", dim=16)
@@ -54,6 +55,11 @@ def test_more_like_an_image(place, tmp_path):
     job = loaded(place, "--checkpoint", str(place / "wider"), "--like", str(tmp_path / "a.png"))
     pixels = torch.from_numpy(np.array(center_crop(picture, 8))).permute(2, 0, 1)[None]
     assert torch.equal(job.tokens, load_encoder(str(encoder), 2)(pixels).class_token.float())
+    many = write_zip(tmp_path / "many.zip", {f"x/{i}.png": (tmp_path / "a.png").read_bytes() for i in range(2)})
+    for source in (str(many), str(many / "x")):  # a folder or an archive: all of its images
+        assert torch.equal(
+            loaded(place, "--checkpoint", str(place / "wider"), "--like", source).tokens, job.tokens.expand(2, -1)
+        )
     with pytest.raises(ValueError, match=r"encoder .* gives tokens of width 16, the model has 6"):
         write_model(place, "narrow", CONFIG, encoders=(str(encoder),))
         loaded(place, "--checkpoint", str(place / "narrow"), "--like", str(tmp_path / "a.png"))
