@@ -1,6 +1,7 @@
 """config.json of a run folder: the settings and the dataset that a run was started with."""
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,12 @@ def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) 
             raise UserError(f"{path} is damaged ({error}); restore it or choose another --exp-name") from error
         facts = {**{key: value for key, value in former_facts.items() if key == "initialised_from"}, **facts}
         changes = [
-            f"--{key.replace('_', '-')}: {was} before, {value} now"
+            _change(f"--{key.replace('_', '-')}", was, value)
             for key, was, value in differences(former_settings, recorded)
             if key not in free
         ]
         changes += [
-            f"{key}: {former_facts.get(key)} before, {value} now"
+            _change(key, former_facts.get(key), value)
             for key, value in facts.items()
             if former_facts.get(key) != value and key != "network"
         ]
@@ -55,3 +56,11 @@ def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) 
             raise UserError(f"{folder} was started with other settings ({listed}): {ways}")
     write_json(path, {"settings": recorded, "facts": facts})
     return changes, facts
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """What has changed, in words; of long lists, such as the names of all classes, the lengths and the first difference."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) + len(now) > 8:
+        number, (was, value) = next((i, pair) for i, pair in enumerate(zip_longest(before, now)) if pair[0] != pair[1])
+        return f"{name}: {len(before)} before, {len(now)} now; number {number}: {was} before, {value} now"
+    return f"{name}: {before} before, {now} now"

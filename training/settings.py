@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from common.presets import GUIDANCE_SCALE
-from config import RUN, UserError, setting
+from config import RUN, MissingFile, UserError, setting
 from models.choices import PATHS, PRECISIONS, SCHEDULES, WEIGHTINGS
 
 _run = partial(setting, group="run")
@@ -149,6 +149,8 @@ def check_values(settings: TrainConfig) -> None:
     """
     if settings.eval_every and settings.eval_reference is None:
         raise UserError("--eval-every needs --eval-reference: the images to compare with")
+    if settings.eval_every and settings.assume is None and not Path(settings.eval_reference or "").exists():
+        raise MissingFile(f"--eval-reference {settings.eval_reference} does not exist")
     if not settings.dry_run:
         for flag, value in (("--assume", settings.assume), ("--gpu", settings.gpu)):
             if value is not None:

@@ -44,11 +44,15 @@ def open_tracker(folder: Path, settings: TrainConfig, start_step: int) -> "Wandb
         start_step: step at which the run starts or resumes.
 
     Raises:
-        UserError: wandb refuses to start.
+        UserError: it refuses to start, for whatever reason.
     """
-    if settings.report_to == "wandb":
-        return Wandb(folder, settings)
-    return TensorBoard(folder, start_step) if settings.report_to == "tensorboard" else None
+    name, offline = settings.report_to, "set WANDB_MODE=offline, " * (settings.report_to == "wandb")
+    try:
+        if name == "wandb":
+            return Wandb(folder, settings)
+        return TensorBoard(folder, start_step) if name == "tensorboard" else None
+    except Exception as error:
+        raise UserError(f"--report-to {name}: {_cause(error)}: {offline}{_WITHOUT}") from error
 
 
 class Wandb:
@@ -64,17 +68,14 @@ class Wandb:
         file = folder / WANDB_ID
         if not file.is_file() or not file.read_text(encoding="utf-8").strip():  # empty after a full disk
             write_text(file, secrets.token_hex(4))
-        try:
-            self._run = wandb.init(
-                project=settings.wandb_project,
-                name=settings.exp_name,
-                id=file.read_text(encoding="utf-8").strip(),
-                resume="allow",
-                dir=folder,
-                config=as_dict(settings),
-            )
-        except wandb.Error as error:
-            raise UserError(f"--report-to wandb: {_cause(error)}: set WANDB_MODE=offline, {_WITHOUT}") from error
+        self._run = wandb.init(
+            project=settings.wandb_project,
+            name=settings.exp_name,
+            id=file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=folder,
+            config=as_dict(settings),
+        )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -138,7 +139,7 @@ def _check_wandb() -> None:
         )
     try:
         wandb.login(verify=True)
-    except wandb.Error as error:
+    except Exception as error:  # of wandb, of the network
         raise UserError(
             f"--report-to wandb: {_cause(error)}: run `wandb login --relogin`, set WANDB_MODE=offline, {_WITHOUT}"
         ) from error
