@@ -31,6 +31,7 @@ class ConvertConfig:
     resolution: int | None = setting(None, "pixels; default: by its args, or 8 per latent pixel", group=LACKING)
     vae: str = setting("ema", "VAE of the latents: ema, mse, hub id or folder", group=LACKING)
     enc_type: tuple[str, ...] = setting((), "encoders; default: by its args", group=LACKING)
+    licence: str | None = setting(None, "of the weights, e.g. mit; default: by its args", group=LACKING)
 
 
 EXAMPLES = (

@@ -31,7 +31,7 @@ class WriteError(UserError, OSError):
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Write a file so that `path` is the old one or the new one, whole, also after a power cut.
+    """Write a file so that `path` is the old one or the new one, whole, also after a power cut; or a folder that is new.
 
     Yields a temporary path beside it. When the block ends well that file is flushed to the disk and takes the name `path`;
     otherwise it is deleted.
@@ -54,6 +54,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         raise write_error(path, error) from error
     finally:
         with suppress(OSError):  # on a broken disk the first error is the one to report
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
             temporary.unlink(missing_ok=True)
 
 

@@ -25,3 +25,4 @@ LAST_STEPS = ("drift", "ode")  # of Euler-Maruyama
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "fp16")  # of networks
+EXPORTS = ("model", "diffusers")  # formats of a folder to be shared

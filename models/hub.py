@@ -82,7 +82,8 @@ def _weights(repo: str) -> list[str]:
         names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
         if not names:
             raise
-    return sorted(name for name in names if name.endswith(_WEIGHTS))
+    found = sorted(name for name in names if name.endswith(_WEIGHTS))
+    return [name for name in found if "/" not in name] or found  # those in folders are of the VAE beside the model
 
 
 def cached_sha256(path: Path) -> str | None:

@@ -16,7 +16,8 @@ from config import MissingFile, UserError
 from models.sit import SiT, SiTConfig
 
 SCHEMA = 1
-MODEL_FILE = "ema.safetensors"
+MODEL_FILE = "ema.safetensors"  # in a checkpoint
+SHARED_FILE = "model.safetensors"  # in a folder that is handed on
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,9 @@ def find_model(path: Path) -> Path:
     """The model file meant by `path`: itself, the one in a checkpoint folder, or the newest one of a run folder."""
     if path.is_file():
         return path
-    if (path / MODEL_FILE).is_file():
-        return path / MODEL_FILE
+    for name in (MODEL_FILE, SHARED_FILE):
+        if (path / name).is_file():
+            return path / name
     candidates = sorted(file for file in path.glob(f"checkpoints/*/{MODEL_FILE}") if file.parent.name.isdigit())
     if not candidates:
         held = sorted(str(file) for file in path.glob("*.pt"))

@@ -46,6 +46,7 @@ class Given:
     resolution: int | None = None
     vae: str = "ema"
     enc_type: tuple[str, ...] = ()
+    licence: str | None = None
 
 
 class Published(NamedTuple):
@@ -272,6 +273,7 @@ def convert_published(
     except RuntimeError as error:  # of load_state_dict: a heading, then a line for each kind of difference
         reason = " ".join(str(error).splitlines()[1].split())
         raise UserError(f"{source}: these are not the weights of a SiT: {reason[:200]}") from error
+    licence = given.licence or settings.get("licence")
     encoders = given.enc_type or tuple(filter(None, str(settings.get("enc_type") or "").split(",")))
     return state_dict, ModelInfo(
         network=network,
@@ -283,7 +285,7 @@ def convert_published(
         cfg_prob=0.1 if given.cfg_prob is None else given.cfg_prob,  # their code does not read its --cfg-prob
         step=published.step,
         classes=imagenet_classes() if network.num_classes == 1000 else (),
-        notes={"imported": source.name, "weights": weights},
+        notes={"imported": source.name, "weights": weights, **({"licence": licence} if licence else {})},
     )
 
 
@@ -317,6 +319,7 @@ def export_published(source: Path, out: Path) -> ModelInfo:
         qk_norm=network.qk_norm,
         enc_type=",".join(info.encoders) or None,
         cfg_prob=info.cfg_prob,
+        **({"licence": info.notes["licence"]} if "licence" in info.notes else {}),
     )
     content = {"model": state_dict, "ema": state_dict, "args": args, "steps": info.step}
     with (

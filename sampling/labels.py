@@ -58,7 +58,7 @@ def read_labels(
     Raises:
         UserError: names the word that is not a class, or the file that cannot be used.
     """
-    chosen = [_class_number(word, num_classes, names, "--classes") for word in classes]
+    chosen = [class_label(word, num_classes, names, "--classes") for word in classes]
     everything = np.array(chosen or range(num_classes), dtype=np.int64)
     if not source:
         return Labels("balanced" if chosen else "random", everything)
@@ -76,11 +76,11 @@ def read_labels(
         and not source[0].isdecimal()
     ):
         return Labels("list", _read_label_file(Path(source[0]), num_classes, names))
-    numbers = [_class_number(word, num_classes, names, "--labels") for word in source]
+    numbers = [class_label(word, num_classes, names, "--labels") for word in source]
     return Labels("list", np.array(numbers, dtype=np.int64))
 
 
-def _class_number(word: str, num_classes: int, names: Sequence[str], flag: str) -> int:
+def class_label(word: str, num_classes: int, names: Sequence[str], flag: str) -> int:
     """A name of a class, or a number (see `common.class_names.class_number`)."""
     number = class_number(word, names, num_classes, flag)
     if number is None and word.isdecimal():

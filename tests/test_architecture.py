@@ -18,6 +18,7 @@ LAYERS = (
     ("loss", "dataset"),
     ("preprocessing", "evaluations"),
     ("sampling", "training"),
+    ("sharing",),
     ("train", "generate", "convert"),
     ("quickstart", "benchmarks"),
     ("study",),
@@ -115,7 +116,7 @@ def test_the_formatter_is_rarely_switched_off():
     assert len(found) < 10, found
 
 
-@pytest.mark.parametrize("folder", ["training", "sampling", "preprocessing", "evaluations"])
+@pytest.mark.parametrize("folder", ["training", "sampling", "preprocessing", "evaluations", "sharing"])
 def test_settings_import_no_more_than_their_words(folder):
     """A program's settings are read, and its --help printed, without torch: from config, the tables of words, and Python."""
     path = ROOT / folder / "settings.py"

@@ -96,6 +96,17 @@ def test_a_published_checkpoint_makes_the_same_network(tmp_path, kind, changes):
     assert back.settings["path_type"] == "cosine" and back.settings["encoder_depth"] == 1
 
 
+def test_the_licence_goes_both_ways(tmp_path):
+    """--licence is kept in the model file, in the .pt made of it, and in the model file made of that."""
+    write_published(tmp_path / "a.pt", toy())
+    convert.main(
+        ["--source", str(tmp_path / "a.pt"), "--out", str(tmp_path / "b"), "--num-heads", "2", "--licence", "mit"]
+    )
+    convert.main(["--to", "published", "--source", str(tmp_path / "b"), "--out", str(tmp_path / "c.pt")])
+    convert.main(["--source", str(tmp_path / "c.pt"), "--out", str(tmp_path / "d"), "--num-heads", "2"])
+    assert load_model(tmp_path / "d").info.notes["licence"] == "mit"
+
+
 def test_weights_of_the_other_kind_and_wrapped_names(tmp_path):
     """--weights model takes the raw weights; leading `module.` and `_orig_mod.` fall away in any order."""
     state = write_published(tmp_path / "last.pt", toy())

@@ -38,6 +38,7 @@ PROGRAMS = (
     "evaluations.compare",
     "evaluations.cknna",
     "evaluations.report",
+    "sharing.export",
 )
 SCRIPTS = {"quickstart.sh": "quickstart.__main__", "setup.sh": None, "test.sh": None, "benchmarks/gpu.sh": None}
 
