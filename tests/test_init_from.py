@@ -177,7 +177,7 @@ def test_a_refused_start_writes_nothing(tools, source, tmp_path):
     for file, words in (
         (no_model, "no.safetensors"),
         (tmp_path / "w.safetensors", "normalised in another way"),
-        (tools["encoder"], "not the weights of a SiT"),
+        (tools["encoder"], "no model file at"),
     ):
         for dry in ((), ("--dry-run",)):
             with pytest.raises(UserError, match=words):
