@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.class_names import spelled
 from config import UserError
 from models import autoencoder, encoder
 from models.autoencoder import LatentNormalization
@@ -187,7 +188,7 @@ def class_rows(source: Sequence[str], target: Sequence[str]) -> dict[int, int]:
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    return " ".join(spelled(name).casefold().replace("_", " ").replace("-", " ").split())
 
 
 def _same_heads(info: ModelInfo, target: Target) -> bool:

@@ -90,7 +90,12 @@ class PretrainedSiT(ModelHubMixin):
         if settings.pop("guide_checkpoint", None):
             raise UserError("sample() takes no guide_checkpoint; autoguidance is generate.py's")
         chosen = resolved(SampleConfig(Path(), Path(), seed=seed, **settings), null_class=info.cfg_prob > 0)
-        numbers = [class_label(str(label), info.network.num_classes, info.classes, "labels") for label in labels]
+        numbers = [
+            class_label(
+                f"number:{label}" if isinstance(label, int) else label, info.network.num_classes, info.classes, "labels"
+            )
+            for label in labels
+        ]
         sampler = Sampler(
             self.network.requires_grad_(False),
             Interpolant(info.path),

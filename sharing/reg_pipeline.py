@@ -96,7 +96,15 @@ class REGPipeline(DiffusionPipeline):
         """
         names = [self.config.id2label[key] for key in sorted(self.config.id2label, key=int)]
         network, device = self.transformer.network, self._execution_device
-        numbers = [class_label(str(label), network.config.num_classes, names, "class_labels") for label in class_labels]
+        numbers = [
+            class_label(
+                f"number:{label}" if isinstance(label, int) else label,
+                network.config.num_classes,
+                names,
+                "class_labels",
+            )
+            for label in class_labels
+        ]
         if seed is None:
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu"))
         with self.progress_bar(total=num_inference_steps) as bar:
