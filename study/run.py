@@ -104,14 +104,13 @@ class Study:
             with prepare(self.train_settings(spec)) as run:
                 trained, resumed = 0.0, run.step  # processor seconds; a resumed run's are those of its later steps
                 for step in self.settings.steps:
-                    started = time.process_time()
-                    while run.step < step:
-                        run.advance()
-                        if run.step % run.settings.log_every == 0:
-                            run.log()
                     if run.step > step:
                         continue
+                    started = time.process_time()
+                    reason = advance(run, step)
                     run.save()
+                    if reason:
+                        raise SystemExit(run.conclude(reason))
                     trained += time.process_time() - started
                     for (at, weights), key in wanted.items():
                         if at == step and key not in done:
@@ -182,6 +181,17 @@ class Study:
             names = {"teacher": spec.teacher, "data": spec.data}
             append("oracle token", lambda: oracle(self.teacher(dataset), held_out), **names)
             append("teacher", lambda: self.level.accuracy(spec.teacher), teacher=spec.teacher)
+
+
+def advance(run: Run, step: int) -> str | None:
+    """Train up to a step; returns what asked to stop before it."""
+    reason = None
+    while run.step < step and reason is None:
+        run.advance()
+        reason = run.interrupt.requested()
+        if run.due(run.settings.log_every):
+            run.log()
+    return reason
 
 
 def machine() -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The study: its plan, its raw results, and a whole level at tiny size."""
 
+import os
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,21 +124,28 @@ def toy(tmp_path, monkeypatch):
 
 
 def test_a_level_from_end_to_end(toy, monkeypatch, capsys):
-    """A line for each row and checkpoint; a cut study goes on where it was, to the numbers of one that was not cut."""
+    """A line for each row and checkpoint; a study that was told to stop, then cut off, goes on where it was, to the numbers
+    of one that was not."""
     ledger = running.Study(toy()).ledger
     judged, cut = Study.judged, []
 
-    def once(self, spec, *rest):
-        if spec.row == "reg" and self.ledger.path.read_text().count('"reg"') == 1 and not cut:
-            cut.append(spec)
-            raise KeyboardInterrupt
-        judged(self, spec, *rest)
+    def once(self, spec, run, *rest):
+        if spec.row == "reg" and len(cut) < 2:
+            cut.append(run.step)
+            if len(cut) == 2:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+        judged(self, spec, run, *rest)
 
     monkeypatch.setattr(Study, "judged", once)
+    with pytest.raises(SystemExit) as stopped:
+        running.study(toy())
+    assert stopped.value.code == 143 and cut == [2]
     with pytest.raises(KeyboardInterrupt):
         running.study(toy())
+    assert cut == [2, 4]
     running.study(toy())
-    assert cut and "resuming from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     lines = [line for line in ledger.lines() if "step" in line]
     assert [(x["row"], x["step"], x["weights"]) for x in lines] == [
         (row, *one) for row in ("sit", "reg") for one in ((2, EMA), (4, EMA), (4, RAW))
