@@ -4,6 +4,7 @@ import io
 import stat
 import tarfile
 import zipfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def list_archive(root: Path, files: list[str]) -> Contents:
         folder = file.rpartition(".")[0] if files[1:] else ""
         found.folders.append(folder)
         read(root / file, number, f"{folder}/".removeprefix("/"), found)
+    name, count = Counter(item.name for item in found.items).most_common(1)[0] if found.items else ("", 0)
+    if count > 1:
+        raise UserError(f"{found.path}: {name} is there twice")
     return found
 
 

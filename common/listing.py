@@ -104,7 +104,11 @@ def _list_archives_of(folder: Contents, archives: list[str]) -> Contents:
     suffixes = {name.rpartition(".")[2].lower() for name in archives}
     stems = [re.split(r"[\W_]+|\d+", name.rpartition("/")[2].lower()) for name in archives]
     splits = [name for name, words in zip(archives, stems) if {"train", "val", "test", "training"} & set(words)]
-    if len(archives) == 1 or 2 * len(splits) >= len(archives) or len(suffixes) > 1 or suffixes - {"zip", "tar"}:
+    if suffixes - {"zip", "tar"}:
+        raise UserError(
+            f"{folder.root}: no images, but compressed archives, such as {archives[0]}; unpack them into folders"
+        )
+    if len(archives) == 1 or 2 * len(splits) >= len(archives) or len(suffixes) > 1:
         first = min(splits or archives, key=lambda name: "train" not in name.lower())
         raise UserError(f"{folder.root}: no images, but an archive: give {folder.root / first}")
     found = list_archive(folder.root, archives)

@@ -14,6 +14,7 @@ from common.contents import Item
 from common.crop import center_crop
 from common.files import sha256
 from common.images import BadImage, decode_image, image_size
+from common.labels import Announced, announced_labels
 from common.listing import list_contents
 from common.members import Members
 from common.processes import rank
@@ -36,6 +37,7 @@ class Folder(NamedTuple):
     members: Members
     items: list[Item]
     sizes: np.ndarray
+    announced: Announced | None
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -45,7 +47,7 @@ class Folder(NamedTuple):
     def open(self, resolution: int | None, fallback: int | None) -> ImageSet:
         """The images at their one size, or cropped: all to `resolution`, or those of several sizes to `fallback`.
 
-        One level of subfolders gives the labels: 0, 1, ... by name.
+        A dataset.json gives the labels, or one level of subfolders: 0, 1, ... by name.
 
         Raises:
             SeveralSizes: there is no size.
@@ -82,6 +84,8 @@ class Folder(NamedTuple):
         )
 
     def _labels(self) -> np.ndarray | None:
+        if self.announced is not None:
+            return None if self.announced.numbers is None else np.array(self.announced.numbers, np.int64)
         places = [item.name.split("/") for item in self.items]
         if any(len(place) != 2 for place in places):
             return None
@@ -131,8 +135,9 @@ def find_images(path: Path) -> Folder:
         raise UserError(f"{path}: {len(contents.unreadable):,} images cannot be read, such as {name}: {reason}")
     if contents.left_out:
         say(f"left out of {path}: {contents.note()}")
-    items = sorted(contents.items, key=lambda item: item.name.split("/"))
-    images = Folder(path, Members(contents.kind, contents.root, contents.files), items, np.zeros(0))
+    items = contents.items = sorted(contents.items, key=lambda item: item.name.split("/"))
+    members = Members(contents.kind, contents.root, contents.files)
+    images = Folder(path, members, items, np.zeros(0), announced_labels(contents))
     sizes: list[tuple[int, int]] = []
     shown = len(items) > _AT_ONCE and rank() == 0
     with (

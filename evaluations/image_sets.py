@@ -10,13 +10,14 @@ from PIL import Image
 
 from common.arrays import Array, members
 from common.crop import center_crop
-from common.files import sha256
+from common.files import read_json, sha256
 from common.reporting import say
 from config import UserError
 from evaluations.image_folder import Folder, find_images
 from evaluations.image_set import ImageSet, by_runs, joined, sha
 from evaluations.sidecars import common_sidecar, read_sidecar
 from evaluations.statistics import Statistics
+from packed.format import MANIFEST
 
 
 def open_images(
@@ -52,7 +53,7 @@ def open_images(
 
 def _open(path: Path) -> "ImageSet | Folder":
     try:
-        if path.is_dir() and (path / "dataset.json").is_file():
+        if (path / MANIFEST).is_file() and not _announces_labels(path / MANIFEST):
             return open_packed(path)
         if path.is_dir() and (path / "samples.npz").is_file():  # what generate.py writes, with pictures beside it
             return open_npz(path / "samples.npz")
@@ -61,6 +62,14 @@ def _open(path: Path) -> "ImageSet | Folder":
         return find_images(path)
     except PermissionError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}: {error.filename})") from error
+
+
+def _announces_labels(path: Path) -> bool:
+    """Whether a dataset.json is that of EDM's tools, not the manifest of a packed dataset."""
+    try:
+        return "labels" in read_json(path)
+    except (UserError, TypeError):
+        return False
 
 
 def _crop(images: ImageSet, size: int | None) -> ImageSet:

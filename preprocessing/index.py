@@ -1,7 +1,6 @@
 """The list of images to pack: names, labels and where their bytes lie, in the order of the records."""
 
 import io
-import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -139,9 +138,6 @@ def build(listing: Listing, classes: Path | None, allow_one_class: bool) -> Inde
         )
     if kind not in AS_LISTED:
         kept.sort(key=lambda pair: (pair[0], pair[1].name))
-        for (_, a), (_, b) in itertools.pairwise(kept):
-            if a.name == b.name:
-                raise UserError(f"--source {source}: {a.name} is there twice")
     return Index(
         kind,
         str(listing.root.resolve()),

@@ -1,10 +1,9 @@
 """What can be packed: a folder of class folders, the published layout, zip, tar, parquet and arrow => an Index."""
 
-from collections import Counter
 from pathlib import Path
 
 from common.contents import LABELS, OTHERS, Contents, Item
-from common.files import parse_json
+from common.labels import announced_labels, read_labels
 from common.listing import list_contents
 from common.reporting import say
 from config import UserError
@@ -59,23 +58,9 @@ def list_source(
 
 def _labelled(contents: Contents, source: Path) -> Listing:
     """With labels from a `dataset.json` of EDM's kind, {"labels": [[name, number], ...]}, where there is one."""
-    items, unlabelled = contents.items, ""
-    announced = contents.announced()
-    if announced is not None:
-        file, content = announced
-        where, folder = str(contents.path / file), file.removesuffix(LABELS)
-        labels = _read_labels(content, where)
-        if labels is None:
-            unlabelled = where if b'"labels"' in content else ""  # null; without the key it is some other file
-        else:
-            items = [item._replace(label=labels.pop(item.name.removeprefix(folder), None)) for item in items]
-            missing = [item.name for item in items if item.label is None]
-            if missing:
-                raise UserError(f"{where}: has no label for {missing[0]}")
-            if labels:
-                say(
-                    f"{where}: {len(labels):,} of its labels are of images that are not there, such as {next(iter(labels))}"
-                )
+    items, labels = contents.items, announced_labels(contents)
+    if labels is not None and labels.numbers is not None:
+        items = [item._replace(label=number) for item, number in zip(items, labels.numbers)]
     return Listing(
         contents.kind,
         contents.root,
@@ -84,30 +69,8 @@ def _labelled(contents: Contents, source: Path) -> Listing:
         ignored=contents.ignored,
         path=source,
         folders=contents.folders,
-        unlabelled=unlabelled,
+        unlabelled=labels.where if labels is not None and labels.numbers is None else "",
     )
-
-
-def _read_labels(content: bytes, where: str) -> dict[str, int] | None:
-    """Image => label; None if the file gives no labels."""
-    wanted = '{"labels": [[name, number], ...]}'
-    parsed = parse_json(content, where)
-    try:
-        labels = parsed.get("labels")
-        if labels is None:
-            return None
-        pairs = [(name.replace("\\", "/"), int(number)) for name, number in labels]
-        odd = next((number for _, number in labels if isinstance(number, bool) or int(number) != float(number)), None)
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{where}: expected {wanted} ({error})") from error
-    if odd is not None:
-        raise UserError(f"{where}: expected {wanted}, found the number {odd}")
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name = Counter(name for name, _ in set(pairs)).most_common(1)[0]
-        if name[1] > 1:
-            raise UserError(f"{where}: gives {name[0]} several labels")
-    return found
 
 
 # -------------------------------------------------------------------------------------------------- published layout
@@ -154,7 +117,7 @@ def latent_name(crop: str) -> str:
 
 
 def _read_published_labels(contents: Contents) -> dict[str, int]:
-    labels = _read_labels(contents.labels[""](), where := str(contents.root / LABELS))
+    labels = read_labels(contents.labels[""](), where := str(contents.root / LABELS))
     if labels is None:
         raise UserError(f"{where}: holds no labels; the published preprocessing had lost them")
     return labels

@@ -75,6 +75,7 @@ def test_announced_labels(tmp_path, write, where):
     source = write(tmp_path / "given", images | {f"{where}dataset.json": json.dumps(given).encode("utf-8-sig")})
     index = list_source(source)
     assert index.classes == ["0", "1", "2"] and index.labels.tolist() == [0, 2]
+    assert open_images([source]).labels.tolist() == [2, 0] and open_images([tmp_path / "null"]).labels is None
 
 
 def test_label_below_zero_is_named(tmp_path):

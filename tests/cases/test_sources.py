@@ -215,6 +215,17 @@ def test_class_folder_without_images(tmp_path, inside):
 # ---------------------------------------------------------------------------------------------------------- archives
 
 
+def test_advice_is_not_refused_in_turn(tmp_path):
+    """Compressed class tars are not what to give instead."""
+    root = write_folder(tmp_path / "S", {"n01.tar.gz": b"", "n02.tar.gz": b""})
+    both_refuse(root, r"no images, but compressed archives, such as n01\.tar\.gz; unpack them")
+
+
+def test_member_that_is_there_twice(tmp_path):
+    images = {"a/0.png": PICTURE, "./a/0.png": PICTURE, "b/0.png": PICTURE}
+    both_refuse(write_tar(tmp_path / "S.tar", images), r"a/0\.png is there twice")
+
+
 def test_joined_archives(tmp_path):
     """cat a.tar b.tar: the second half must not be lost; of joined zips it would be the first half."""
     parts = {"a.tar": write_tar, "a.zip": write_zip}
