@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -30,9 +30,8 @@ class BadImage(ValueError):
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name promises an image; hidden files and what macOS adds to archives do not."""
-    path = PurePosixPath(name)
-    return bool(SUFFIX.search(name)) and not path.name.startswith(".") and "__MACOSX" not in path.parts
+    """Whether a file name promises an image."""
+    return SUFFIX.search(name) is not None
 
 
 def unread_format(name: str) -> str | None:

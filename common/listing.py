@@ -64,7 +64,7 @@ def _list_folder(root: Path) -> Contents:
                     found.left_out[OURS].append(name)
                 elif mode or is_image(name):
                     size = entry.stat().st_size if mode else -1
-                    found.add(Item(name, None, 0, 0, size), partial(_read_labels, root / name))
+                    found.add(Item(name, None, 0, 0, size), partial(_read_labels, entry.path))
                     if not mode:
                         found.unreadable.append((name, f"a link to {_target(entry)}, which does not exist"))
                 elif is_hidden(entry.name):
@@ -80,9 +80,9 @@ def _list_folder(root: Path) -> Contents:
     return found if found.items or not archives else _list_archives_of(found, archives)
 
 
-def _read_labels(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return read_bounded(stream, MAX_LABELS, str(path))
+def _read_labels(path: str) -> bytes:
+    with open(path, "rb") as stream:
+        return read_bounded(stream, MAX_LABELS, path)
 
 
 def _mode(entry: os.DirEntry) -> int:
