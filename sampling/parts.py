@@ -57,13 +57,25 @@ class Parts:
                 path.unlink()
 
     def done(self) -> list[range]:
-        """The samples that are finished, a range for each part, in order."""
+        """The samples that are finished, in order: of each part the ones that no part before it holds."""
+        return [samples for samples, _ in self._disjoint()]
+
+    def _disjoint(self) -> list[tuple[range, range]]:
+        """(its samples that no part before it holds, all its samples) of each part, in order.
+
+        Parts overlap where two jobs of different batch sizes wrote into the folder. A sample is the same in all of them.
+        """
         found = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        return sorted((range(int(m[1]), int(m[2])) for m in found if m), key=lambda r: r.start)
+        edge, parts = 0, []
+        for part in sorted((range(int(m[1]), int(m[2])) for m in found if m), key=lambda r: (r.start, -r.stop)):
+            if part.stop > edge:
+                parts.append((range(max(edge, part.start), part.stop), part))
+                edge = part.stop
+        return parts
 
     def names(self) -> list[str]:
         """The arrays that the parts hold."""
-        with np.load(self._path(self.done()[0]), allow_pickle=False) as stream:
+        with np.load(self._path(self._disjoint()[0][1]), allow_pickle=False) as stream:
             return list(stream.files)
 
     def write(self, samples: range, arrays: dict[str, np.ndarray]) -> None:
@@ -81,17 +93,17 @@ class Parts:
             UserError: a part is missing or damaged; a damaged one is removed, so that the same command makes it again.
         """
         edge = 0
-        for samples in self.done():
+        for samples, part in self._disjoint():
             if samples.start >= count or samples.start != edge:
                 break
-            path = self._path(samples)
+            path = self._path(part)
             try:
                 with np.load(path, allow_pickle=False) as stream:
                     rows = stream[name]
             except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
                 path.unlink()
                 raise UserError(f"{path} was damaged and has been removed; run the same command again") from error
-            yield rows[: count - edge]
+            yield rows[edge - part.start : count - part.start]
             edge = samples.stop
         if edge < count:
             raise UserError(f"{self.folder} has no sample {edge}; run the same command again")

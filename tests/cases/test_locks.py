@@ -5,6 +5,7 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
@@ -142,3 +143,16 @@ def test_evaluation_locks_its_results(measurement, tmp_path):
         measure(measurement())
     lock.close()
     assert not (tmp_path / "results.json").exists()
+
+
+def test_parts_that_overlap(tmp_path):
+    """Two jobs of different batch sizes wrote into one folder: each sample is read once."""
+    from sampling.parts import Parts
+
+    parts = Parts(tmp_path)
+    for samples in (range(4), range(2, 4), range(3, 7), range(6, 7), range(7, 9)):
+        parts.write(samples, {"label": np.arange(samples.start, samples.stop)})
+    assert parts.done() == [range(4), range(4, 7), range(7, 9)]
+    for count in (3, 5, 8, 9):
+        assert np.concatenate(list(parts.rows(count, "label"))).tolist() == list(range(count))
+    assert parts.names() == ["label"]
