@@ -17,7 +17,7 @@ from models import philox
 from models.choices import WEIGHTINGS, check
 from models.interpolant import Interpolant
 from models.noise import Stream, as_state, latent_size
-from models.sit import SiTConfig
+from models.sit import SiTConfig, SiTOutput
 from models.state import State
 
 
@@ -44,22 +44,40 @@ class LossTerms(NamedTuple):
     t: Tensor  # (N,)
 
 
-def draw(seed: int, step: int, index: Tensor, config: SiTConfig, weighting: str) -> Draws:
+class Noised(NamedTuple):
+    """What the network sees and should predict. state: noisy latent and class token. t: (N,). label: (N,) int64, after label
+    dropout. target: velocities."""
+
+    state: State
+    t: Tensor
+    label: Tensor
+    target: State
+
+
+def normals_of_a_step(config: SiTConfig) -> int:
+    """How many normal numbers `draw` makes for a sample: posterior, noise, log-normal t."""
+    return 2 * latent_size(config) + config.class_token_dim + 1
+
+
+def draw(
+    seed: int, step: int | Tensor, index: Tensor, config: SiTConfig, weighting: str, blocks: Tensor | None = None
+) -> Draws:
     """All random numbers of the samples at positions `index` of this step's global batch.
 
     They are the same for any number of processes and micro-batches, and after any resume.
 
     Args:
         seed: of the run.
-        step: number of the optimiser step.
+        step: number of the optimiser step, or (1,) int64.
         index: (N,) int64.
         config: of the network, for the shapes.
         weighting: distribution of t; see `models.choices.WEIGHTINGS`.
+        blocks: of `normals_of_a_step`, for a compiled caller; see `models.philox.normals`.
     """
     size = latent_size(config)
-    z = philox.normal(seed, Stream.TRAINING_NORMALS, step, index, 2 * size + config.class_token_dim + 1)
+    z = philox.normal(seed, Stream.TRAINING_NORMALS, step, index, normals_of_a_step(config), blocks)
     posterior, noise, log_sigma = z.split([size, size + config.class_token_dim, 1], dim=1)
-    u = philox.uniform(seed, Stream.TRAINING_UNIFORMS, step, index, 2).float()
+    u = philox.uniform(seed, Stream.TRAINING_UNIFORMS, step, index, 2, blocks).float()
     noise = as_state(noise, config)
     return Draws(
         posterior=posterior.reshape(noise.latent.shape),
@@ -110,19 +128,27 @@ class Objective:
             draws: the batch's random numbers.
             null_label: the config's num_classes, which takes the place of dropped labels.
         """
+        noised = self.noised(clean, label, draws, null_label=null_label)
+        seen = noised.state
+        output = network(seen.latent, noised.t, noised.label, seen.class_token, project=len(teachers) > 0)
+        return self.terms(output, noised, teachers)
+
+    def noised(self, clean: State, label: Tensor, draws: Draws, *, null_label: int) -> Noised:
+        """The part before the network: times, interpolation (SiT eq. 1 and 7), label dropout. Arguments as in `__call__`."""
         t = self.times(draws)
         x_t = clean.map(lambda x, noise: self.interpolant.interpolate(x, noise, t), draws.noise)
         target = clean.map(lambda x, noise: self.interpolant.velocity(x, noise, t), draws.noise)
-        label = torch.where(draws.drop < self.cfg_prob, null_label, label)
-        output = network(x_t.latent, t, label, x_t.class_token, project=len(teachers) > 0)
+        return Noised(x_t, t, torch.where(draws.drop < self.cfg_prob, null_label, label), target)
 
-        error = State(output.velocity, output.class_velocity).map(_mean_square, target)
-        zero = torch.zeros_like(t)
+    def terms(self, output: SiTOutput, noised: Noised, teachers: Sequence[Tensor]) -> LossTerms:
+        """The part after the network: the terms of its output. Arguments as in `__call__`."""
+        error = State(output.velocity, output.class_velocity).map(_mean_square, noised.target)
+        zero = torch.zeros_like(noised.t)
         return LossTerms(
             velocity=error.latent,
             class_velocity=zero if error.class_token is None else error.class_token,
             alignment=alignment(output.projections, teachers) if teachers else zero,
-            t=t,
+            t=noised.t,
         )
 
     def total(self, terms: LossTerms) -> Tensor:

@@ -277,13 +277,13 @@ def parts_of_step(
     step, batch, positions = ours.step, ours.batch, ours.positions
 
     def backward() -> None:
-        step.objective.total(step.loss(0, batch, positions)).backward()
+        step.loss(batch, positions)[1].backward()
         step.optimizer.zero_grad(set_to_none=True)
 
     pieces: dict[str, Callable[[], Any]] = {
         "draws": lambda: draw(0, 1, positions, config, "uniform"),
-        "targets": lambda: step.targets(batch),
-        "forward": lambda: step.loss(0, batch, positions),
+        "tokens": lambda: step.tokens(batch),
+        "forward": lambda: step.loss(batch, positions),
         "backward": backward,
         "all": ours,
         "EMA": lambda: step.ema.update(step.network),
@@ -292,8 +292,8 @@ def parts_of_step(
     ms = {name: 1e3 * value.median for name, value in seconds.items()}
     return {
         "draws": ms["draws"],
-        "encoder or tokens": ms["targets"],
-        "forward and loss": ms["forward"] - ms["draws"] - ms["targets"],
+        "encoder or tokens": ms["tokens"],
+        "forward and loss": ms["forward"] - ms["draws"] - ms["tokens"],
         "backward": ms["backward"] - ms["forward"],
         "clip and AdamW": ms["all"] - ms["backward"] - ms["EMA"],
         "EMA": ms["EMA"],

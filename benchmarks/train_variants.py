@@ -88,6 +88,7 @@ class OurStep:
             encoders=encoders,
             precision=precision,
             scaler=torch.amp.GradScaler(torch.device(device).type) if precision == "fp16" else None,
+            compiled=compiled,
         )
         d = random_data(config, n, device, encoder)
         stored = d.moments.clone()

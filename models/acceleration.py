@@ -124,6 +124,7 @@ def compile_network(network: nn.Module) -> None:
     All blocks share one compiled graph, so that compilation takes the time of one block instead of `depth` of them. It works
     below DDP and gradient checkpointing. Shapes are static: a batch of another size compiles again.
     """
+    network.embed = compile_region(network.embed)
     for module in (*network.blocks, network.final_layer, *network.projectors):
         compile_region(module)
 

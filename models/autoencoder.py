@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,12 +45,18 @@ class LatentNormalization:
         scale, bias = self._like(x)
         return (x - bias) / scale if self.order == "scale_bias" else x / scale + bias
 
-    def _like(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        scale, bias = (  # not new_tensor, which waits for the device
-            torch.tensor(values, dtype=z.dtype).to(z.device, non_blocking=True).view(-1, 1, 1)
+    def _like(self, z: Tensor) -> tuple[Tensor | float, ...]:
+        """scale and bias: numbers, or (C, 1, 1) tensors made once, so that no step copies them to the device."""
+        return tuple(
+            values[0] if len(values) == 1 else _channels(values, z.dtype, z.device)
             for values in (self.scale, self.bias)
         )
-        return scale, bias
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def sample_posterior(moments: Tensor, noise: Tensor, normalization: LatentNormalization) -> Tensor:

@@ -1,7 +1,7 @@
 """Exponential moving average (EMA) of the weights."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import UserError
 
@@ -32,17 +32,22 @@ class EMA:
         self.decay, self.warmup = decay, warmup
         self.average = average.requires_grad_(False).eval()
         self.average.load_state_dict(network.state_dict())
+        self._lists: tuple[nn.Module, list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int = 0) -> None:
-        """Step `step` of the average towards `network` (the unwrapped one), as a single fused foreach lerp."""
-        averages = list(self.average.state_dict(keep_vars=True).values())
-        weights = list(network.state_dict(keep_vars=True).values())
+        """Step `step` of the average towards `network` (the unwrapped one), as a single fused foreach lerp.
+
+        The tensors of both are listed at the first update: later they may be written to, but not moved or replaced.
+        """
+        if self._lists is None or self._lists[0] is not network:
+            averages, weights = (list(m.state_dict(keep_vars=True).values()) for m in (self.average, network))
+            self._lists = network, averages, weights
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        torch._foreach_lerp_(self._lists[1], self._lists[2], 1 - decay)
 
     @torch.no_grad()
-    def distance(self, network: nn.Module) -> torch.Tensor:
+    def distance(self, network: nn.Module) -> Tensor:
         """Relative L2 distance |weights - average| / |weights| over all parameters: a scalar tensor."""
         squares = torch.zeros(2, dtype=torch.float64, device=next(network.parameters()).device)
         # one by one: float64 copies of all of them would be 12 GB at XL/2

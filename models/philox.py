@@ -43,19 +43,35 @@ def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def _words(seed: int, purpose: int, steps: Sequence[int], index: Tensor, blocks: int) -> tuple[Tensor, ...]:
-    """Four (S, N, blocks) word tensors for the samples `index` (N,) int64; counter: (block, purpose, index, step).
+def block_numbers(count: int, device: torch.device) -> Tensor:
+    """The blocks of `count` numbers, 0, 1, 2 ... as int64; see `normals`."""
+    return torch.arange(-(-count // 4), device=device)
+
+
+def _words(
+    seed: int, purpose: int, steps: Sequence[int] | Tensor, index: Tensor, count: int, blocks: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Four (S, N, count / 4) word tensors for the samples `index` (N,) int64; counter: (block, purpose, index, step).
 
     The counters broadcast, so that the first two rounds run on tensors of one or two of the three axes.
     """
-    if min(steps) < 0 or max(steps) > _MASK:
-        raise ValueError(f"step must be in [0, 2**32), got {min(steps)} to {max(steps)}")
-    block = torch.arange(blocks, device=index.device)[None, None, :]
-    step = torch.tensor(list(steps), dtype=torch.int64).to(index.device, non_blocking=True)[:, None, None]
+    if not isinstance(steps, Tensor):
+        if min(steps) < 0 or max(steps) > _MASK:
+            raise ValueError(f"step must be in [0, 2**32), got {min(steps)} to {max(steps)}")
+        steps = torch.tensor(list(steps), dtype=torch.int64).to(index.device, non_blocking=True)
+    blocks = block_numbers(count, index.device) if blocks is None else blocks[: -(-count // 4)]
+    block, step = blocks[None, None, :], steps[:, None, None]
     return philox4x32((block, torch.full_like(block, purpose), index[None, :, None], step), seed)
 
 
-def normals(seed: int, purpose: int, steps: Sequence[int], index: Tensor, count: int) -> Tensor:
+def normals(
+    seed: int,
+    purpose: int,
+    steps: Sequence[int] | Tensor,
+    index: Tensor,
+    count: int,
+    blocks: Tensor | None = None,
+) -> Tensor:
     """Standard normal numbers, one row for each step and sample; on a GPU several steps cost hardly more than one.
 
     Box-Muller in float64, so that rounding to float32 hides the last-bit differences between scalar and vector code.
@@ -63,14 +79,16 @@ def normals(seed: int, purpose: int, steps: Sequence[int], index: Tensor, count:
     Args:
         seed: the 64-bit key.
         purpose: the stream; see `models.noise.Stream`.
-        steps: S step numbers in [0, 2**32).
+        steps: S step numbers in [0, 2**32), or an int64 tensor (S,) of them on the device.
         index: (N,) int64, the samples' global numbers, each in [0, 2**32).
         count: numbers per row.
+        blocks: `block_numbers` of at least `count`, made once. A compiled caller has to give it, because Inductor holds an
+            arange of its own in 32 bits; with `steps` as a tensor it is compiled once for all steps.
 
     Returns:
         (S, N, count) float32.
     """
-    w0, w1, w2, w3 = _words(seed, purpose, steps, index, -(-count // 4))
+    w0, w1, w2, w3 = _words(seed, purpose, steps, index, count, blocks)
     pairs = []
     for a, b in ((w0, w1), (w2, w3)):
         radius = _open_unit(a).log_().mul_(-2).sqrt_()
@@ -79,14 +97,18 @@ def normals(seed: int, purpose: int, steps: Sequence[int], index: Tensor, count:
     return torch.stack([x.float() for x in pairs], dim=-1).flatten(2)[:, :, :count]
 
 
-def normal(seed: int, purpose: int, step: int, index: Tensor, count: int) -> Tensor:
-    """Standard normal numbers of one step: index (N,) int64 => (N, count) float32. See `normals`."""
-    return normals(seed, purpose, [step], index, count)[0]
+def normal(
+    seed: int, purpose: int, step: int | Tensor, index: Tensor, count: int, blocks: Tensor | None = None
+) -> Tensor:
+    """Standard normal numbers of one step, a number or (1,) int64: index (N,) int64 => (N, count) float32. See `normals`."""
+    return normals(seed, purpose, step if isinstance(step, Tensor) else [step], index, count, blocks)[0]
 
 
-def uniform(seed: int, purpose: int, step: int, index: Tensor, count: int) -> Tensor:
-    """Uniform numbers in (0, 1), one row for each sample. index: (N,) int64 => (N, count) float64."""
-    words = _words(seed, purpose, [step], index, -(-count // 4))
+def uniform(
+    seed: int, purpose: int, step: int | Tensor, index: Tensor, count: int, blocks: Tensor | None = None
+) -> Tensor:
+    """Uniform numbers in (0, 1), one row for each sample. index: (N,) int64 => (N, count) float64. See `normals`."""
+    words = _words(seed, purpose, step if isinstance(step, Tensor) else [step], index, count, blocks)
     return torch.stack([_open_unit(w) for w in words], dim=-1).flatten(2)[0, :, :count]
 
 

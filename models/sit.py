@@ -286,11 +286,7 @@ class SiT(nn.Module):
             ValueError: a shape contradicts the config.
         """
         self._check(x, class_token)
-        x = self.x_embedder(x)  # (N, P, D)
-        if class_token is not None:
-            x = torch.cat([self.class_token_embedder(class_token), x], dim=1)
-        x = x + self.pos_embed  # (N, T, D)
-        c = F.silu(self.t_embedder(t) + self.y_embedder(y))  # (N, D); every modulation starts with this SiLU
+        x, c = self.embed(x, t, y, class_token)
         projections: tuple[Tensor, ...] = ()
         for i, block in enumerate(self.blocks, start=1):
             if self.gradient_checkpointing and self.training:
@@ -301,6 +297,15 @@ class SiT(nn.Module):
                 projections = tuple(p(x) for p in self.projectors)  # (N, T, E_k) each
         patches, class_velocity = self.final_layer(x, c)
         return SiTOutput(self.unpatchify(patches), class_velocity, projections)
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor, class_token: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens (N, T, D) with their positions, and the conditioning (N, D), with which every block and output layer is
+        modulated. Arguments as in `forward`."""
+        x = self.x_embedder(x)  # (N, P, D)
+        if class_token is not None:
+            x = torch.cat([self.class_token_embedder(class_token), x], dim=1)
+        # every modulation starts with this SiLU
+        return x + self.pos_embed, F.silu(self.t_embedder(t) + self.y_embedder(y))
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(N, P, p^2 C), channels last within a patch => (N, C, H, W)."""

@@ -204,5 +204,6 @@ def _build(
         scaler=scaler,
         max_grad_norm=settings.max_grad_norm,
         learning_rate=partial(learning_rate, settings),
+        compiled=bool(settings.compile),
     )
     return train_step, window, loaded.step if loaded else 0
