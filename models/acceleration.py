@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -87,13 +87,18 @@ def _warn_once(text: str) -> None:
 def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
     """Inductor as a backend of torch.compile; a graph that it cannot compile runs eagerly, after one message.
 
-    Kernels that do not depend on each other (casts of weights, sums over biases) share a launch: "combo kernels".
+    On a GPU kernels that do not depend on each other (casts of weights, sums over biases) share a launch: "combo kernels".
     """
     from torch._inductor.compile_fx import compile_fx
 
+    from models.fusion import SumPerSample
+
+    patches: dict[str, Any] = {}
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+        patches = {"combo_kernels": True, "post_grad_custom_pre_pass": SumPerSample()}
     try:
         with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):  # else it would fail in backward
-            return compile_fx(graph, inputs, config_patches={"combo_kernels": True})
+            return compile_fx(graph, inputs, config_patches=patches)
     except Exception as error:
         _warn("torch.compile failed for a part of the network", error)
         return graph.forward

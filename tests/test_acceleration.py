@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from config import parse
 from models import acceleration
+from models.fusion import SumPerSample
 from training.dry_run import COMPILE
 from training.settings import TrainConfig
 
@@ -58,6 +60,24 @@ def test_a_region_that_inductor_cannot_compile_runs_eagerly(broken, capsys):
     assert torch.equal(got, expected) and torch.equal(torch.autograd.grad(got.sum(), x)[0], gradient)
     assert torch.equal(function(x), x.sin())
     assert capsys.readouterr().out.count("warning: torch.compile failed for a part of the network") == 1
+
+
+def test_sums_over_tokens_are_taken_sample_by_sample():
+    """The pass finds gradients of biases, leaves other sums alone, and changes no result but its rounding."""
+
+    def sums(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat = x.reshape(6, 20)
+        return flat.sum([0], True), flat.sum([1]), x.flatten(0, 1).sum([0]), x[0].sum([0])
+
+    graph = make_fx(sums, tracing_mode="fake")(torch.zeros(2, 3, 4, 5))
+    before = len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList))
+    SumPerSample()(graph.graph)
+    graph.recompile()
+    after = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
+    assert len(after) == before + 1
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    for got, expected in zip(graph(x), sums(x), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_float32_without_tf32_is_for_a_block_of_code():
