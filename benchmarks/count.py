@@ -172,9 +172,9 @@ def traffic(step: Callable[[], Any]) -> float:
     train_step = step.step  # type: ignore[attr-defined]  # ours: only it is compiled
     update = train_step.update
 
-    def watched() -> Any:  # compiled code does not run below a dispatch mode, what follows it does
+    def watched(number: int) -> Any:  # compiled code does not run below a dispatch mode, what follows it does
         with eager:
-            return update()
+            return update(number)
 
     train_step.update = watched
     step()

@@ -33,7 +33,7 @@ def test_a_training_step_stays_on_the_device(pretended):
     assert loss.is_cuda and all(term.is_cuda and term.shape == (8,) for term in terms)
     for p in ours.step.parameters:
         p.grad = torch.zeros_like(p)
-    norms = ours.step.update()
+    norms = ours.step.update(0)
     assert norms.is_cuda and ours.step.optimizer.grad_scale.is_cuda  # clipped inside of AdamW
     window = Window(torch.device("cuda"))
     window.add(0, StepResult(terms, torch.linalg.vector_norm(norms), norms), ours.positions)
