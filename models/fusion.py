@@ -36,6 +36,7 @@ class SumPerSample(CustomGraphPass):
             graph.erase_node(node)
 
     def uuid(self) -> Any:
+        """Part of the key under which Inductor keeps compiled graphs."""
         return get_hash_for_files((__file__,))
 
 

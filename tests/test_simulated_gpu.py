@@ -1,0 +1,125 @@
+"""On a simulated GPU: what a step launches, that it never waits, and that the programs run from end to end."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import simulated
+from config import UserError
+from tests.test_architecture import ROOT
+from tests.tiny import train_flags, write_vae
+from tests.toy_model import CONFIG, write_model
+from tests.toy_model import flags as sample_flags
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory):
+    """The library of the device."""
+    try:
+        return simulated.build(tmp_path_factory.mktemp("simulated"))
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def on_device(device: Path, code: str, *arguments: str) -> str:
+    """Output of Python code in a process with the device."""
+    code = f"import sys\nfrom benchmarks import simulated\nsimulated.set_up()\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env=simulated.environment(device),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+STEP = """
+import torch
+from benchmarks.train_variants import OurStep
+from tests.test_speed import SIX_BLOCKS
+from training.tracking import Window
+for precision in ("bf16", "fp16"):
+    ours = OurStep(SIX_BLOCKS, 8, "cuda", precision=precision)
+    window = Window(torch.device("cuda"))
+    ours()
+    torch.cuda.set_sync_debug_mode("error")
+    simulated.reset()
+    result = ours()
+    found = simulated.by_name()
+    window.add(1, result, ours.positions)
+    torch.cuda.set_sync_debug_mode("default")
+    pageable = sum(n for name, n in found.items() if "pageable" in name)
+    print(precision, *simulated.counts(found), pageable)
+print("GiB", torch.cuda.max_memory_allocated() / 2**30)
+"""
+
+
+def test_a_step_never_waits_and_copies_nothing_from_the_host(device):
+    """A wait would raise; a copy from pageable memory is one that no CUDA graph can hold."""
+    *steps, memory = on_device(device, STEP).splitlines()
+    for line in steps:
+        _, launches, products, waits, pageable = line.split()
+        assert 0 < int(products) < int(launches) < 1200 and int(waits) == int(pageable) == 0, line
+    assert 0.001 < float(memory.split()[1]) < 1
+
+
+PROGRAMS = """
+import torch, train, generate
+from training import previews, run
+run.check_weights = lambda *a: None  # the device has no values: neither finite weights nor a nearest class
+previews.nearest_class = lambda tokens, means: torch.zeros(len(tokens), dtype=torch.int64)
+cut = sys.argv.index("then")
+train.main(sys.argv[1:cut])
+assert torch.cuda.max_memory_allocated() > 0
+generate.main(sys.argv[cut + 1 :])
+"""
+
+
+@pytest.mark.slow
+def test_programs_run_from_end_to_end(device, tools, tmp_path):
+    """train.py with previews, and generate.py, with every tensor where it belongs."""
+    write_vae(tmp_path / "vae", scaling_factor=0.5)
+    write_model(tmp_path, "m", CONFIG, means=False)
+    trained = train_flags(tools["data"], tmp_path, "--sampling-steps", "2", "--preview-steps", "2", "--no-compile")
+    sampled = sample_flags(tmp_path, tmp_path / "s", "--device", "cuda", "--dtype", "bf16", "--no-compile")
+    on_device(device, PROGRAMS, *trained, "then", *sampled)
+    assert (tmp_path / "run" / "previews" / "step_0000002.png").is_file()
+    assert (tmp_path / "s" / "samples.npz").is_file()
+
+
+COMPILED = """
+import torch
+from torch._dynamo.utils import counters
+from dataclasses import replace
+from benchmarks.train_variants import OurStep
+from models.acceleration import decide_compile
+from models.sit import preset
+assert decide_compile(None, "cuda")
+counters.clear()
+config = replace(preset("SiT-B/2"), depth=3, align_depth=2)
+ours = OurStep(config, 8, "cuda", precision="bf16", compiled=True)
+for _ in range(2):
+    ours()
+torch.cuda.set_sync_debug_mode("error")
+simulated.reset()
+ours()
+print(*simulated.counts(), counters["stats"]["unique_graphs"])
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_a_few_graphs(device):
+    """Six kinds of graph for three blocks; at most 45 launches a block and 115 beside them, so 655 at the depth of B/2."""
+    launches, products, waits, graphs = map(int, on_device(device, COMPILED).split()[-4:])
+    assert 50 < products < launches <= 115 + 3 * 45 and waits == 0
+    assert graphs == 6
+
+
+def test_without_gcc_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="compiled by gcc, which is not installed"):
+        simulated.build(tmp_path)
