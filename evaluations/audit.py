@@ -77,7 +77,7 @@ def set_warnings(samples: ImageSet, reference: ImageSet | None, classes: np.ndar
     if classes is not None and sorted_share(classes) > 0.5:
         consequence = f"IS uses chunks of {split} in file order and comes out wrong" if n > split else "shuffle them"
         warnings.append(f"the samples are sorted by class: {consequence}")
-    if reference is not None and reference.shape[1:] != samples.shape[1:]:
+    if reference is not None and len(reference) and reference.shape[1:] != samples.shape[1:]:
         sizes = " and ".join(f"{s.shape[1]} x {s.shape[2]}" for s in (samples, reference))
         warnings.append(f"samples and reference differ in size: {sizes}")
     if samples.sidecar is None:

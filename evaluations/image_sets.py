@@ -21,7 +21,12 @@ from packed.format import MANIFEST
 
 
 def open_images(
-    paths: Sequence[Path], limit: int | None = None, *, resolution: int | None = None, fallback: int | None = None
+    paths: Sequence[Path],
+    limit: int | None = None,
+    *,
+    resolution: int | None = None,
+    fallback: int | None = None,
+    statistics: bool = False,
 ) -> ImageSet:
     """Open one or several npz files, folders or archives of images, or packed datasets as one set, in the order given.
 
@@ -30,12 +35,18 @@ def open_images(
         limit: keep only so many images, as `ImageSet.part` chooses them.
         resolution: crop every image that is not of this size (height and width) as for training; a message says how many.
         fallback: without `resolution`, what a folder of several sizes is cropped to, unless a set beside it is of one size.
+        statistics: whether a file of mu and sigma without images will do.
 
     Raises:
         SeveralSizes: there is such a folder and nothing gives the size.
         UserError: a file cannot be used; the message names it.
     """
     found = [_open(Path(path)) for path in paths]
+    for part in found:
+        if isinstance(part, ImageSet) and not len(part) and not (statistics and len(found) == 1):
+            raise UserError(
+                f"{part.name} holds statistics (mu, sigma) and no images: it can be --reference, on its own"
+            )
     beside = {part.shape[1:3] for part in found if part.shape is not None}
     if len(beside) == 1 and len(set(*beside)) == 1:
         fallback = beside.pop()[0]
@@ -74,7 +85,7 @@ def _announces_labels(path: Path) -> bool:
 
 def _crop(images: ImageSet, size: int | None) -> ImageSet:
     """A set of another size, cropped as it is read; statistics that came with it are not of the crops and are dropped."""
-    if size is None or images.shape[1:3] == (size, size):
+    if size is None or images.shape[1:3] == (size, size) or not len(images):
         return images
     return replace(
         images,
@@ -115,9 +126,15 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
 def open_npz(path: Path) -> ImageSet:
     """ADM's sample file: `arr_0` (N, H, W, 3) uint8, optionally `arr_1` (N,) labels and mu, sigma, mu_s, sigma_s.
 
+    A file of mu and sigma alone, as pytorch-fid and others write them, is a set of no images with statistics.
     Stored members are read in place, compressed ones streamed; pickled content is refused.
     """
-    arrays = members(path)
+    arrays, digest = members(path), cache(partial(sha256, path))
+    statistics = _statistics(path, arrays)
+    if "arr_0" not in arrays and "pooled" in statistics:
+        return ImageSet(
+            path.name, (0, 0, 0, 3), lambda _: np.zeros((0, 0, 0, 3), np.uint8), digest, statistics=statistics
+        )
     if "arr_0" not in arrays:
         raise UserError(f"{path} has no array arr_0 (found: {', '.join(sorted(arrays)) or 'nothing'})")
     images = arrays["arr_0"]
@@ -128,6 +145,13 @@ def open_npz(path: Path) -> ImageSet:
     if not np.prod(images.shape):
         raise UserError(f"{path}: arr_0 holds no images, its shape is {images.shape}")
     labels = _labels(path, arrays["arr_1"], images.shape[0]) if "arr_1" in arrays else None
+    return ImageSet(
+        path.name, images.shape, by_runs(images.rows), digest, labels, statistics or None, read_sidecar(path)
+    )
+
+
+def _statistics(path: Path, arrays: dict[str, Array]) -> dict[str, Statistics]:
+    """The mean and covariance of Inception's features that a file records, by kind."""
     statistics = {}
     for space, mean, covariance in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         if mean in arrays and covariance in arrays:
@@ -135,10 +159,7 @@ def open_npz(path: Path) -> ImageSet:
             if values[0].ndim != 1 or values[1].shape != (len(values[0]),) * 2:
                 raise UserError(f"{path}: {mean} {values[0].shape} and {covariance} {values[1].shape} do not fit")
             statistics[space] = Statistics(0, *values)
-    digest = cache(partial(sha256, path))
-    return ImageSet(
-        path.name, images.shape, by_runs(images.rows), digest, labels, statistics or None, read_sidecar(path)
-    )
+    return statistics
 
 
 def _labels(path: Path, array: Array, count: int) -> np.ndarray:

@@ -185,11 +185,11 @@ def open_sets(settings: EvaluateConfig) -> tuple[ImageSet, ImageSet | None]:
     try:
         samples = open_images(settings.samples, limit, resolution=size)
     except SeveralSizes:
-        reference = open_images(settings.reference, resolution=size)
+        reference = open_images(settings.reference, resolution=size, statistics=True)
         return open_images(settings.samples, limit, resolution=size, fallback=_side(reference)), reference
-    return samples, open_images(settings.reference, resolution=size, fallback=_side(samples))
+    return samples, open_images(settings.reference, resolution=size, fallback=_side(samples), statistics=True)
 
 
 def _side(images: ImageSet) -> int | None:
     height, width = images.shape[1:3]
-    return height if height == width else None
+    return height if height == width and height else None

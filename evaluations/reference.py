@@ -43,7 +43,10 @@ def read_reference(
     if reference is None:
         return EMPTY
     given = reference.statistics or {} if extractor.space == "inception" else {}
-    if given and not rows:
+    if not len(reference) and (rows or not given):
+        left_out = "metrics of single reference images are" if given else "all metrics against the reference are"
+        say(f"{reference.name} holds Inception statistics and no images: in {extractor.space} {left_out} left out")
+    if (given and not rows) or not len(reference):
         return EMPTY._replace(statistics=given)
     file, cached = None, None
     if settings.cache and rank() == 0:

@@ -15,7 +15,7 @@ class EvaluateConfig:
         also=("sample", "sample_batch"),
     )
     reference: tuple[Path, ...] = setting(
-        (), "the same for the reference; also ADM's files with mu, sigma", group="images", also=("ref", "ref_batch")
+        (), "the same for the reference; also npz files with mu, sigma", group="images", also=("ref", "ref_batch")
     )
     resolution: int | None = setting(
         None,

@@ -1,11 +1,13 @@
 """The reference: its size, its cache, statistics that come with a file."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from config import UserError
 from evaluations import measure
 from evaluations.features import Extractor, Features
 from evaluations.image_folder import SeveralSizes
@@ -78,7 +80,7 @@ def test_where_results_cannot_be_written(measurement, tmp_path, monkeypatch, cap
     )
 
 
-def test_statistics_in_a_reference_file_are_used(tmp_path, monkeypatch):
+def test_statistics_in_a_reference_file_are_used(tmp_path, monkeypatch, capsys):
     """mu, sigma, mu_s and sigma_s of an ADM file give FID and sFID; its images serve the neighbours only."""
     colours = averages()
     fake = Extractor(
@@ -98,13 +100,25 @@ def test_statistics_in_a_reference_file_are_used(tmp_path, monkeypatch):
         sigma_s=stats.covariance * 4,
     )
     np.savez(tmp_path / "s.npz", pixels(30, seed=1))
-    found = measure.measure(
-        EvaluateConfig(
-            samples=(tmp_path / "s.npz",), reference=(tmp_path / "r.npz",), device="cpu", cache_dir=tmp_path / "cache"
-        )
-    )
+    paths = {"samples": (tmp_path / "s.npz",), "reference": (tmp_path / "r.npz",), "cache_dir": tmp_path / "cache"}
+    asked = EvaluateConfig(**paths, device="cpu")
+    found = measure.measure(asked)
     samples = compute_statistics(fake(torch.from_numpy(pixels(30, seed=1)).permute(0, 3, 1, 2)).pooled)
     assert found.metrics["fid"].value == pytest.approx(frechet_distance(stats, samples), rel=1e-10)
     assert found.metrics["sfid"].value == pytest.approx(4 * found.metrics["fid"].value, rel=1e-9)
     assert found.metrics["recall"].n_reference == 20
+    # statistics alone, as pytorch-fid writes them: the distances are the same, neighbours are left out
+    np.savez(tmp_path / "only.npz", mu=stats.mean, sigma=stats.covariance)
+    capsys.readouterr()
+    alone = measure.measure(replace(asked, reference=(tmp_path / "only.npz",), memorization=1))
+    assert alone.metrics["fid"] == found.metrics["fid"] and not {"sfid", "recall", "authenticity"} & set(alone.metrics)
+    said = "only.npz holds Inception statistics and no images: in inception metrics of single reference images are left"
+    assert said in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"only.npz holds statistics \(mu, sigma\) and no images: it can be --reference"
+    ):
+        measure.measure(replace(asked, samples=(tmp_path / "only.npz",)))
+    np.savez(tmp_path / "only.npz", mu=stats.mean[:5], sigma=stats.covariance[:5, :5])
+    with pytest.raises(UserError, match="feature dimensions differ: 5 and 12"):
+        measure.measure(replace(asked, reference=(tmp_path / "only.npz",)))
     assert (tmp_path / "results.json").is_file()
