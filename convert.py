@@ -32,6 +32,12 @@ class ConvertConfig:
     vae: str = setting("ema", "VAE of the latents: ema, mse, hub id or folder", group=LACKING)
     enc_type: tuple[str, ...] = setting((), "encoders; default: by its args", group=LACKING)
     licence: str | None = setting(None, "of the weights, e.g. mit; default: by its args", group=LACKING)
+    family: str | None = setting(
+        None,
+        "whose code trained a SiT without alignment and class token; default: by its args and its output layer",
+        group=LACKING,
+        choices=("sit", "repa"),
+    )
 
 
 EXAMPLES = (

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import MissingFile, UserError
+from models import hub
 
 # the 2015 network, converted; torch-fidelity and pytorch-fid publish the same file under two names
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
+_FLAG = "--inception-weights FILE"
 SPATIAL_CHANNELS = 7  # ADM keeps the first 7 channels of mixed_6/conv
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"  # edm2 and dgm-eval measure FD-DINOv2 with ViT-L/14 at 224
@@ -210,10 +212,9 @@ def _timm_network(source: str, prefix: str = "timm:", architecture: str | None =
     except OSError as error:
         if path.exists():
             raise MissingFile(f"{path} cannot be read as a timm network: {_first_line(error)}") from error
-        raise MissingFile(
-            f"the weights of {source} are not cached and could not be downloaded; on a machine with network run "
-            f"`hf download timm/{source} --local-dir FOLDER`, then give {prefix}FOLDER"
-        ) from error
+        repo = hub.timm_repository(source)
+        elsewhere = f"`hf download {repo} --local-dir FOLDER` and give {prefix}FOLDER"
+        raise MissingFile(f"the weights of {source} are missing: {hub.cause(error, repo, elsewhere)}") from error
     except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"timm network {source} cannot be loaded: {_first_line(error)}") from error
 
@@ -237,6 +238,8 @@ def _position_like_dinov2(network: nn.Module, size: int) -> None:
 
 def _find_inception() -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if not folder.is_absolute():  # ~ where there is no home folder
+        raise MissingFile(f"no home folder, so no cache of Inception weights: get {INCEPTION_URL} and give {_FLAG}")
     for name in INCEPTION_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -247,7 +250,7 @@ def _find_inception() -> Path:
     except (OSError, RuntimeError) as error:
         raise MissingFile(
             f"the Inception weights are not in {folder} and cannot be downloaded ({_first_line(error)}); get "
-            f"{INCEPTION_URL} on a machine with network and pass it as --inception-weights FILE"
+            f"{INCEPTION_URL} on a machine with network and give {_FLAG}"
         ) from error
     return target
 

@@ -100,7 +100,7 @@ def load_encoder(name: str, grid: int, *, weights: bool = True, class_token: boo
     except OSError as error:
         if folder.is_dir():
             raise MissingFile(f"encoder folder {folder} cannot be read: {hub.first_line(error)}") from error
-        repo = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"timm/{source}"
+        repo = hub.timm_repository(source)
         elsewhere = (
             f"`hf download {repo} --local-dir encoder` and pass --enc-type encoder, or give a checkpoint file as "
             f"--enc-type {architecture}=FILE"

@@ -86,6 +86,17 @@ def _weights(repo: str) -> list[str]:
     return [name for name in found if "/" not in name] or found  # those in folders are of the VAE beside the model
 
 
+def timm_repository(name: str) -> str:
+    """OWNER/NAME of the repository of a timm network's weights; a name without a tag means timm's default one.
+
+    name: as timm takes it, hf-hub:OWNER/NAME too.
+    """
+    from timm.models import get_pretrained_cfg
+
+    config = None if name.startswith("hf-hub:") else get_pretrained_cfg(name)
+    return (config and config.hf_hub_id) or name.removeprefix("hf-hub:")
+
+
 def cached_sha256(path: Path) -> str | None:
     """The SHA-256 that a large file of the hub's cache must have, which names its blob; None for other files."""
     blob = path.resolve()

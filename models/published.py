@@ -25,6 +25,7 @@ from config import MissingFile, UserError
 from models.autoencoder import LatentNormalization
 from models.hub import first_line
 from models.model_file import ModelInfo, is_safetensors, load_model, read_header, save_model
+from models.original_sit import is_original_sit, unify_sit
 from models.sit import PRESETS, SIZES, SiT, SiTConfig, preset
 
 _NAMES = (  # parts of names, ours and published; no other name contains them
@@ -47,6 +48,7 @@ class Given:
     vae: str = "ema"
     enc_type: tuple[str, ...] = ()
     licence: str | None = None
+    family: str | None = None
 
 
 class Published(NamedTuple):
@@ -220,32 +222,6 @@ def _align_depth(settings: dict[str, Any], given: Given, depth: int) -> int:
     return int(settings.get("encoder_depth", min(depth, 4 if depth <= 12 else 8)))
 
 
-def unify_sit(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring a checkpoint of the original SiT to the convention of REPA and REG; others are returned as they are.
-
-    SiT's t runs from noise to data, and its network also predicts a variance that is not used. The same network in the
-    other convention gives the negative of SiT's velocity, with t counted from the other end. With frequencies w, the
-    features of the mirrored time are those of t turned by the angle w, so the turn moves into the first linear map of the
-    time embedding; the sign and the unused half go into the last linear map.
-    """
-    patch = state_dict["x_embedder.proj.weight"]
-    channels, patch_area = patch.shape[1], patch.shape[2] ** 2
-    weight, bias = state_dict["final_layer.linear.weight"], state_dict["final_layer.linear.bias"]
-    if len(weight) != 2 * channels * patch_area:
-        return state_dict
-    first = state_dict["t_embedder.mlp.0.weight"].double()  # (D, 2F), cosines then sines
-    half = first.shape[1] // 2
-    w = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).double()
-    cos, sin = first.split(half, dim=1)
-    turned = torch.cat([cos * w.cos() + sin * w.sin(), cos * w.sin() - sin * w.cos()], dim=1)
-    return {
-        **state_dict,
-        "t_embedder.mlp.0.weight": turned.to(weight.dtype),
-        "final_layer.linear.weight": -weight.view(patch_area, 2, channels, -1)[:, 0].reshape(patch_area * channels, -1),
-        "final_layer.linear.bias": -bias.view(patch_area, 2, channels)[:, 0].reshape(-1),
-    }
-
-
 def convert_published(
     source: Path, weights: str = "ema", given: Given = Given()
 ) -> tuple[dict[str, Tensor], ModelInfo]:
@@ -263,7 +239,10 @@ def convert_published(
     settings = published.settings
     try:
         network = derive_config(published.state_dict, settings, given)
-        state_dict = from_published(unify_sit(published.state_dict))
+        state_dict = published.state_dict
+        if is_original_sit(state_dict, settings, given.family):
+            state_dict = unify_sit(state_dict)
+        state_dict = from_published(state_dict)
         with torch.device("meta"):
             SiT(network).load_state_dict(state_dict, strict=True, assign=True)  # every tensor has its place
     except ValueError as error:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from evaluations.features import load as load_features
 from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
 from models.obtain import locate, obtain
@@ -143,7 +144,7 @@ def test_a_repository_without_weights(monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "words"), SENTENCES)
-def test_causes_for_vaes_and_encoders(monkeypatch, kind, words):
+def test_causes_for_vaes_encoders_and_features(monkeypatch, kind, words):
     """The same sentences where diffusers or timm ask the hub."""
     import diffusers.configuration_utils
     import timm.models._hub
@@ -155,6 +156,10 @@ def test_causes_for_vaes_and_encoders(monkeypatch, kind, words):
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", fail)
     with pytest.raises(FileNotFoundError, match=f"^VAE 'ema'.*{words.replace('{}', 'stabilityai/sd-vae-ft-ema')}"):
         load_autoencoder("ema")
-    for name, repo in (("dinov2-vit-s", "timm/vit_small_patch14_dinov2.lvd142m"), ("hf-hub:some/vit", "some/vit")):
+    small = "timm/vit_small_patch14_dinov2.lvd142m"
+    for name, repo in (("dinov2-vit-s", small), ("vit_small_patch14_dinov2", small), ("hf-hub:some/vit", "some/vit")):
         with pytest.raises(FileNotFoundError, match=f"encoder '{name}'.*{words.replace('{}', repo)}"):
             load_encoder(name, 2)
+    for name, repo in (("timm:test_vit", "timm/test_vit.r160_in1k"), ("timm:hf-hub:some/vit", "some/vit")):
+        with pytest.raises(FileNotFoundError, match=f"the weights of .* are missing: .*{words.replace('{}', repo)}"):
+            load_features(name)

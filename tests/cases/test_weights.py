@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+import convert
 import train
 from config import UserError
 from models.encoder import load_encoder
-from models.model_file import find_model, read_info
+from models.model_file import find_model, load_model, read_info
 from preprocessing import pack
 from tests.packs import flags
-from tests.tiny import train_flags
+from tests.tiny import PUBLISHED_ARGS, published_weights, sit_weights, train_flags
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -79,3 +80,43 @@ def test_every_family_with_a_class_token_loads(name):
     encoder = load_encoder(name, 16, weights=False)
     tokens = encoder.vit.forward_features(torch.zeros(1, 3, encoder.input_size, encoder.input_size, device="meta"))
     assert encoder.has_class_token and tokens.shape == (1, tokens.shape[1], encoder.dim) and tokens.shape[1] > 256
+
+
+def test_a_sit_without_learn_sigma_is_not_guessed(tmp_path):
+    """Its tensors have the shapes of a plain SiT of REPA, and its t runs the other way: --family says which it is."""
+    state = published_weights(class_token_dim=0, align_dims=())
+    source, out = tmp_path / "sit.pt", tmp_path / "m.safetensors"
+    torch.save(state, source)
+    run = ["--source", str(source), "--out", str(out)]
+    with pytest.raises(
+        UserError, match=r"sit.pt: it may be of REPA or of the original SiT .* --family repa or --family sit"
+    ):
+        convert.main(run)
+    assert not list(tmp_path.glob("m.safetensors*"))  # a refused conversion leaves nothing
+    last = {}
+    for family in ("repa", "sit"):
+        convert.main([*run, "--family", family])
+        last[family] = load_model(out).network.state_dict()["final_layer.linear.weight"]
+    assert torch.equal(last["repa"], -last["sit"]) and torch.equal(last["repa"], state["final_layer.linear.weight"])
+    torch.save({"ema": state, "args": PUBLISHED_ARGS, "steps": 1}, source)  # args of REPA: no question
+    convert.main(run)
+    assert torch.equal(load_model(out).network.state_dict()["final_layer.linear.weight"], last["repa"])
+    before = out.read_bytes()
+    for weights, family in ((sit_weights(), "repa"), (published_weights(), "sit")):
+        torch.save(weights, source)
+        with pytest.raises(UserError, match=f"--family {family} contradicts the file"):
+            convert.main([*run, "--family", family])
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"ema": {"a": torch.ones(1)}}, {"pos_embed": torch.ones(1)}, {"x_embedder.proj.weight": torch.ones(8, 4, 2, 2)}]
+    + [{"x_embedder.proj.weight": 5}, {"ema": {}}, {}, [1], torch.ones(2)],
+)
+def test_files_that_are_no_sit(tmp_path, content):
+    """One sentence that names the file, and no output."""
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other.pt"):
+        convert.main(["--source", str(tmp_path / "other.pt"), "--out", str(tmp_path / "m.safetensors")])
+    assert [path.name for path in tmp_path.iterdir()] == ["other.pt"]
