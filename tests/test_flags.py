@@ -15,7 +15,7 @@ from tests.tiny import write_dataset
 from train import TrainConfig
 from training.plan import make_plan
 
-CARRIERS = ("settings", "request", "config")  # names of variables and attributes that hold settings
+CARRIERS = ("settings", "request", "config", "given")  # names of variables and attributes that hold settings
 
 
 def settings_classes() -> dict[str, list[str]]:
