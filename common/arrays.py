@@ -47,8 +47,8 @@ class Array:
         return self._read(start * self._row, (stop - start) * self._row).reshape(stop - start, *self.shape[1:])
 
     def all(self) -> np.ndarray:
-        """The whole array; small ones only. Raises as `rows` does."""
-        return self._read(0, self._row * (self.shape[0] if self.shape else 1)).reshape(self.shape)
+        """The whole array, writable; small ones only. Raises as `rows` does."""
+        return np.array(self._read(0, self._row * (self.shape[0] if self.shape else 1))).reshape(self.shape)
 
     @property
     def _row(self) -> int:
@@ -89,11 +89,17 @@ def members(path: Path) -> dict[str, Array]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return {
-                member.filename.removesuffix(".npy"): Array(path, archive, member)
-                for member in archive.infolist()
-                if member.filename.endswith(".npy")
-            }
+            found = {}
+            for member in archive.infolist():
+                if b"PK\1\2" in member.extra + member.comment:
+                    raise UserError(f"{path}: the entry of {member.filename} covers another one; it is damaged")
+                if member.filename.endswith(".npy"):
+                    found[member.filename.removesuffix(".npy")] = Array(path, archive, member)
+                else:
+                    archive.open(
+                        member
+                    ).close()  # compares the name with the one beside the data: a lost suffix is damage
+            return found
     except (UserError, PermissionError):
         raise
     except FileNotFoundError as error:

@@ -181,6 +181,8 @@ def check_digests(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> No
     """
     for name, expected in recorded.items():
         path = folder / plain_name(name, folder)
+        if not isinstance(expected, Mapping) or not {"bytes", "sha256"} <= expected.keys():
+            raise UserError(f"{path}: its size and SHA-256 are not recorded")
         if not path.is_file():
             raise MissingFile(f"{path} is missing")
         if path.stat().st_size != expected["bytes"]:

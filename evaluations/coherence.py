@@ -94,12 +94,12 @@ def class_means(
         batch_size: images per batch.
         keep: number of reference images to use.
     """
-    from packed.format import MANIFEST, read_manifest
+    from packed.format import MANIFEST, read_class_means, read_manifest
 
     if len(paths) == 1 and (paths[0] / MANIFEST).is_file():
-        stored = read_manifest(paths[0]).class_means
+        stored = read_class_means(paths[0], read_manifest(paths[0]))
         if stored is not None:
-            return torch.from_numpy(np.load(paths[0] / stored, allow_pickle=False))
+            return torch.from_numpy(stored)
     if reference.labels is None:
         return None
     found = collect(reference, reader, batch_size=batch_size, keep=keep, progress="reference, class tokens")

@@ -1,17 +1,17 @@
 """The reference set: its statistics from the file itself, from the cache, or from its images."""
 
 import hashlib
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from common.arrays import read_npz
 from common.files import WriteError, replacing
 from common.processes import rank, share
 from common.reporting import say
+from config import UserError
 from evaluations.collect import collect, kept_rows
 from evaluations.features import Extractor
 from evaluations.image_sets import ImageSet
@@ -101,13 +101,13 @@ def _read_cache(file: Path, given: dict[str, Statistics]) -> Reference | None:
     if not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            kinds = [name.removesuffix("_mean") for name in stored.files if name.endswith("_mean")]
-            computed = {
-                kind: Statistics(int(stored[f"{kind}_n"]), stored[f"{kind}_mean"], stored[f"{kind}_covariance"])
-                for kind in kinds
-            }
-            return Reference(given | computed, torch.from_numpy(stored["pooled_features"]), stored["rows"])
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        stored = read_npz(file)
+        kinds = [name.removesuffix("_mean") for name in stored if name.endswith("_mean")]
+        computed = {
+            kind: Statistics(int(stored[f"{kind}_n"]), stored[f"{kind}_mean"], stored[f"{kind}_covariance"])
+            for kind in kinds
+        }
+        return Reference(given | computed, torch.from_numpy(stored["pooled_features"]), stored["rows"])
+    except (OSError, UserError, KeyError, TypeError) as error:
         say(f"the cached statistics {file} cannot be read ({error}): they are computed again")
         return None

@@ -4,7 +4,6 @@ Part files are named by the samples they hold, so that the number of processes a
 runs of the same command. `settings.json` beside them records what all of them were made with.
 """
 
-import json
 import re
 import shutil
 import zipfile
@@ -14,7 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from common.files import WriteError, replacing, write_json
+from common.arrays import members
+from common.files import WriteError, read_json, replacing, write_json
 from common.lock import FolderLock
 from config import UserError, differences
 
@@ -48,7 +48,7 @@ class Parts:
         self.claim()
         file = self.folder / "settings.json"
         if file.is_file():
-            refuse_mixing(self.folder, json.loads(file.read_text(encoding="utf-8")), identity)
+            refuse_mixing(self.folder, read_json(file), identity)
         write_json(file, identity)
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
@@ -75,8 +75,7 @@ class Parts:
 
     def names(self) -> list[str]:
         """The arrays that the parts hold."""
-        with np.load(self._path(self._disjoint()[0][1]), allow_pickle=False) as stream:
-            return list(stream.files)
+        return list(members(self._path(self._disjoint()[0][1])))
 
     def write(self, samples: range, arrays: dict[str, np.ndarray]) -> None:
         """Keep the arrays of these samples, row for row. Raises WriteError when the disk is full."""
@@ -98,9 +97,8 @@ class Parts:
                 break
             path = self._path(part)
             try:
-                with np.load(path, allow_pickle=False) as stream:
-                    rows = stream[name]
-            except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
+                rows = members(path)[name].all()
+            except (UserError, KeyError) as error:
                 path.unlink()
                 raise UserError(f"{path} was damaged and has been removed; run the same command again") from error
             yield rows[edge - part.start : count - part.start]

@@ -40,10 +40,10 @@ def test_gradients_that_are_not_finite_name_the_parameter(tools, tmp_path, monke
     """With finite losses the parameter is named; the step changed neither weights nor optimiser."""
     original = TrainStep.update
 
-    def update(self):
+    def update(self, step):
         if calls.append(1) or len(calls) == 3:
             dict(self.network.named_parameters())["blocks.1.mlp.fc1.weight"].grad[0, 0] = float("inf")
-        return original(self)
+        return original(self, step)
 
     calls: list[int] = []
     monkeypatch.setattr(TrainStep, "update", update)

@@ -6,32 +6,35 @@ checkpoints/0000100/
 """
 
 import errno
-import json
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.files import WriteError, free_space, make_folder, sha256, sync, write_error, write_json
+from common.files import WriteError, check_digests, digests, free_space, make_folder, sync, write_error, write_sealed
 from common.reporting import say
 from common.units import size_text
 from config import UserError
-from models.model_file import MODEL_FILE, ModelInfo, save_model
+from models.model_file import (
+    MODEL_FILE,
+    STATE,
+    STATE_SCHEMA,
+    DamagedCheckpoint,
+    ModelInfo,
+    State,
+    read_state,
+    save_model,
+)
 from training.settings import TrainConfig
 
-SCHEMA = 1
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.pt"
 FILES = (WEIGHTS, MODEL_FILE, OPTIMIZER, STATE)
 _TEMPORARY, _DELETED = ".writing-", ".deleting-"
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint that is incomplete, altered or unreadable; the message names the file."""
 
 
 @dataclass
@@ -112,12 +115,11 @@ def save(folder: Path, state: TrainingState, info: ModelInfo, class_means: Tenso
         save_model(temporary / MODEL_FILE, state.ema, info, class_means)
         rest = {"optimizer": state.optimizer, "scaler": state.scaler, "window": state.window.cpu()}
         torch.save(rest, temporary / OPTIMIZER)
-        files = {}
         for file in (WEIGHTS, MODEL_FILE, OPTIMIZER):
             sync(temporary / file)
-            files[file] = {"bytes": (temporary / file).stat().st_size, "sha256": sha256(temporary / file)}
-        content = {"schema": SCHEMA, "step": state.step, "files": files, "settings": state.settings}
-        write_json(temporary / STATE, content)
+        files = digests(temporary, (WEIGHTS, MODEL_FILE, OPTIMIZER))
+        content = {"schema": STATE_SCHEMA, "step": state.step, "files": files, "settings": state.settings}
+        write_sealed(temporary / STATE, content)
         verify(temporary)
         _publish(temporary, final)
     except OSError as error:
@@ -140,31 +142,25 @@ def _publish(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
+def verify(checkpoint: Path) -> State:
     """Read every byte and compare with state.json; returns its content.
 
     Raises:
         DamagedCheckpoint: the message names the first file at fault.
         UserError: the checkpoint is of a later version of this code.
     """
-    path = checkpoint / STATE
+    state = read_state(checkpoint)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] > SCHEMA:
-            raise UserError(f"{path} has schema {content['schema']}, this code reads up to {SCHEMA}: update the code")
-        if checkpoint.name.isdigit() and content["step"] != int(checkpoint.name):
-            raise DamagedCheckpoint(f"{path} says step {content['step']}")
-        for file, expected in content["files"].items():
-            part = checkpoint / file
-            if not part.is_file():
-                raise DamagedCheckpoint(f"{part} is missing")
-            if part.stat().st_size != expected["bytes"]:
-                raise DamagedCheckpoint(f"{part} has {part.stat().st_size} bytes instead of {expected['bytes']}")
-            if sha256(part) != expected["sha256"]:
-                raise DamagedCheckpoint(f"{part} has changed since it was written (SHA-256 differs)")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    return content
+        if checkpoint.name.isdigit() and state.step != int(checkpoint.name):
+            raise UserError(f"{checkpoint / STATE} says step {state.step}")
+        for file in {WEIGHTS, MODEL_FILE, OPTIMIZER} - state.files.keys():
+            raise UserError(f"{checkpoint / STATE} says nothing of {file}")
+        check_digests(checkpoint, {name: asdict(record) for name, record in state.files.items()})
+    except UserError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{checkpoint} cannot be read ({error.strerror or error})") from error
+    return state
 
 
 def load(checkpoint: Path) -> TrainingState:
@@ -172,19 +168,19 @@ def load(checkpoint: Path) -> TrainingState:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    content = verify(checkpoint)
+    state = verify(checkpoint)
     try:
         rest = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
         ema = load_file(checkpoint / MODEL_FILE)
         ema.pop("class_means", None)
         return TrainingState(
-            content["step"],
+            state.step,
             load_file(checkpoint / WEIGHTS),
             ema,
             rest["optimizer"],
             rest["scaler"],
             rest["window"],
-            content["settings"],
+            state.settings,
         )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, KeyError, EOFError, ValueError) as error:
         raise DamagedCheckpoint(f"{checkpoint} cannot be read: {str(error).splitlines()[0]}") from error

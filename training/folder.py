@@ -1,12 +1,16 @@
 """config.json of a run folder: the settings and the dataset that a run was started with."""
 
 import json
+from contextlib import suppress
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json
+from common.files import read_json, write_json
+from common.reporting import say
 from config import UserError, as_dict, differences, identity
+from models.model_file import MODEL_FILE, read_info, read_state
 from training.settings import TrainConfig
 
 CONFIG = "config.json"
@@ -30,13 +34,10 @@ def record_settings(folder: Path, settings: TrainConfig, facts: dict[str, Any]) 
     path, recorded, facts = folder / CONFIG, as_dict(settings), json.loads(json.dumps(facts))
     free = recorded.keys() - identity(settings).keys()
     changes: list[str] = []
-    if path.is_file() and any(folder.glob("checkpoints/[0-9]*")):  # before the first one there is nothing to continue
-        try:
-            former = json.loads(path.read_text(encoding="utf-8"))
-            former_settings, former_facts = former["settings"], former["facts"]
-            other_network = former_facts["network"] != facts["network"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); restore it or choose another --exp-name") from error
+    former = _former(folder, facts)
+    if former is not None:
+        former_settings, former_facts = former
+        other_network = former_facts["network"] != facts["network"]
         facts = {**{key: value for key, value in former_facts.items() if key == "initialised_from"}, **facts}
         changes = [
             _change(f"--{key.replace('_', '-')}", was, value)
@@ -64,3 +65,25 @@ def _change(name: str, before: Any, now: Any) -> str:
         number, (was, value) = next((i, pair) for i, pair in enumerate(zip_longest(before, now)) if pair[0] != pair[1])
         return f"{name}: {len(before)} before, {len(now)} now; number {number}: {was} before, {value} now"
     return f"{name}: {before} before, {now} now"
+
+
+def _former(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Settings and facts that the run has had: by config.json, or where that is gone by its newest checkpoint.
+
+    None before the first checkpoint: there is nothing to continue. Of the facts a checkpoint has only the model's, the
+    others are taken to be those of today. Raises UserError where config.json is damaged.
+    """
+    path, checkpoints = folder / CONFIG, sorted(folder.glob("checkpoints/[0-9]*"), reverse=True)
+    if checkpoints and path.is_file():
+        try:
+            former = read_json(path)
+            return dict(former["settings"]), {"network": former["facts"]["network"], **former["facts"]}
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); restore it or choose another --exp-name") from error
+    for checkpoint in checkpoints:
+        with suppress(UserError):
+            settings, info = read_state(checkpoint).settings, read_info(checkpoint / MODEL_FILE)
+            say(f"{path} is missing: the settings are compared with those of {checkpoint}")
+            model = {"network": asdict(info.network), "classes": info.classes}
+            return settings, facts | json.loads(json.dumps(model))
+    return None

@@ -6,7 +6,7 @@ from pathlib import Path
 from common.files import sha256
 from common.reporting import say
 from models import transfer
-from models.model_file import ModelInfo, load_model, read_info
+from models.model_file import ModelInfo, load_model, read_info, verify_model
 from models.obtain import obtain
 from models.sit import SiT
 from models.transfer import Target
@@ -33,7 +33,7 @@ def open_source(settings: TrainConfig, plan: Plan) -> Source | None:
     if settings.init_from is None:
         return None
     path = obtain(settings.init_from)
-    source = Source(path, str(settings.init_from), read_info(path), sha256(path))
+    source = Source(path, str(settings.init_from), read_info(path), verify_model(path) or sha256(path))
     for doubt in transfer.check(source.info, _target(plan), source.name):
         say(f"warning: {doubt}")
     return source
