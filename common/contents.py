@@ -84,6 +84,14 @@ class Contents:
         else:
             self.left_out[OTHERS].append(item.name)
 
+    def refusal(self) -> str:
+        """The images that cannot be read: their number, the first one, and why; empty if there are none."""
+        if not self.unreadable:
+            return ""
+        name, reason = min(self.unreadable)
+        count = len(self.unreadable)
+        return f"{count:,} image{'s' * (count > 1)} cannot be read, such as {name}: {reason}"
+
     def note(self) -> str:
         """What was left out, for people: "hidden or system entries: 3 (ant/.DS_Store, ...)"; empty if nothing was."""
         parts = []

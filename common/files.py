@@ -75,8 +75,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text as `replacing` does."""
-    write_bytes(path, text.encode())
+    """Write UTF-8 text as `replacing` does. Half characters, as in a file's name that is not UTF-8, are escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_text(path: Path) -> str:

@@ -131,8 +131,7 @@ def find_images(path: Path) -> Folder:
     if not contents.items:
         raise UserError(f"{path} holds no images, and is neither a packed dataset nor an .npz file")
     if contents.unreadable:
-        name, reason = min(contents.unreadable)
-        raise UserError(f"{path}: {len(contents.unreadable):,} images cannot be read, such as {name}: {reason}")
+        raise UserError(f"{path}: {contents.refusal()}")
     if contents.left_out:
         say(f"left out of {path}: {contents.note()}")
     items = contents.items = sorted(contents.items, key=lambda item: item.name.split("/"))

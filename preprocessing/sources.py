@@ -46,10 +46,8 @@ def list_source(
             raise type(error)(f"--source {error}") from error
         listing = _labelled(contents, source)
         if contents.unreadable and not skip_unreadable:
-            name, reason = min(contents.unreadable)
             raise UserError(
-                f"--source {source}: {len(contents.unreadable):,} images cannot be read, such as {name}: {reason}; "
-                "--on-corrupt skip leaves such images out and lists them"
+                f"--source {source}: {contents.refusal()}; --on-corrupt skip leaves such images out and lists them"
             )
         if contents.left_out:
             say(f"left out of {source}: {contents.note()}")

@@ -17,6 +17,7 @@ from tests.packs import (
     flip,
     noise,
     records,
+    torchrun,
     write_folder,
     write_tar,
     write_zip,
@@ -107,3 +108,13 @@ def test_a_folder_that_was_zipped_is_the_same_source(toys, tmp_path, begun):
     out = shutil.copytree(out, tmp_path / "out")
     pack.main(flags(toys, out, source=write_tar(tmp_path / "images.tar", IMAGES)))
     assert content(out) == content(whole)
+
+
+@pytest.mark.slow
+def test_moved_and_finished_by_two_processes(toys, tmp_path, begun):
+    """Rank 0 looks for the images, and all ranks read them at their new place."""
+    kind, out, whole = begun
+    out, moved = shutil.copytree(out, tmp_path / "out"), WRITERS[kind](tmp_path / f"moved.{kind}", IMAGES)
+    (out / "shard-00000.json").unlink()
+    done = torchrun(2, flags(toys, out, source=moved))
+    assert done.returncode == 0 and content(out) == content(whole), done.stderr
