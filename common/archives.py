@@ -13,6 +13,14 @@ from common.files import read_bounded
 from common.images import is_image
 from config import UserError
 
+MAX_HEADER = 2**20  # bytes of a header that holds a long name or the like
+EXTENDED = {
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+}
 ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
@@ -76,10 +84,21 @@ def _read_zipped(source: Path, member: zipfile.ZipInfo) -> bytes:
         raise UserError(f"{source}: damaged zip ({error})") from error
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a tar that is refused where it lies about its size: tarfile would read that much, or go backwards."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.size > MAX_HEADER and header.type in EXTENDED):
+            raise tarfile.ReadError(f"member {header.name!r} has a size of {header.size}")
+        return header
+
+
 def _list_tar(source: Path, number: int, prefix: str, found: Contents) -> None:
     """Images of a tar, and of the tars inside it (ILSVRC2012_img_train.tar: one for each class, named after it)."""
     try:
-        with tarfile.open(source, mode="r:") as archive:
+        with tarfile.open(source, mode="r:", tarinfo=_Header) as archive:
             _list_members(archive, source, number, prefix, 0, found, nested=False)
     except tarfile.ReadError as error:
         raise UserError(
@@ -102,7 +121,7 @@ def _list_members(
         if not member.isreg() or member.issparse():
             raise UserError(f"{source}: member {name!r} is a link or no regular file; refused")
         if name.lower().endswith(".tar") and not nested:
-            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:", tarinfo=_Header) as inner:
                 inner_prefix = name[:-4] + "/"
                 found.folders.append(name[:-4])
                 _list_members(inner, source, number, inner_prefix, member.offset_data, found, nested=True)

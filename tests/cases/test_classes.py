@@ -173,6 +173,9 @@ class Counted(str):
         Counted.hashed += 1
         return super().__hash__()
 
+    def split(self, *separator):
+        return [Counted(part) for part in super().split(*separator)]
+
 
 def test_many_classes(tmp_path):
     """Twice the classes cost twice as much: each name is looked up a few times, whatever their number."""

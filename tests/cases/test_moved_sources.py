@@ -111,6 +111,7 @@ def test_a_folder_that_was_zipped_is_the_same_source(toys, tmp_path, begun):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("begun", ["zip"], indirect=True)
 def test_moved_and_finished_by_two_processes(toys, tmp_path, begun):
     """Rank 0 looks for the images, and all ranks read them at their new place."""
     kind, out, whole = begun

@@ -237,14 +237,21 @@ def test_joined_archives(tmp_path):
     both_refuse(tmp_path / "a.zip", r"a\.zip: two zips joined into one file")
 
 
-def test_tar_of_negative_size(tmp_path):
-    """Was listed for ever."""
-    path = write_tar(tmp_path / "t.tar", AB)
-    info = tarfile.TarInfo("a/n.png")
-    info.size = -512
-    header = info.tobuf(tarfile.GNU_FORMAT)
-    path.write_bytes(path.read_bytes().rstrip(b"\0")[:0] + _members(path) + header + bytes(1024))
-    both_refuse(path, r"t\.tar: damaged .*'a/n\.png' has a size of -512")
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, "pax"])
+def test_tar_that_lies_about_sizes(tmp_path, kind):
+    """A negative size was listed for ever; the size of a long name is how much is read at once."""
+    for size in (-512, 2**40):
+        path = write_tar(tmp_path / "t.tar", AB)
+        info = tarfile.TarInfo("a/n.png")
+        if kind == "pax":
+            info.pax_headers = {"size": str(size)}
+        else:
+            info.size, info.type = size, kind
+        header = info.tobuf(tarfile.PAX_FORMAT if kind == "pax" else tarfile.GNU_FORMAT)
+        path.write_bytes(_members(path) + header + bytes(1024))
+        both_refuse(
+            path, r"t\.tar: damaged .*(of -512|of 1099511627776|no end mark after member 'a/n\.png'|unexpected)"
+        )
 
 
 def _members(path):
