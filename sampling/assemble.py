@@ -21,6 +21,7 @@ from sampling.parts import OtherSettings, Parts, refuse_mixing, write_rows, writ
 
 SCHEMA = 1
 SAMPLES, SIDECAR, TOKENS, NEAREST = "samples.npz", "samples.json", "class_tokens.npy", "class_token_labels.npy"
+TIMES = ("seconds", "samples_per_second")
 DATA, PICTURES = (SAMPLES, TOKENS, NEAREST), ("grid.png", "gallery.html")
 SEEN = 200  # samples that grid.png chooses from
 
@@ -145,7 +146,8 @@ def _draw(
     writers: dict[str, Callable[[], None]] = {"grid.png": lambda: write_sheet(folder / "grid.png", rows)}
     if settings.gallery:
         gallery = shown[: settings.gallery]
-        writers["gallery.html"] = lambda: write_gallery(folder / "gallery.html", gallery, classes, sidecar)
+        same = {name: value for name, value in sidecar.items() if name not in TIMES}  # whenever the job was interrupted
+        writers["gallery.html"] = lambda: write_gallery(folder / "gallery.html", gallery, classes, same)
     written = []
     for name, write in writers.items():
         try:

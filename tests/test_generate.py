@@ -70,6 +70,7 @@ def test_what_it_writes(place, tmp_path):
         assert np.array_equal(np.asarray(Image.open(out / "png" / f"{i:06d}.png")), images[i])
     assert Image.open(out / "grid.png").size == (8 * (64 + 4), 2 * (64 + 28)), "8 columns, captions of two lines"
     page = (out / "gallery.html").read_text()
+    assert "samples_per_second" not in page, "the page of an interrupted job is the same"
     assert page.count("<figure>") == 11 and "sample 10" in page and sidecar["checkpoint_sha256"] in page
 
 
