@@ -36,6 +36,39 @@ def closest_pairs(reference: torch.Tensor, samples: torch.Tensor, count: int) ->
     return Pairs(columns[0], columns[1], columns[2], authenticity)
 
 
+class Copying(NamedTuple):
+    """How often a sample is nearer to the training images than a held-out image is: 1/2 for samples as new as those.
+
+    share: over all pairs of a sample and a held-out image (the U statistic of Meehan et al. 2020 over its largest value).
+    error: its standard deviation where both are equally new.
+    """
+
+    share: float
+    error: float
+
+    def warning(self) -> str | None:
+        """A plain sentence where samples are nearer by more than 3 standard deviations."""
+        if self.share - 0.5 <= 3 * self.error:
+            return None
+        return (
+            f"samples are nearer to training images than held-out images are (in {self.share:.0%} of all pairs, 50 % "
+            "expected): the model repeats training images; stop earlier, or train on more"
+        )
+
+
+def copying(training: torch.Tensor, held_out: torch.Tensor, samples: torch.Tensor) -> Copying:
+    """Compare the distances of samples (M, D) and held-out images (K, D) to their nearest training images (N, D).
+
+    Args:
+        training, held_out, samples: pooled features on one device.
+    """
+    ours, theirs = (nearest(training, points).distances.cpu() for points in (samples, held_out))
+    ordered = theirs.sort().values
+    below, up_to = (torch.searchsorted(ordered, ours, right=right).double() for right in (False, True))
+    share = 1 - ((below + up_to) / 2).mean().item() / len(ordered)
+    return Copying(share, ((len(ours) + len(ordered) + 1) / (12 * len(ours) * len(ordered))) ** 0.5)
+
+
 def write_pairs(path: Path, pairs: Pairs, samples: ImageSet, reference: ImageSet, rows: np.ndarray) -> None:
     """Write a PNG of the pairs, sample left and reference right, closest first.
 

@@ -1,0 +1,261 @@
+"""Fine-tune a model of some classes to other classes with few images: before, after, and from scratch, step by step.
+
+python -m benchmarks.finetune --out runs/finetune            # digits: a model of 0 to 6 to 7, 8 and 9, 100 images each
+python -m benchmarks.finetune --out runs/eurosat --images images/eurosat --vae VAE --encoder ENCODER --judge JUDGE \
+    --new Pasture PermanentCrop Residential --config recipes/digits.yaml
+
+The same command goes on where it was cut. `--images` holds train/CLASS/FILE and test/CLASS/FILE. VAE, encoder and judge are
+trained on all classes, so that only the diffusion model is new to the new ones.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import RESULTS, environment
+from common.files import write_json
+from common.reporting import run, say
+from config import UserError, parse, setting
+
+ARMS = ("fine-tuned", "scratch")
+
+
+@dataclass(frozen=True)
+class FinetuneBenchmark:
+    out: Path = setting(help="folder of runs and raw results", group="what")
+    images: Path | None = setting(None, "train/ and test/ class folders; default: scikit-learn's digits", group="what")
+    vae: str | None = setting(None, "VAE; default: the quickstart's, trained on the images", group="what")
+    encoder: str | None = setting(None, "encoder, likewise", group="what")
+    judge: str | None = setting(None, "timm classifier of all classes, likewise", group="what")
+    new: tuple[str, ...] = setting(
+        ("7", "8", "9"), "classes to fine-tune to; the base model has the others", group="what"
+    )
+    config: Path = setting(Path("recipes/digits.yaml"), "recipe of all trainings", group="what")
+    resolution: int = setting(16, "pixels", group="what", at_least=1)
+    per_class: int = setting(100, "training images of each new class", group="what", at_least=2)
+
+    base_steps: int = setting(2000, "steps of the base model", group="how", at_least=1)
+    steps: tuple[int, ...] = setting((50, 100, 200, 400, 800), "where to measure", group="how", at_least=1)
+    seeds: tuple[int, ...] = setting((0, 1, 2), "of weights, data order and noise", group="how", at_least=0)
+    learning_rate: float = setting(1e-3, "of fine-tuning and of training from scratch", group="how", above=0)
+    samples: int = setting(300, "samples of each measurement", group="how", at_least=20)
+    num_steps: int = setting(50, "SDE steps of sampling, unguided", group="how", at_least=2)
+    label: str = setting("digits", "names the result files", group="how")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(FinetuneBenchmark, (__doc__ or "").splitlines()[0], argv)
+    folders = prepare(settings)
+    rows = [measure(settings, folders, *unit) for unit in units(settings)]
+    content = {"environment": environment(), "settings": {"seeds": settings.seeds, **_plain(settings)}, "rows": rows}
+    content["real"] = real(settings, folders)
+    write_json(RESULTS / f"finetune-{settings.label}.json", content)
+    table = markdown(content)
+    (RESULTS / f"finetune-{settings.label}.md").write_text(table, encoding="utf-8")
+    say(table)
+
+
+def _plain(settings: FinetuneBenchmark) -> dict[str, object]:
+    names = ("new", "per_class", "base_steps", "steps", "learning_rate", "samples", "num_steps", "resolution")
+    return {name: getattr(settings, name) for name in names} | {"recipe": settings.config.name}
+
+
+def units(settings: FinetuneBenchmark) -> Iterator[tuple[str, int, int]]:
+    """(arm, seed, step) of each measurement; step 0 is the base model, whose rows of the new classes are fresh."""
+    yield "base", 0, 0
+    for seed in settings.seeds:
+        for arm in ARMS:
+            for step in settings.steps:
+                yield arm, seed, step
+
+
+@dataclass(frozen=True)
+class Folders:
+    """train: of the new classes. test: held-out images of them. vae, encoder, judge: names. base, new: packed datasets."""
+
+    train: Path
+    test: Path
+    vae: str
+    encoder: str
+    judge: str
+    base: Path
+    new: Path
+
+
+def prepare(settings: FinetuneBenchmark) -> Folders:
+    """Images, networks, packed datasets and the base model, as far as they are not there yet."""
+    out, images = settings.out, settings.images or settings.out / "images"
+    if settings.images is None and not (images / "test.npz").is_file():
+        _run("-m", "quickstart.digits", str(images))
+    networks = {"vae": settings.vae, "encoder": settings.encoder, "judge": settings.judge}
+    for name, given in networks.items():
+        if given is None:
+            networks[name] = str(out / "networks" / name)
+            if not (out / "networks" / name / "figures.json").is_file():
+                _run("-m", "quickstart.toy_networks", name, str(images / "train"), str(networks[name]))
+    known = sorted(path.name for path in (images / "train").iterdir() if path.is_dir())
+    missing = [name for name in settings.new if name not in known]
+    if missing:
+        raise UserError(f"--new {missing[0]}: {images / 'train'} has no such class ({', '.join(known)})")
+    folders = Folders(out / "new-train", out / "new-test", *map(str, networks.values()), out / "base", out / "new")
+    for part, target, count in (("train", folders.train, settings.per_class), ("test", folders.test, None)):
+        if not target.is_dir():
+            partial = target.with_suffix(".tmp")
+            shutil.rmtree(partial, ignore_errors=True)
+            for name in settings.new:
+                files = sorted((images / part / name).iterdir())[:count]
+                (partial / name).mkdir(parents=True)
+                for file in files:
+                    shutil.copy(file, partial / name)
+            shutil.move(partial, target)
+    base = out / "base.txt"
+    base.write_text("".join(f"{name}\n" for name in known if name not in settings.new), encoding="utf-8")
+    common = ("--resolution", str(settings.resolution), "--vae", folders.vae, "--enc-type", folders.encoder)
+    _run(
+        "-m",
+        "preprocessing.pack",
+        "--source",
+        str(images / "train"),
+        "--classes",
+        str(base),
+        "--out",
+        str(folders.base),
+        *common,
+    )
+    _run("-m", "preprocessing.pack", "--source", str(folders.train), "--out", str(folders.new), *common)
+    last = settings.base_steps
+    _train(settings, folders.base, "base-model", "--max-train-steps", str(last), "--checkpointing-steps", str(last))
+    return folders
+
+
+def _run(*words: str) -> None:
+    say(f"$ python {' '.join(words)}")
+    subprocess.run([sys.executable, *words], check=True, cwd=Path(__file__).parents[1])
+
+
+def _train(settings: FinetuneBenchmark, data: Path, name: str, *more: str) -> Path:
+    folder = settings.out / "runs" / name
+    given = ("--config", str(settings.config), "--data-dir", str(data), "--output-dir", str(settings.out / "runs"))
+    _run("train.py", *given, "--exp-name", name, "--sampling-steps", "0", "--keep-last", "0", *more)
+    return folder
+
+
+def trained(settings: FinetuneBenchmark, folders: Folders, arm: str, seed: int, step: int) -> Path:
+    """The model file after a step, trained if it is not there; fine-tuned and from scratch with the same flags."""
+    if arm == "base":
+        return settings.out / "runs" / "base-model"
+    checkpoint = settings.out / "runs" / f"{arm}-{seed}" / "checkpoints" / f"{step:07d}"
+    if not checkpoint.is_dir():
+        every = min(settings.steps)
+        start = ("--init-from", str(settings.out / "runs" / "base-model")) if arm == "fine-tuned" else ()
+        rate = ("--learning-rate", str(settings.learning_rate), "--lr-warmup-steps", str(every), "--ema-warmup")
+        length = ("--max-train-steps", str(max(settings.steps)), "--checkpointing-steps", str(every))
+        _train(settings, folders.new, f"{arm}-{seed}", "--seed", str(seed), *rate, *length, *start)
+    return checkpoint
+
+
+def measure(settings: FinetuneBenchmark, folders: Folders, arm: str, seed: int, step: int) -> dict[str, object]:
+    """Frechet distance to the held-out images, class accuracy, and nearness to the training images, of EMA and weights."""
+    file = settings.out / "results" / f"{arm}-{seed}-{step}.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    from sharing.pretrained import PretrainedSiT
+
+    model = PretrainedSiT.from_pretrained(trained(settings, folders, arm, seed, step))
+    row: dict[str, object] = {"arm": arm, "seed": seed, "step": step}
+    count = model.info.network.num_classes
+    pixels = []
+    labels = [i % count for i in range(settings.samples)]
+    for start in range(0, settings.samples, 100):
+        state = model.sample(labels[start : start + 100], seed=seed * 1000 + start, num_steps=settings.num_steps)
+        pixels.append(model.autoencoder.decode(state.latent).numpy())
+    made = np.concatenate(pixels)
+    row |= judged(settings, folders, made, None if arm == "base" else np.array(labels))
+    if arm == "base" or seed == settings.seeds[0]:
+        _sheet(settings, made, labels, count, f"{arm}-{step}")
+    write_json(file, row)
+    return row
+
+
+def judged(
+    settings: FinetuneBenchmark, folders: Folders, pixels: np.ndarray, labels: np.ndarray | None
+) -> dict[str, object]:
+    """What the judge says of images (N, 3, H, W)."""
+    import torch
+
+    from evaluations.features import load_timm
+    from evaluations.image_sets import open_images
+    from evaluations.memorization import copying
+    from evaluations.metrics import frechet_distance
+    from evaluations.statistics import compute_moments
+
+    judge = load_timm(folders.judge, classifier=True)
+    sets = {}
+    for name, place in (("train", folders.train), ("test", folders.test)):
+        images = open_images([place], fallback=settings.resolution)
+        sets[name] = judge(torch.from_numpy(np.array(images.read(0, len(images)))).permute(0, 3, 1, 2)).pooled
+    found = judge(torch.from_numpy(pixels))
+    distance = frechet_distance(*(compute_moments(x).statistics() for x in (sets["test"], found.pooled)))
+    near = copying(sets["train"], sets["test"], found.pooled)
+    values: dict[str, object] = {"fd": distance, "nearer_to_training": near.share, "nearer_error": near.error}
+    if labels is not None:
+        assert found.logits is not None
+        known = sorted(path.name for path in ((settings.images or settings.out / "images") / "train").iterdir())
+        wanted = np.array([known.index(name) for name in sorted(settings.new)])[labels]
+        values["accuracy"] = float((found.logits.argmax(1).cpu().numpy() == wanted).mean())
+    return values
+
+
+def real(settings: FinetuneBenchmark, folders: Folders) -> dict[str, object]:
+    """The same of the training images themselves: what perfect copies would get."""
+    from evaluations.image_sets import open_images
+
+    images = open_images([folders.train], fallback=settings.resolution)
+    return judged(settings, folders, np.array(images.read(0, len(images))).transpose(0, 3, 1, 2), images.labels)
+
+
+def _sheet(settings: FinetuneBenchmark, pixels: np.ndarray, labels: list[int], count: int, name: str) -> None:
+    """The first eight samples of each class."""
+    from common.pictures import Cell, write_sheet
+
+    rows = [[i for i, label in enumerate(labels) if label == k][:8] for k in range(count)]
+    write_sheet(
+        settings.out / "pictures" / f"{name}.png", [[Cell(pixels[i].transpose(1, 2, 0)) for i in row] for row in rows]
+    )
+
+
+def markdown(content: dict[str, object]) -> str:
+    """A row for each arm and step: mean over the seeds, and their range."""
+    rows: list[dict] = content["rows"]  # type: ignore[assignment]
+    real_images: dict = content["real"]  # type: ignore[assignment]
+    lines = [
+        "Steps | FD, fine-tuned | scratch | Accuracy, fine-tuned | scratch | Nearer to training, fine-tuned | scratch"
+    ]
+    lines.append("-|-|-|-|-|-|-")
+    for step in sorted({row["step"] for row in rows if row["arm"] != "base"}):
+        cells = [str(step)]
+        for key, digits in (("fd", 2), ("accuracy", 3), ("nearer_to_training", 3)):
+            for arm in ARMS:
+                values = [row[key] for row in rows if row["arm"] == arm and row["step"] == step]
+                text = f"{np.mean(values):.{digits}f}"
+                cells.append(f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})")
+        lines.append(" | ".join(cells))
+    before = next(row for row in rows if row["arm"] == "base")
+    lines += [
+        "",
+        f"Before (samples of the base model's own classes): FD {before['fd']:.2f}. The training images themselves: FD ",
+    ]
+    lines[-1] += (
+        f"{real_images['fd']:.2f}, accuracy {real_images['accuracy']:.3f}, nearer {real_images['nearer_to_training']:.3f}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run(main)
