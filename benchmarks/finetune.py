@@ -2,7 +2,7 @@
 
 python -m benchmarks.finetune --out runs/finetune            # digits: a model of 0 to 6 to 7, 8 and 9, 100 images each
 python -m benchmarks.finetune --out runs/eurosat --images images/eurosat --vae VAE --encoder ENCODER --judge JUDGE \
-    --new Pasture PermanentCrop Residential --config recipes/digits.yaml
+    --new Pasture PermanentCrop Residential --recipe recipes/digits.yaml
 
 The same command goes on where it was cut. `--images` holds train/CLASS/FILE and test/CLASS/FILE. VAE, encoder and judge are
 trained on all classes, so that only the diffusion model is new to the new ones.
@@ -36,7 +36,7 @@ class FinetuneBenchmark:
     new: tuple[str, ...] = setting(
         ("7", "8", "9"), "classes to fine-tune to; the base model has the others", group="what"
     )
-    config: Path = setting(Path("recipes/digits.yaml"), "recipe of all trainings", group="what")
+    recipe: Path = setting(Path("recipes/digits.yaml"), "recipe of all trainings", group="what")
     resolution: int = setting(16, "pixels", group="what", at_least=1)
     per_class: int = setting(100, "training images of each new class", group="what", at_least=2)
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _plain(settings: FinetuneBenchmark) -> dict[str, object]:
     names = ("new", "per_class", "base_steps", "steps", "learning_rate", "samples", "num_steps", "resolution")
-    return {name: getattr(settings, name) for name in names} | {"recipe": settings.config.name}
+    return {name: getattr(settings, name) for name in names} | {"recipe": settings.recipe.name}
 
 
 def units(settings: FinetuneBenchmark) -> Iterator[tuple[str, int, int]]:
@@ -103,7 +103,8 @@ def prepare(settings: FinetuneBenchmark) -> Folders:
     missing = [name for name in settings.new if name not in known]
     if missing:
         raise UserError(f"--new {missing[0]}: {images / 'train'} has no such class ({', '.join(known)})")
-    folders = Folders(out / "new-train", out / "new-test", *map(str, networks.values()), out / "base", out / "new")
+    vae, encoder, judge = (str(name) for name in networks.values())
+    folders = Folders(out / "new-train", out / "new-test", vae, encoder, judge, out / "base", out / "new")
     for part, target, count in (("train", folders.train, settings.per_class), ("test", folders.test, None)):
         if not target.is_dir():
             partial = target.with_suffix(".tmp")
@@ -141,7 +142,7 @@ def _run(*words: str) -> None:
 
 def _train(settings: FinetuneBenchmark, data: Path, name: str, *more: str) -> Path:
     folder = settings.out / "runs" / name
-    given = ("--config", str(settings.config), "--data-dir", str(data), "--output-dir", str(settings.out / "runs"))
+    given = ("--config", str(settings.recipe), "--data-dir", str(data), "--output-dir", str(settings.out / "runs"))
     _run("train.py", *given, "--exp-name", name, "--sampling-steps", "0", "--keep-last", "0", *more)
     return folder
 
