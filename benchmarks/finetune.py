@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -231,10 +232,9 @@ def _sheet(settings: FinetuneBenchmark, pixels: np.ndarray, labels: list[int], c
     )
 
 
-def markdown(content: dict[str, object]) -> str:
+def markdown(content: dict[str, Any]) -> str:
     """A row for each arm and step: mean over the seeds, and their range."""
-    rows: list[dict] = content["rows"]  # type: ignore[assignment]
-    real_images: dict = content["real"]  # type: ignore[assignment]
+    rows, real_images = content["rows"], content["real"]
     lines = [
         "Steps | FD, fine-tuned | scratch | Accuracy, fine-tuned | scratch | Nearer to training, fine-tuned | scratch"
     ]

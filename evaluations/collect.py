@@ -3,7 +3,7 @@
 Rank r of w takes the r-th of w equal stretches of a set; sums are reduced in float64, kept rows are gathered on rank 0.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from common import reporting
 from common.processes import gather_rows, rank, world
 from config import UserError
 from evaluations.audit import Auditor
-from evaluations.features import Extractor
+from evaluations.features import Extractor, Features
 from evaluations.image_sets import ImageSet
 from evaluations.metrics import Estimate, InceptionScore, frechet_distance
 from evaluations.statistics import Moments, Statistics, compute_moments, jackknife_error, jackknife_groups, without
@@ -123,7 +123,7 @@ def collect(
     return Collected(moments, gather_rows(pooled), score, classes)
 
 
-def statistics_of(batches: Iterable[Tensor], extractor: Extractor) -> Statistics:
+def statistics_of(batches: Iterable[Tensor], extractor: Callable[[Tensor], Features]) -> Statistics:
     """Statistics of the pooled features of images that are not an ImageSet, such as those of a sampler.
 
     Args:

@@ -18,6 +18,7 @@ from evaluations.coherence import class_means, load_reader, load_tokens
 from evaluations.collect import collect
 from evaluations.image_folder import SeveralSizes
 from evaluations.image_sets import ImageSet, open_images
+from evaluations.memorization import Copying
 from evaluations.reference import EMPTY, read_reference
 from evaluations.registry import CLASSIFIER, INCEPTION, TOKENS, Inputs, compute, places, rows_wanted
 from evaluations.results import Results, check_writable, markdown
@@ -57,6 +58,10 @@ class _Measurement:
         first = settings.samples[0]
         self.out = settings.out or (first if first.is_dir() else first.parent) / "results.json"
         self.samples, self.reference = open_sets(settings)
+        self.training: ImageSet | None = None
+        if settings.training_images:
+            side = settings.resolution or _side(self.samples)
+            self.training = open_images(settings.training_images, resolution=settings.resolution, fallback=side)
         on_first(partial(check_writable, self.out))
         self.results = Results(name=self.samples.name)
         self.auditor, self.suspicions = Auditor(), list[str]()
@@ -93,7 +98,12 @@ class _Measurement:
             self.suspicions = self.auditor.warnings()
         if space == INCEPTION and found.predictions is not None:
             self.classes = found.predictions.numpy() if self.samples.labels is None else self.samples.labels
-        self._compute(here, space, known, found)
+        training = None
+        if first and self.training is not None:
+            training = collect(
+                self.training, extractor, batch_size=settings.batch_size, progress=f"training images, {space}"
+            ).pooled
+        self._compute(here, space, known, found, None, None, training)
 
     def classifier(self, name: str) -> None:
         """Share of the samples that an independent classifier gives their label. `name`: a timm network or folder."""
@@ -138,6 +148,9 @@ class _Measurement:
             results.warnings.append(
                 "the Inception weights are not the published ones: FID, sFID and IS cannot be compared with papers"
             )
+        nearness = results.metrics.get("nearer_to_training")
+        if nearness is not None and (said := Copying(nearness.value, nearness.error or 0.0).warning()):
+            results.warnings.append(said)
         results.warnings += warnings
         results.protocol = self._protocol()
         try:
@@ -163,6 +176,7 @@ class _Measurement:
             "reference_cropped": None if reference is None else reference.cropped,
             "reference_sha256": None,
             "n_reference": None if reference is None else len(reference),
+            **({"training_images": self.training.name, "n_training": len(self.training)} if self.training else {}),
             "networks": self.digests,
             "pr_dtype": settings.pr_dtype,
             "pr_reference": settings.pr_reference,

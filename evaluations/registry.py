@@ -54,7 +54,7 @@ class Inputs:
     """What one network has made of the samples, for all metrics that are measured with it.
 
     places: see `places`. out: the results file. reference: EMPTY without one. tokens: (N, D) generated class tokens.
-    class_means: (C, D) of the encoder's tokens.
+    class_means: (C, D) of the encoder's tokens. training: (T, D) pooled features of the images trained on.
     """
 
     places: set[str]
@@ -67,6 +67,7 @@ class Inputs:
     found: "Collected"
     tokens: "Tensor | None" = None
     class_means: "Tensor | None" = None
+    training: "Tensor | None" = None
 
     @cached_property
     def rows(self) -> "tuple[Tensor, Tensor]":
@@ -185,6 +186,14 @@ def _authenticity(inputs: Inputs) -> Numbers:
     return [(pairs.authenticity, None)]
 
 
+def _nearness(inputs: Inputs) -> Numbers:
+    from evaluations.memorization import copying
+
+    assert inputs.training is not None
+    held_out, samples = inputs.rows
+    return [copying(inputs.training.to(samples.device), held_out, samples)]
+
+
 def _class_accuracy(inputs: Inputs) -> Numbers:
     from evaluations.metrics import share
 
@@ -226,6 +235,7 @@ METRICS = (  # in the order of the columns of tables
     Entry(_mind, ANY_SPACE, ROWS, "mind", (Column("mind", "MIND"),)),
     Entry(_clip_mmd, CLIP, ROWS, "", (Column("cmmd", "CMMD"),)),
     Entry(_class_accuracy, CLASSIFIER, "", "", (Column("class_accuracy", "Class accuracy", 3, LARGER),)),
+    Entry(_nearness, FIRST_SPACE, ROWS, "training_images", (Column("nearer_to_training", "Nearer to training"),)),
     Entry(_authenticity, FIRST_SPACE, ROWS, "memorization", (Column("authenticity", "Authenticity", 3, LARGER),)),
     Entry(
         _class_tokens,

@@ -66,6 +66,11 @@ class EvaluateConfig:
     token_grid: int = setting(
         16, "that encoder's grid of patch tokens: 16 at 256 px, 32 at 512 px", group="metrics", at_least=1
     )
+    training_images: tuple[Path, ...] = setting(
+        (),
+        "the images trained on, where --reference holds held-out ones: how often samples are nearer to the former",
+        group="metrics",
+    )
     memorization: int = setting(0, "samples to show beside their nearest reference images", group="metrics", at_least=0)
 
     inception_weights: Path | None = setting(None, "default: torch's hub cache, or a download", group="networks")
@@ -84,6 +89,8 @@ class EvaluateConfig:
             raise UserError("--error-groups 1 leaves no group out; give 0 or at least 2")
         if self.memorization and not self.reference:
             raise UserError("--memorization looks for the nearest reference images: give --reference")
+        if self.training_images and not self.reference:
+            raise UserError("--training-images are compared with held-out images: give those with --reference")
 
 
 @dataclass(frozen=True)

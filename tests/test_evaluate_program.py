@@ -162,7 +162,10 @@ def test_every_metric_can_be_measured(measurement, judge, tmp_path, monkeypatch)
     everything = {"density_coverage": True, "kernel_distance": True, "mind": True, "memorization": 1, "token_grid": 4}
     everything |= {"classifier": str(judge), "class_tokens": tmp_path / "tokens.npy", "encoder": str(judge)}
     np.savez(tmp_path / "r.npz", pixels(60), np.arange(60) % 4)
+    everything["training_images"] = (tmp_path / "s.npz",)  # the samples themselves: they are copies
     found = measure.measure(measurement(features=("inception", "clip", "other"), **everything))
+    assert found.metrics["nearer_to_training"].value == 1 and found.protocol["n_training"] == 40
+    assert any("samples are nearer to training images" in warning for warning in found.warnings)
     keys = {"clip": "cmmd", "inception": "fid", "other": "fd_other"}
     assert {found.metrics[key].space for key in keys.values()} == set(keys)
     for entry in METRICS:

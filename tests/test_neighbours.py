@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evaluations import neighbours
-from evaluations.memorization import closest_pairs
+from evaluations.memorization import closest_pairs, copying
 from evaluations.neighbours import density_coverage, nearest, neighbour_radii, precision_recall
 
 
@@ -116,3 +116,16 @@ def test_copies_of_reference_images_are_found():
     assert set(zip(pairs.samples, pairs.reference, strict=True)) == {(30, 7), (31, 3)}
     assert closest_pairs(reference, reference, 1).authenticity == 0
     assert closest_pairs(reference, fresh, 1).authenticity > 0.5
+
+
+def test_copying_is_the_share_of_pairs():
+    """Against all pairs; a half for new samples, one for copies, and a warning for the latter alone."""
+    training, held_out, fresh = normal(80, 5), normal(40, 5, seed=1), normal(50, 5, seed=2)
+    distances = [((training[:, None] - x[None]) ** 2).sum(-1).min(0).values for x in (fresh, held_out)]
+    less, same = (op(distances[0][:, None], distances[1][None]).double() for op in (torch.lt, torch.eq))
+    found = copying(training, held_out, fresh)
+    assert found.share == pytest.approx((less + same / 2).mean().item(), abs=1e-6)
+    assert found.error == pytest.approx(((50 + 40 + 1) / (12 * 50 * 40)) ** 0.5)
+    assert abs(found.share - 0.5) < 3 * found.error and found.warning() is None
+    copies = copying(training, held_out, training[:50] + 1e-3)
+    assert copies.share > 0.99 and "samples are nearer to training images than held-out images are" in copies.warning()

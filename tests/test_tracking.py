@@ -170,6 +170,8 @@ def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch, capsys):
             "40",
             "--eval-reference",
             str(reference),
+            "--eval-training",  # the held-out images themselves: no sample is nearer to it
+            str(reference),
             "--eval-features",
             f"timm:{tools['encoder']}",
             "--learning-rate",
@@ -185,7 +187,7 @@ def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch, capsys):
     assert grids[0][:3] == grids[1][:3] and not torch.equal(grids[0][3], grids[1][3])  # the network has moved
     measured = {line["step"]: line.get("fd") for line in lines(tmp_path)}
     assert measured[1] is None and measured[3] is None and measured[2] > 0 and measured[4] > 0
-    assert measured[2] != measured[4]
+    assert measured[2] != measured[4] and lines(tmp_path)[3]["nearer_to_training"] == 0
     said = capsys.readouterr().err.splitlines()
     for words, times in (
         ("preview of step 3: 100%", 1),
@@ -193,7 +195,8 @@ def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch, capsys):
         ("training: 100%", 1),
         ("| 4/4 ", 3),
         (f"reference {reference}: 100%", 1),
-        ("| 40/40 ", 1),
+        (f"training images {reference}: 100%", 1),
+        ("| 40/40 ", 2),
         ("| 8/8 ", 2),
         ("sampling 40 images for the Frechet distance: 100%", 2),
     ):

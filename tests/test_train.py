@@ -191,6 +191,16 @@ def test_help_is_quick_and_complete():
     assert done.stdout.count("\n  ", done.stdout.index("examples:")) == 2
 
 
+@pytest.mark.parametrize("name", ["finetune-b2", "finetune-xl2"])
+def test_recipes_of_fine_tuning_fit_24_gigabytes(name, capsys):
+    """By counted memory, as their heads say."""
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    train.main(["--config", str(recipe), "--dry-run", "--assume", "imagenet256", "--gpu", "RTX4090"])
+    said = capsys.readouterr().out
+    needed = re.search(r"for tensors: ([\d.]+ GiB) fit$", said, re.MULTILINE)
+    assert needed and needed[1] in recipe.read_text()
+
+
 def test_recipes_are_read():
     """Every recipe parses as settings of train.py, beside the flags it leaves to the user."""
     recipes = sorted((ROOT / "recipes").glob("*.yaml"))

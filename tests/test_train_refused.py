@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[1]
         (("--cfg-prob", "1.5"), r"--cfg-prob must be at most 1, got 1.5"),
         (("--exp-name", "a/b"), r"--exp-name 'a/b' must be the name of a folder"),
         (("--eval-every", "2"), r"--eval-every needs --eval-reference"),
+        (("--eval-training", "x"), r"--eval-training is compared with at each --eval-every steps"),
         (("--adam-beta1", "1.5"), r"--adam-beta1 must be below 1, got 1.5"),
         (("--ema-decay", "1"), r"--ema-decay must be below 1, got 1.0"),
         (("--seed", str(10**20)), r"--seed must be below 18446744073709551616, got 100000000000000000000"),

@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.processes import rank, world
+from common.processes import gather_rows, rank, world
 from common.reporting import progress
 from config import UserError
 from evaluations import features
 from evaluations.collect import collect, statistics_of
 from evaluations.image_sets import open_images
+from evaluations.memorization import Copying, copying
 from evaluations.metrics import frechet_distance
 from models.acceleration import without_tf32
 from models.autoencoder import Autoencoder
@@ -25,6 +28,14 @@ from training.interrupt import Stopped
 
 FIRST_INDEX = 1 << 20  # of the noise; previews have the numbers from 0 on
 BATCH = 32  # images
+KEPT = 10_000  # images of reference and training images that samples are compared with one by one
+
+
+class Probed(NamedTuple):
+    """The Frechet distance, and how near samples are to the training images, where that is measured."""
+
+    distance: float
+    copying: Copying | None
 
 
 class FrechetProbe:
@@ -36,6 +47,7 @@ class FrechetProbe:
         device: torch.device,
         *,
         reference: Path,
+        training: Path | None = None,
         space: str,
         count: int,
         resolution: int | None = None,
@@ -46,6 +58,7 @@ class FrechetProbe:
             autoencoder: decodes the samples.
             device: of network, autoencoder and features.
             reference: npz, image folder or packed dataset.
+            training: the same for the images trained on, with `reference` held out; None: not compared with.
             space: as for evaluate.py --features.
             count: of samples.
             resolution: what a folder of images of several sizes is cropped to.
@@ -56,15 +69,21 @@ class FrechetProbe:
         self.autoencoder, self.device, self.count = autoencoder, device, count
         self.extractor = features.load(space, device=device)
         images = open_images([reference], fallback=resolution)
+        self.training = self.held_out = None
         if count < world():
             raise UserError(f"--eval-samples {count}: fewer images than the {world()} processes that share them")
-        if images.statistics and "pooled" in images.statistics and self.extractor.space == "inception":
-            self.reference = images.statistics["pooled"]
-        else:
-            words = f"reference {reference}"
-            with without_tf32():
-                found = collect(images, self.extractor, batch_size=BATCH, keep=0, progress=words)
+        known = (images.statistics or {}).get("pooled")
+        if known is not None and training is None and self.extractor.space == "inception":
+            self.reference = known
+            return
+        keep = 0 if training is None else KEPT
+        measured = partial(collect, extractor=self.extractor, batch_size=BATCH, keep=keep)
+        with without_tf32():
+            found = measured(images, progress=f"reference {reference}")
             self.reference = found.statistics("pooled")
+            if training is not None:
+                self.held_out, learned = found.pooled, open_images([training], fallback=resolution)
+                self.training = measured(learned, progress=f"training images {training}").pooled
 
     @torch.no_grad()
     def measure(
@@ -76,8 +95,10 @@ class FrechetProbe:
         steps: int,
         precision: str = "fp32",
         requested: Callable[[], str | None] = lambda: None,
-    ) -> float:
-        """The Frechet distance, in every process; features are computed without TF32, as evaluate.py does.
+    ) -> Probed:
+        """The Frechet distance, in every process, and on rank 0 the nearness to the training images.
+
+        Features are computed without TF32, as evaluate.py does.
 
         Args:
             network: is sampled from.
@@ -114,7 +135,19 @@ class FrechetProbe:
                 )
                 yield self.autoencoder.decode(state.latent)
 
+        rows: list[Tensor] = []
+
+        def extract(pixels: Tensor) -> features.Features:
+            found = self.extractor(pixels)
+            if self.training is not None:
+                rows.append(found.pooled.float().cpu())
+            return found
+
         # the bar shows rank 0's part of the work; the others' parts are as large
         words = f"sampling {self.count} images for the Frechet distance"
         with progress(len(batches) * steps, unit="step", description=words, shown=rank() == 0) as bar, without_tf32():
-            return frechet_distance(self.reference, statistics_of(sampled(bar), self.extractor))
+            distance = frechet_distance(self.reference, statistics_of(sampled(bar), extract))
+        if self.training is None or self.held_out is None:
+            return Probed(distance, None)
+        samples = gather_rows(torch.cat(rows))
+        return Probed(distance, copying(self.training, self.held_out, samples) if rank() == 0 else None)

@@ -27,7 +27,16 @@ from training.settings import TrainConfig
 from training.step import TrainStep, to_device
 from training.tracking import Stopwatch, Tracker, Window, averages, peak_memory
 
-SUMMARY = ("loss", "velocity", "class_velocity", "alignment", "fd", "images_per_second", "peak_memory_gib")
+SUMMARY = (
+    "loss",
+    "velocity",
+    "class_velocity",
+    "alignment",
+    "fd",
+    "nearer_to_training",
+    "images_per_second",
+    "peak_memory_gib",
+)
 
 
 @dataclass
@@ -175,7 +184,7 @@ class Run:
         assert self.probe is not None
         if resumed and not share(self.tracker is not None and self.tracker.lacks(self.step, "fd")):
             return
-        distance = self.probe.measure(
+        found = self.probe.measure(
             self.train_step.ema.average,
             self.plan.objective.interpolant,
             seed=self.settings.seed,
@@ -183,7 +192,11 @@ class Run:
             precision=self.processes.precision,
             requested=self.interrupt.requested,
         )
-        more = {"fd": distance, "fd_samples": self.settings.eval_samples}
+        more: dict[str, float] = {"fd": found.distance, "fd_samples": self.settings.eval_samples}
+        if found.copying is not None:
+            more["nearer_to_training"] = found.copying.share
+            if self.tracker and (said := found.copying.warning()):
+                say(f"warning: step {self.step}: {said}")
         if self.tracker:
             self.tracker.amend(self.step, more)
         self.last |= more

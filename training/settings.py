@@ -126,6 +126,9 @@ class TrainConfig:
     eval_every: int = _watching(0, "steps between measurements of the Frechet distance; 0: none", at_least=0)
     eval_samples: int = _watching(2048, "samples of such a measurement, unguided", above=0)
     eval_reference: Path | None = _watching(None, "npz, image folder or packed dataset to compare with")
+    eval_training: Path | None = _watching(
+        None, "the images trained on: warn where samples are nearer to them than those of --eval-reference are"
+    )
     eval_features: str = _watching("inception", "feature space, as for evaluate.py --features")
 
     checkpointing_steps: int = _checkpoints(10_000, "steps between checkpoints", above=0)
@@ -149,6 +152,8 @@ def check_values(settings: TrainConfig) -> None:
     """
     if settings.eval_every and settings.eval_reference is None:
         raise UserError("--eval-every needs --eval-reference: the images to compare with")
+    if settings.eval_training is not None and not settings.eval_every:
+        raise UserError("--eval-training is compared with at each --eval-every steps: give that too")
     if settings.eval_every and settings.assume is None and not Path(settings.eval_reference or "").exists():
         raise MissingFile(f"--eval-reference {settings.eval_reference} does not exist")
     if not settings.dry_run:

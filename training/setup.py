@@ -135,6 +135,7 @@ def _load_viewers(
         autoencoder,
         processes.device,
         reference=settings.eval_reference,
+        training=settings.eval_training,
         space=settings.eval_features,
         count=settings.eval_samples,
         resolution=plan.manifest.resolution,
