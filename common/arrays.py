@@ -8,7 +8,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 
@@ -20,12 +20,13 @@ _DAMAGE = (zipfile.BadZipFile, EOFError, struct.error, zlib.error, ValueError, R
 
 
 class Array:
-    """One .npy member of an npz: C order, no objects."""
+    """One .npy member of an npz: no objects."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo):
         self.path, self.member = path, member.filename
         with archive.open(member) as stream:
-            self.shape, self.dtype, self.header = _read_header(stream, member.file_size, f"{path}: {member.filename}")
+            name = f"{path}: {member.filename}"
+            self.shape, self.dtype, self.order, self.header = _read_header(stream, member.file_size, name)
         self.offset = None  # of the data in the file, where it lies there uncompressed
         if member.compress_type == zipfile.ZIP_STORED:
             if member.compress_size != member.file_size:
@@ -44,11 +45,14 @@ class Array:
             UserError: the file is truncated, or the member does not match its CRC-32; all of it is compared before the first
                 entry is returned.
         """
+        assert self.order == "C", "rows of other arrays do not lie together"
         return self._read(start * self._row, (stop - start) * self._row).reshape(stop - start, *self.shape[1:])
 
     def all(self) -> np.ndarray:
         """The whole array, writable; small ones only. Raises as `rows` does."""
-        return np.array(self._read(0, self._row * (self.shape[0] if self.shape else 1))).reshape(self.shape)
+        return np.array(self._read(0, self._row * (self.shape[0] if self.shape else 1))).reshape(
+            self.shape, order=self.order
+        )
 
     @property
     def _row(self) -> int:
@@ -114,7 +118,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file: C order, no objects.
+    """The array of a .npy file of plain numbers.
 
     Raises:
         UserError: it is something else, or its size is not the one that its header promises; MissingFile without it.
@@ -123,14 +127,14 @@ def read_npy(path: Path) -> np.ndarray:
         raise MissingFile(f"{path} does not exist")
     try:
         with path.open("rb") as stream:
-            shape, dtype, _ = _read_header(stream, path.stat().st_size, str(path))
-            return np.fromfile(stream, dtype).reshape(shape)
+            shape, dtype, order, _ = _read_header(stream, path.stat().st_size, str(path))
+            return np.fromfile(stream, dtype).reshape(shape, order=order)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _read_header(stream: IO[bytes], size: int, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, type and length of the header of a .npy file of `size` bytes; the stream stands at the data then."""
+def _read_header(stream: IO[bytes], size: int, name: str) -> tuple[tuple[int, ...], np.dtype, Literal["C", "F"], int]:
+    """Shape, type, order and length of the header of a .npy file of `size` bytes; the stream stands at the data then."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
@@ -139,9 +143,7 @@ def _read_header(stream: IO[bytes], size: int, name: str) -> tuple[tuple[int, ..
     header = stream.tell()
     if dtype.hasobject:
         raise UserError(f"{name} holds pickled objects, which are not read; save plain arrays")
-    if fortran and len(shape) > 1:
-        raise UserError(f"{name} is in Fortran order; save it with np.ascontiguousarray")
     expected = header + math.prod(shape) * dtype.itemsize
     if size != expected or min(shape, default=0) < 0 or not dtype.itemsize:
         raise UserError(f"{name} has {size} bytes, its header says {expected}; it is damaged")
-    return shape, dtype, header
+    return shape, dtype, "F" if fortran and len(shape) > 1 else "C", header

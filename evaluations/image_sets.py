@@ -138,6 +138,8 @@ def open_npz(path: Path) -> ImageSet:
     if "arr_0" not in arrays:
         raise UserError(f"{path} has no array arr_0 (found: {', '.join(sorted(arrays)) or 'nothing'})")
     images = arrays["arr_0"]
+    if images.order != "C":
+        raise UserError(f"{path}: arr_0 is in Fortran order; save it with np.ascontiguousarray")
     if images.dtype != np.uint8:
         raise UserError(f"{path}: arr_0 is {images.dtype}, images must be uint8 (0 .. 255)")
     if len(images.shape) != 4 or images.shape[3] != 3:

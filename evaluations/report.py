@@ -10,14 +10,13 @@ if not __package__:  # run as a file
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.files import replacing, write_text
+from common.files import parse_json, replacing, write_text
 from common.reporting import run, say
 from config import MissingFile, UserError, parse
 from evaluations import results
@@ -158,9 +157,9 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, str(file))
             step = entry["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (UserError, KeyError, TypeError) as error:
             if number == len(lines):
                 continue  # a run that was killed, or still writes
             raise UserError(f"{file}, line {number}, is not a JSON object with a step") from error

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.files import write_text
-from config import MissingFile, UserError
+from common.files import read_json, write_text
+from config import UserError
 from evaluations.registry import COLUMNS, Column, Metric
 from evaluations.sidecars import sampler_cells
 
@@ -62,19 +62,17 @@ def load(path: Path) -> Results:
     """Read results.json.
 
     Raises:
-        UserError: names the file; MissingFile if it does not exist.
+        UserError: names the file; MissingFile without it.
     """
-    if not path.is_file():
-        raise MissingFile(f"{path} does not exist")
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         schema = content["schema"]
         if schema != SCHEMA:
             raise UserError(f"{path} has schema {schema}, this program reads {SCHEMA}")
         errors, measured = content["errors"], content["measured"]
         metrics = {key: Metric(value, errors[key], **measured[key]) for key, value in content["metrics"].items()}
         return Results(metrics, content["protocol"], content["warnings"], content["name"])
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} was not written by evaluations/evaluate.py ({error})") from error
 
 

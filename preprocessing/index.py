@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.arrays import read_npz
 from common.class_names import by_spelling, spelled
 from common.contents import Item
-from common.files import read_text
+from common.files import parse_json, read_text
 from config import UserError
 
 AS_LISTED = ("parquet", "arrow", "published")  # kinds whose order is the source's; others are ordered by class and name
@@ -64,12 +65,19 @@ class Index:
     def from_file(cls, path: Path) -> "Index":
         """Read what `to_bytes` gave. Raises UserError if it is damaged."""
         try:
-            with np.load(path, allow_pickle=False) as data:
-                head = json.loads(data["head"].tobytes())
-                names = data["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
-                return cls(names=names, labels=data["labels"], places=data["places"], **head)
-        except Exception as error:  # a flipped bit makes zip, numpy and json fail in ways of their own
+            data = read_npz(path)
+            head = parse_json(data["head"].tobytes(), str(path))
+            names = data["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
+            index = cls(names=names, labels=data["labels"], places=data["places"], **head)
+        except (UserError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error})") from error
+        labels, places, count = index.labels, index.places, len(names)
+        if (labels.shape, places.shape, labels.dtype, places.dtype) != ((count,), (count, 5), np.int64, np.int64) or (
+            not 0 <= labels.min() <= labels.max() < len(index.classes)
+            or not 0 <= places[:, 0].min() <= places[:, 0].max() < len(index.files)
+        ):
+            raise UserError(f"{path} is damaged (a label or a place for each of {count} images does not exist)")
+        return index
 
 
 class Listing(NamedTuple):

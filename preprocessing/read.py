@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from common.arrays import read_npy
 from common.contents import Item
 from common.crop import center_crop
 from common.images import BadImage, decode_image
@@ -78,8 +79,8 @@ class Reader:
         """(2C, h, w) float32 of the published layout. Raises BadImage if the file is not that."""
         path = self.root / LATENT_FOLDER / latent_name(item.name)
         try:
-            moments = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, SyntaxError) as error:
+            moments = read_npy(path)
+        except (OSError, ValueError) as error:
             raise BadImage(f"its moments {path.name} cannot be read ({error})") from error
         if moments.ndim != 3 or moments.shape[0] % 2 or moments.dtype.kind != "f":
             raise BadImage(f"its moments {path.name} are {moments.dtype} {moments.shape}, expected (2C, h, w)")

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from common.arrays import read_npy
 from common.files import crc32, sha256
 from common.reporting import progress, say
 from config import MissingFile, UserError
@@ -145,7 +144,7 @@ def _damage(out: Path, plan: Plan, index: Index | None, number: int, entry: dict
         return f"is truncated or longer than it was: {size} bytes, not {expected}"
     if _differs(checksums, entry["files"][CRC]["sha256"]):
         return "does not match its checksum"
-    wanted = np.load(checksums, allow_pickle=False)[:, sorted(plan.fields).index(name)]
+    wanted = read_npy(checksums)[:, sorted(plan.fields).index(name)]
     with path.open("rb") as stream:
         stream.seek(len(field.header(0)))
         broken = [row for row, crc in enumerate(wanted) if crc32(stream.read(field.record_bytes)) != crc]
