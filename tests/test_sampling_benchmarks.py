@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.repa import RepaBenchmark, compare
 from benchmarks.sample import Bench, SampleBenchmark
 from benchmarks.solvers import Measured, cheapest, solver_of, steps_of
-from config import UserError
+from config import MissingFile, UserError
 from models.choices import SOLVERS
 from models.guidance import Meter
 from models.interpolant import Interpolant
 from models.state import State
 
-CLONE = os.environ.get("REG_PUBLISHED")
+CLONE, REPA = os.environ.get("REG_PUBLISHED"), os.environ.get("REPA_CLONE")
 TINY = {"model": "SiT-S/2", "depth": 1, "input_size": 4, "batch_size": 3, "steps": 4}
 
 
@@ -68,3 +69,16 @@ def test_the_published_sampler_agrees():
     variants = {"published": bench.theirs(fused=False), "published, fused attention": bench.theirs(fused=True)}
     agreement, found = bench.deviations(variants)
     assert agreement < 1e-5 and found["published"][0] == 0 and found["published, fused attention"][0] < 1e-5
+
+
+@pytest.mark.skipif(REPA is None, reason="REPA_CLONE names no clone of REPA's code")
+def test_repas_own_samplers_agree():
+    """Euler, Heun and the SDE on shared noise; but for Heun at the end of a guidance interval, which REPA decides by step."""
+    for row in compare(RepaBenchmark(repa=Path(REPA), depth=1, input_size=4, batch_size=2, steps=6)):
+        differs = row["sampler"] == "heun" and row["guided on"] == "[0, 0.85]"
+        assert (row["max deviation"] > 1e-4) if differs else (row["max deviation"] < 1e-5), row
+
+
+def test_a_folder_that_is_no_clone_of_repa(tmp_path):
+    with pytest.raises(MissingFile, match=r"no samplers.py; give a clone of github.com/sihyun-yu/REPA"):
+        compare(RepaBenchmark(repa=tmp_path))

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from common.files import WriteError
 from config import UserError
 from evaluations import measure
 from evaluations.results import load
-from sampling import assemble
+from generate import read
+from sampling import assemble, run
 from tests import toy_model
-from tests.toy_model import generate, samples
+from tests.toy_model import generate, samples, write_model
 
 place = toy_model.place  # a fixture
 
@@ -154,3 +156,38 @@ def test_what_fails_later_does_not_take_the_first_results_along(measurement, tmp
 
 def _raise(error):
     raise error
+
+
+def test_class_folders_in_latin_1_do_not_end_a_finished_job(place, tmp_path, capfdbinary):
+    """Names with bytes that are not UTF-8 go to the sheet, the gallery, samples.json and the terminal."""
+    names = tuple(os.fsdecode(f"caf\xe9 {i}".encode("latin-1")) for i in range(5))
+    write_model(place, "latin", toy_model.CONFIG, classes=names)
+    out = tmp_path / os.fsdecode(b"stra\xdfe")
+    generate(place, out, "--checkpoint", str(place / "latin"), "--classes", names[2])
+    assert {"samples.json", "grid.png", "gallery.html"} < set(os.listdir(out))
+    assert json.loads((out / "samples.json").read_text(encoding="utf-8"))["classes"] == [names[2]]
+    assert b"stra" in capfdbinary.readouterr().out
+
+
+def test_every_rank_samples_the_checkpoint_that_rank_0_resolved(place, tmp_path, monkeypatch):
+    """`--checkpoint RUN` while RUN trains: a newer checkpoint that appears between the starts of two ranks is not taken."""
+    run_folder = tmp_path / "run"
+    for step, seed in (("0000010", 0), ("0000020", 1)):
+        (run_folder / "checkpoints" / step).mkdir(parents=True)
+        write_model(run_folder / "checkpoints" / step, "ema.safetensors", toy_model.CONFIG, seed=seed)
+    newer = run_folder / "checkpoints" / "0000020"
+    newer.rename(tmp_path / "later")
+    settings = read(["--checkpoint", str(run_folder), "--out", str(tmp_path / "s"), "--num-fid-samples", "3"])
+    settings = replace(settings, vae=str(place / "vae"), num_steps=2)
+    agreed = []
+    monkeypatch.setattr(run, "share", lambda value: agreed.append(value) or value)
+    run.generate(settings)  # rank 0
+    (tmp_path / "later").rename(newer)
+    jobs = []
+    monkeypatch.setattr(run, "on_first", lambda _: None)
+    monkeypatch.setattr(run, "share", lambda _: agreed[0])
+    monkeypatch.setattr(run, "_compare", jobs.append)
+    monkeypatch.setattr(run, "sample_parts", lambda *_: None)
+    monkeypatch.setattr(run, "assemble", lambda *_: "")
+    run.generate(settings)  # another one
+    assert jobs[0].model.path == run_folder / "checkpoints" / "0000010" / "ema.safetensors"
