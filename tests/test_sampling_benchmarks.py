@@ -73,7 +73,7 @@ def test_the_published_sampler_agrees():
 
 @pytest.mark.skipif(REPA is None, reason="REPA_CLONE names no clone of REPA's code")
 def test_repas_own_samplers_agree():
-    """Euler, Heun and the SDE on shared noise; but for Heun at the end of a guidance interval, which REPA decides by step."""
+    """Euler, Heun and the SDE on shared noise; but for Heun where a guidance interval ends inside of a step."""
     for row in compare(RepaBenchmark(repa=Path(REPA), depth=1, input_size=4, batch_size=2, steps=6)):
         differs = row["sampler"] == "heun" and row["guided on"] == "[0, 0.85]"
         assert (row["max deviation"] > 1e-4) if differs else (row["max deviation"] < 1e-5), row
