@@ -92,7 +92,7 @@ def named_gpu(name: str) -> str | None:
     return None
 
 
-REACHED = 0.8  # of both data-sheet figures is what large operations reach; H200: 790 of 989 TFLOP/s
+REACHED = 0.8  # of both data-sheet figures is what large operations are assumed to reach
 
 
 class StepCost(NamedTuple):
