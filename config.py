@@ -94,7 +94,7 @@ def parse(
         raise UserError(f"unknown argument {unknown[0]!r}{_closest(name, fields, _flag)}; see --help")
     flags = vars(given)
     recipe = flags.pop("config", None)
-    values = {} if recipe is None else _read_recipe(fields, hints, Path(recipe))
+    values = {} if recipe is None else _read_recipe(fields, hints, Path(recipe).expanduser())
     values |= {name: _value(fields[name], hints[name], text, _flag(name)) for name, text in flags.items()}
     values = {**presets.get(values.get("preset", ""), {}), **values}
     for name, field in fields.items():

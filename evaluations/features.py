@@ -155,7 +155,8 @@ def load_timm(
         raise UserError(f"timm network {source} takes {channels} x {height} x {width}; square RGB or grey is needed")
     if classifier and not getattr(network, "num_classes", 0):
         raise UserError(f"timm network {source} has no classification head (num_classes 0)")
-    return _extractor(Path(source).name if Path(source).is_dir() else source, network, height, device, dtype)
+    folder = Path(source).expanduser()
+    return _extractor(folder.name if folder.is_dir() else source, network, height, device, dtype)
 
 
 def _extractor(

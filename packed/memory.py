@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from config import UserError
 from packed.format import Field
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -22,10 +23,23 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 def map_file(path: Path, field: Field, count: int) -> np.ndarray | None:
     """The records of a shard file, (count, *field.shape), mapped read-only; None if its header says otherwise.
 
-    By torch: numpy and mmap keep a descriptor open for each file, and a dataset may have thousands.
+    By torch: numpy and mmap keep a descriptor open for each file, and a dataset may have thousands. But torch's maps are
+    private and writable, which some file systems lack, and a kernel that never overcommits memory.
+
+    Raises:
+        UserError: files cannot be mapped there at all.
     """
     header = field.header(count)
-    content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    try:
+        content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    except RuntimeError:
+        try:
+            content = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"{path} cannot be mapped into memory ({reason}): copy the dataset to another disk"
+            ) from error
     if content[: len(header)].tobytes() != header:
         return None
     records = content[len(header) :].view(field.dtype).reshape(count, *field.shape)

@@ -75,7 +75,7 @@ def read_labels(
         and class_number(source[0], names, num_classes, "--labels") is None
         and not source[0].isdecimal()
     ):
-        return Labels("list", _read_label_file(Path(source[0]), num_classes, names))
+        return Labels("list", _read_label_file(Path(source[0]).expanduser(), num_classes, names))
     numbers = [class_label(word, num_classes, names, "--labels") for word in source]
     return Labels("list", np.array(numbers, dtype=np.int64))
 

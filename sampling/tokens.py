@@ -62,11 +62,12 @@ def _own_encoder(model: Model) -> VisionEncoder:
 
 def _rows_of_file(source: str, dim: int) -> Tensor:
     name, _, row = source.rpartition(":") if source.rpartition(":")[2].isdecimal() else (source, "", "")
-    if not Path(name).is_file():
+    path = Path(name).expanduser()
+    if not path.is_file():
         raise MissingFile(f"--like {source}: no such file")
     try:
-        check_recorded(Path(name))
-        tokens = read_npy(Path(name))
+        check_recorded(path)
+        tokens = read_npy(path)
     except UserError as error:
         raise UserError(f"--like {source}: {error}") from error
     tokens = np.atleast_2d(tokens)
@@ -81,7 +82,7 @@ def _rows_of_file(source: str, dim: int) -> Tensor:
 
 def _crops(source: str, resolution: int) -> list[Tensor]:
     """The centre crops of an image file, or of all images of a folder or archive: (1, 3, H, W) uint8 each."""
-    path = Path(source)
+    path = Path(source).expanduser()
     items, members = [Item("", None)], Members("folder", path, [""])
     if not path.is_file() or path.suffix in (".zip", ".tar"):
         try:

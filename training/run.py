@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from config import as_dict
 from dataset import Batch, PackedDataset
 from models.autoencoder import Autoencoder
 from models.cost import cost
+from models.hub import first_line
 from training import checkpoints, previews
 from training.health import check_weights, check_window
 from training.interrupt import EXIT_STATUS, Interrupt, Stopped
@@ -176,8 +178,10 @@ class Run:
             self.tracker.picture(self.step, file)
         except Stopped:  # the other ranks hear of it when they ask together
             pass
-        except OSError as error:
-            say(f"preview {file} could not be written: {error}")
+        except Exception as error:  # the run does not depend on it
+            if not isinstance(error, OSError | torch.OutOfMemoryError):
+                traceback.print_exc()  # a bug
+            say(f"warning: preview {file} is left out: {first_line(error)}")
 
     def _evaluate(self, resumed: bool) -> None:
         """Add the Frechet distance of samples of the EMA to the newest line of the log."""

@@ -169,5 +169,6 @@ def check_values(settings: TrainConfig) -> None:
         )
     if settings.assume is None and settings.exp_name is None:
         raise UserError("--exp-name is required: name of the run, whose folder is OUTPUT_DIR/EXP_NAME")
-    if settings.exp_name is not None and ("/" in settings.exp_name or settings.exp_name in ("", ".", "..")):
+    name = settings.exp_name
+    if name is not None and ("/" in name or name in ("", ".", "..") or len(name.encode()) > 255):
         raise UserError(f"--exp-name {settings.exp_name!r} must be the name of a folder inside --output-dir")

@@ -4,6 +4,7 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ import train
 from common import files
 from common.files import make_folder, write_text
 from config import UserError
+from dataset import PackedDataset
 from tests.tiny import log_lines, train_flags
 from training import checkpoints
 
@@ -176,3 +178,22 @@ def test_a_damaged_line_of_the_log(run, tmp_path, line):
         log.write(line)
     to(3)
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_file_system_without_private_mappings(tools, monkeypatch):
+    """Records are read by shared ones; where there are none either, one sentence names the file."""
+
+    def refused(*arguments, **more):
+        raise RuntimeError("unable to mmap 1024 bytes from file: Cannot allocate memory (12)")
+
+    def no_device(*arguments, **more):
+        raise OSError(errno.ENODEV, "No such device")
+
+    expected = PackedDataset(tools["data"])[[3, 19]]
+    monkeypatch.setattr(torch, "from_file", refused)
+    assert torch.equal(PackedDataset(tools["data"])[[3, 19]].moments, expected.moments)
+    monkeypatch.setattr(np, "memmap", no_device)
+    with pytest.raises(
+        UserError, match=r"moments.*npy cannot be mapped into memory \(No such device\): copy the dataset"
+    ):
+        PackedDataset(tools["data"])[[3]]
