@@ -153,6 +153,8 @@ class Run:
             with self.stopwatch.pause():
                 if self.due(self.settings.sampling_steps):
                     self._preview(resumed)
+                    if reason := self.interrupt.requested() or self.interrupt.requested():  # what all ranks know by now
+                        return reason
                 if self.due(self.settings.eval_every):
                     self._evaluate(resumed)
         except Stopped as stopped:
@@ -176,7 +178,7 @@ class Run:
                 self.interrupt.noted,
             )
             self.tracker.picture(self.step, file)
-        except Stopped:  # the other ranks hear of it when they ask together
+        except Stopped:  # the other ranks do not know yet
             pass
         except Exception as error:  # the run does not depend on it
             if not isinstance(error, OSError | torch.OutOfMemoryError):
