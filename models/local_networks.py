@@ -19,7 +19,8 @@ N = TypeVar("N", bound=nn.Module)
 def is_local(name: str) -> bool:
     """Whether the name of a VAE, or of an encoder (also NAME=FILE), is a path."""
     place = name.rpartition("=")[2]
-    return name not in PUBLISHED and (place.startswith(("/", "./", "../", "~")) or Path(place).exists())
+    looks_so = place.startswith(("/", "./", "../", "~")) or place.count("/") > 1  # a repository is OWNER/NAME
+    return name not in PUBLISHED and (looks_so or Path(place).exists())
 
 
 def portable(name: str) -> str:

@@ -39,6 +39,7 @@ def test_a_model_file_holds_no_path(run, tmp_path):
     assert read_info(file).vae == "./small-vae" and len(read_info(file).vae_weights) == 64
     assert str(tmp_path) not in read_header(file)["reg"]
     assert portable("ema") == "ema" and portable("owner/name") == "owner/name" and portable("/x/y") == "./y"
+    assert portable("runs/networks/vae") == "./vae" and portable("hf-hub:owner/name") == "hf-hub:owner/name"
     assert portable(f"vit_small=/x/{'w.pt'}") == "vit_small=./w.pt" and portable("~/vae") == "./vae"
 
 
