@@ -50,6 +50,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
+    except UserError:  # a missing input, which is an OSError too, is not about `path`
+        raise
     except OSError as error:
         raise write_error(path, error) from error
     finally:

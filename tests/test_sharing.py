@@ -15,7 +15,7 @@ from config import UserError
 from models.model_file import read_header
 from sharing import export
 from sharing.pretrained import PretrainedSiT
-from tests.toy_model import generate, place  # noqa: F401 (a fixture)
+from tests.toy_model import CONFIG, generate, place, write_model  # noqa: F401 (a fixture)
 
 LABELS = ["ant", "emu", "bee", "cat", "ant"]
 NAMES = ("ant", "bee", "cat", "dog", "emu")
@@ -24,8 +24,6 @@ NAMES = ("ant", "bee", "cat", "dog", "emu")
 @pytest.fixture(scope="module")
 def model(place):  # noqa: F811
     """A model file with class names, and the samples of generate.py for LABELS."""
-    from tests.toy_model import CONFIG, write_model
-
     write_model(place, "m", CONFIG, classes=NAMES)
     out = place / "samples"
     flags = ("--labels", *LABELS, "--cfg-scale", "2.3", "--num-fid-samples", "5")
@@ -183,4 +181,7 @@ def test_an_export_is_whole_or_absent(model, tmp_path):
         with pytest.raises(UserError, match=words):
             flags = ["--out", str(tmp_path / name), "--results", str(tmp_path / "r.json")]
             export.main(["--checkpoint", str(model[0] / "m"), *flags])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "there"]
+    write_model(tmp_path, "lost", CONFIG, vae="/nowhere/old-vae")
+    with pytest.raises(UserError, match=r"^\S+lost needs \./old-vae, which is neither beside it nor known"):
+        export.main(["--checkpoint", str(tmp_path / "lost"), "--out", str(tmp_path / "new")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lost", "r.json", "there"]
