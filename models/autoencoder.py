@@ -1,6 +1,5 @@
 """VAEs between pixels and latents, over diffusers, and the only owner of how a latent is normalised."""
 
-import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from config import MissingFile, UserError
 from models import hub
-from models.acceleration import DTYPES
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}  # published names => hub ids
 
@@ -110,12 +108,6 @@ class Autoencoder(nn.Module):
         raw = self.normalization.denormalize(latent.float())
         image = self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float()
         return (255 * (image + 1) / 2).clamp(0, 255).to(torch.uint8)
-
-    def save(self, folder: Path, dtype: str = "fp32") -> None:
-        """Write the VAE in diffusers' format, with its weights in a precision; this one stays as it is."""
-        copied = copy.deepcopy(self.vae)
-        nn.Module.to(copied, DTYPES[dtype])
-        copied.save_pretrained(folder)
 
 
 class LatentSpace(NamedTuple):

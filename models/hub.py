@@ -97,6 +97,22 @@ def timm_repository(name: str) -> str:
     return (config and config.hf_hub_id) or name.removeprefix("hf-hub:")
 
 
+def fetch_beside(file: Path, folder: str) -> None:
+    """Download a folder of a repository beside a file of it in the hub's cache, if it can be had; else do nothing."""
+    from huggingface_hub import snapshot_download
+
+    cache, repo = (file.parents[k] for k in (3, 2)) if len(file.parents) > 3 else (file, file)
+    if (
+        file.parent.parent.name == "snapshots"
+        and repo.name.startswith("models--")
+        and not (file.parent / folder).is_dir()
+    ):
+        owner_name, revision = "/".join(repo.name.split("--")[1:]), file.parent.name
+        go_offline_if_unreachable()
+        with suppress(Exception):  # what is then missing is said by whoever needs it
+            snapshot_download(owner_name, revision=revision, cache_dir=cache, allow_patterns=[f"{folder}/*"])
+
+
 def cached_sha256(path: Path) -> str | None:
     """The SHA-256 that a large file of the hub's cache must have, which names its blob; None for other files."""
     blob = path.resolve()

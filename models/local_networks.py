@@ -10,6 +10,7 @@ from torch import nn
 from common.files import read_json, write_text
 from common.provenance import weights_sha256
 from config import MissingFile, UserError
+from models import hub
 from models.autoencoder import PUBLISHED
 from models.obtain import cache_folder
 
@@ -85,6 +86,7 @@ def _places(name: str, digest: str, file: Path) -> Iterator[str]:
     for folder in (file.parent, *file.parents[1:3]):
         yield f"{kind}{equals}{folder / last}"
     if not kind:
+        hub.fetch_beside(file, "vae")
         yield str(file.parent / "vae")
     with suppress(UserError, KeyError, IndexError, TypeError):
         recorded = read_json(file.parents[2] / "config.json")

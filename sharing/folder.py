@@ -50,7 +50,7 @@ def write_pipeline(out: Path, model: Model, autoencoder: Autoencoder, dtype: str
         out: the folder.
         model: to write.
         autoencoder: of its latents.
-        dtype: precision of the stored weights.
+        dtype: precision of the stored weights; the VAE keeps its own.
     """
     shape = {
         name: value for name, value in asdict(model.info.network).items() if not name.startswith(("align", "proj"))
@@ -61,7 +61,7 @@ def write_pipeline(out: Path, model: Model, autoencoder: Autoencoder, dtype: str
     transformer.network.to(DTYPES[dtype])
     transformer.save_pretrained(out / "transformer")
     REGScheduler(path_type=model.info.path).save_pretrained(out / "scheduler")
-    autoencoder.save(out / "vae", dtype)
+    autoencoder.vae.save_pretrained(out / "vae")
     for part in PARTS:
         (out / part / f"reg_{part}.py").write_text(bundle(f"sharing.reg_{part}"), encoding="utf-8")
     (out / "pipeline.py").write_text(bundle("sharing.reg_pipeline"), encoding="utf-8")

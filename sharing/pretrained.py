@@ -19,7 +19,7 @@ from huggingface_hub import ModelHubMixin
 from common.provenance import weights_sha256
 from config import UserError
 from models.acceleration import DTYPES
-from models.autoencoder import Autoencoder, load_autoencoder
+from models.autoencoder import Autoencoder
 from models.interpolant import Interpolant
 from models.local_networks import is_local
 from models.model_file import SHARED_FILE, Model, ModelInfo, load_model, save_model
@@ -111,13 +111,12 @@ class PretrainedSiT(ModelHubMixin):
 
         Args:
             folder: that exists.
-            dtype: precision of the stored weights.
+            dtype: precision of the stored weights; the VAE, by whose digest latents are compared, keeps its own.
         """
         info = self.info
         if is_local(info.vae):
-            self.autoencoder.save(folder / "vae", dtype)
-            stored = load_autoencoder(str(folder / "vae"))
-            info = replace(info, vae="./vae", vae_weights=weights_sha256(stored, by_name=True))
+            self.autoencoder.vae.save_pretrained(folder / "vae")
+            info = replace(info, vae="./vae", vae_weights=weights_sha256(self.autoencoder, by_name=True))
         weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in self.network.state_dict().items()}
         save_model(folder / SHARED_FILE, weights, info, self.model.class_means)
 

@@ -22,7 +22,9 @@ class ExportConfig:
         choices=EXPORTS,
         also=("to",),
     )
-    dtype: str = setting("fp32", "precision of the stored weights", group="what", choices=PRECISIONS)
+    dtype: str = setting(
+        "fp32", "precision of the stored weights; the VAE keeps its own", group="what", choices=PRECISIONS
+    )
     vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="what")
 
     name: str | None = setting(None, "title of the model card; default: the folder's name", group="model card")

@@ -69,6 +69,26 @@ def test_it_is_found_by_the_cache_and_never_mistaken(run, tmp_path):
     assert opened(alone) == str(vae)
 
 
+def test_it_is_fetched_from_the_repository_of_the_model(run, tmp_path, monkeypatch):
+    """A model file in the hub's cache: the VAE of the same revision is downloaded beside it."""
+    import huggingface_hub
+
+    folder, vae = run
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    shutil.copy(find_model(folder), snapshot / "model.safetensors")
+    asked = []
+
+    def download(repo, *, revision, cache_dir, allow_patterns):
+        asked.append((repo, revision, cache_dir, allow_patterns))
+        shutil.copytree(vae, snapshot / "vae")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for _ in range(2):  # once is enough
+        assert opened(snapshot / "model.safetensors") == str(snapshot / "vae")
+    assert asked == [("owner/name", "abc", tmp_path / "hub", ["vae/*"])]
+
+
 def test_a_damaged_record_of_the_run_is_no_error(run, tmp_path):
     folder, _ = run
     (folder / "config.json").write_text(json.dumps({"settings": None}))
