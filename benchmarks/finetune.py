@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RESULTS, environment
+from benchmarks.harness import RESULTS, ROOT, environment
 from common.files import write_json
 from common.reporting import run, say
 from config import UserError, parse, setting
@@ -93,13 +93,13 @@ def prepare(settings: FinetuneBenchmark) -> Folders:
     """Images, networks, packed datasets and the base model, as far as they are not there yet."""
     out, images = settings.out, settings.images or settings.out / "images"
     if settings.images is None and not (images / "test.npz").is_file():
-        _run("-m", "quickstart.digits", str(images))
+        _run("quickstart.digits", str(images))
     networks = {"vae": settings.vae, "encoder": settings.encoder, "judge": settings.judge}
     for name, given in networks.items():
         if given is None:
             networks[name] = str(out / "networks" / name)
             if not (out / "networks" / name / "figures.json").is_file():
-                _run("-m", "quickstart.toy_networks", name, str(images / "train"), str(networks[name]))
+                _run("quickstart.toy_networks", name, str(images / "train"), str(networks[name]))
     known = sorted(path.name for path in (images / "train").iterdir() if path.is_dir())
     missing = [name for name in settings.new if name not in known]
     if missing:
@@ -119,9 +119,7 @@ def prepare(settings: FinetuneBenchmark) -> Folders:
     base = out / "base.txt"
     base.write_text("".join(f"{name}\n" for name in known if name not in settings.new), encoding="utf-8")
     common = ("--resolution", str(settings.resolution), "--vae", folders.vae, "--enc-type", folders.encoder)
-    _run(
-        "-m",
-        "preprocessing.pack",
+    _pack(
         "--source",
         str(images / "train"),
         "--classes",
@@ -130,21 +128,33 @@ def prepare(settings: FinetuneBenchmark) -> Folders:
         str(folders.base),
         *common,
     )
-    _run("-m", "preprocessing.pack", "--source", str(folders.train), "--out", str(folders.new), *common)
+    _pack("--source", str(folders.train), "--out", str(folders.new), *common)
     last = settings.base_steps
     _train(settings, folders.base, "base-model", "--max-train-steps", str(last), "--checkpointing-steps", str(last))
     return folders
 
 
-def _run(*words: str) -> None:
-    say(f"$ python {' '.join(words)}")
-    subprocess.run([sys.executable, *words], check=True, cwd=Path(__file__).parents[1])
+def _run(module: str, *words: str) -> None:
+    """A program in a process of its own."""
+    say(f"$ python -m {module} {' '.join(words)}")
+    subprocess.run([sys.executable, "-m", module, *words], check=True, cwd=ROOT)
+
+
+def _pack(*words: str) -> None:
+    from preprocessing import pack
+
+    say(f"$ python -m preprocessing.pack {' '.join(words)}")
+    pack.main(words)
 
 
 def _train(settings: FinetuneBenchmark, data: Path, name: str, *more: str) -> Path:
     folder = settings.out / "runs" / name
+    import train
+
     given = ("--config", str(settings.recipe), "--data-dir", str(data), "--output-dir", str(settings.out / "runs"))
-    _run("train.py", *given, "--exp-name", name, "--sampling-steps", "0", "--keep-last", "0", *more)
+    words = (*given, "--exp-name", name, "--sampling-steps", "0", "--keep-last", "0", *more)
+    say(f"$ python train.py {' '.join(words)}")
+    train.main(words)
     return folder
 
 

@@ -21,7 +21,7 @@ from config import UserError
 from models.acceleration import DTYPES
 from models.autoencoder import Autoencoder
 from models.interpolant import Interpolant
-from models.local_networks import is_local
+from models.local_networks import is_local, portable
 from models.model_file import SHARED_FILE, Model, ModelInfo, load_model, save_model
 from models.obtain import obtain
 from models.sit import SiT
@@ -113,7 +113,7 @@ class PretrainedSiT(ModelHubMixin):
             folder: that exists.
             dtype: precision of the stored weights; the VAE, by whose digest latents are compared, keeps its own.
         """
-        info = self.info
+        info = replace(self.info, encoders=tuple(map(portable, self.info.encoders)))
         if is_local(info.vae):
             self.autoencoder.vae.save_pretrained(folder / "vae")
             info = replace(info, vae="./vae", vae_weights=weights_sha256(self.autoencoder, by_name=True))
