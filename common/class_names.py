@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from config import UserError
 
+SPLITS = {"train", "val", "valid", "validation", "trainval", "test", "dev", "eval", "evaluation", "holdout"}
+
 
 def spelled(name: str) -> str:
     """A class name as text that can be compared, shown and written: in NFC; bytes that are not UTF-8 count as Latin-1."""
@@ -73,6 +75,13 @@ def class_number(word: str, names: Sequence[str], count: int, flag: str) -> int 
             f"named {names[number]!r}; give name:{wanted} for the former or number:{wanted} for the latter"
         )
     return named[0]
+
+
+def split_kinds(names: Iterable[str]) -> dict[str, str]:
+    """Those names that are splits of a dataset and not classes, with what they are: {"Training_set": "train", ...}."""
+    kinds = {name: re.sub(r"\d+x\d+|[^a-z]", "", name.lower()) for name in names}
+    kinds = {name: re.sub(r"(ing|sets?|images?|imgs?|data)*$", "", kind) for name, kind in kinds.items()}
+    return {name: kind for name, kind in kinds.items() if kind in SPLITS}
 
 
 def order_note(names: Sequence[str]) -> str | None:

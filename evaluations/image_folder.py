@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.class_names import by_spelling, order_note
+from common.class_names import by_spelling, order_note, split_kinds
 from common.contents import Item
 from common.crop import center_crop
 from common.files import sha256
@@ -134,6 +134,11 @@ def find_images(path: Path) -> Folder:
         raise UserError(f"{path}: {contents.refusal()}")
     if contents.left_out:
         say(f"left out of {path}: {contents.note()}")
+    splits = split_kinds({item.name.split("/")[0] for item in contents.items})
+    if len(splits) > 1:
+        say(
+            f"{path} holds {', '.join(sorted(splits))}: all of them are measured as one set; give one of them to measure it"
+        )
     items = contents.items = sorted(contents.items, key=lambda item: item.name.split("/"))
     members = Members(contents.kind, contents.root, contents.files)
     images = Folder(path, members, items, np.zeros(0), announced_labels(contents))

@@ -56,7 +56,8 @@ class _Measurement:
         allow_tf32(False)
         go_offline_if_unreachable()
         first = settings.samples[0]
-        self.out = settings.out or (first if first.is_dir() else first.parent) / "results.json"
+        beside = next(place for place in (first, *first.parents) if place.is_dir())  # first may lie in an archive
+        self.out = settings.out or beside / "results.json"
         self.samples, self.reference = open_sets(settings)
         self.training: ImageSet | None = None
         if settings.training_images:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,14 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from common.arrays import read_npz
-from common.class_names import by_spelling, spelled
+from common.class_names import by_spelling, spelled, split_kinds
 from common.contents import Item
 from common.files import parse_json, read_text
 from config import UserError
 
 AS_LISTED = ("parquet", "arrow", "published")  # kinds whose order is the source's; others are ordered by class and name
 MOST_CLASSES = 10**6  # numbers beyond this are not those of classes
-SPLITS = {"train", "val", "valid", "validation", "trainval", "test", "dev", "eval", "evaluation", "holdout"}
 
 
 @dataclass
@@ -226,16 +224,14 @@ def _split_folder(source: Path, parts: list[list[str]], depth: int) -> str:
     below: defaultdict[str, set[str]] = defaultdict(set)
     for p in parts:
         below[p[depth]].add(p[depth + 1] if len(p) > depth + 2 else "")
-    plain = {name: re.sub(r"\d+x\d+|[^a-z]", "", name.lower()) for name in below}
-    kinds = {name: re.sub(r"(ing|sets?|images?|imgs?|data)*$", "", text) for name, text in plain.items()}
-    splits = [name for name in below if kinds[name] in SPLITS]
+    kinds = split_kinds(below)
     largest = max(below.values(), key=len)
-    if len(splits) > 1:
-        first = min(splits, key=lambda name: (kinds[name] != "train", name))
+    if len(kinds) > 1:
+        first = min(kinds, key=lambda name: (kinds[name] != "train", name))
         what = "holds splits, not classes"
     elif len(below) > 1 and all(len(names) > 1 and names <= largest for names in below.values()) and "" not in largest:
         images = Counter(p[depth] for p in parts)
-        first = max(below, key=lambda name: (kinds[name] == "train", images[name]))
+        first = max(below, key=lambda name: (kinds.get(name) == "train", images[name]))
         what = f"its folders {', '.join(sorted(below)[:3])} all hold the same folders, as splits do and classes do not"
     else:
         return ""

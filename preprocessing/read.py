@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, get_worker_info
 from common.arrays import read_npy
 from common.contents import Item
 from common.crop import center_crop
-from common.images import BadImage, decode_image
+from common.images import BadImage, decode_image, unread_format
 from common.members import Members
 from preprocessing.sources import LATENT_FOLDER, latent_name
 from preprocessing.tables import Table
@@ -111,7 +111,7 @@ class CropDataset(Dataset):
                 if self.reader.kind == "published":
                     moments.append(self.reader.moments(item))
             except BadImage as error:
-                bad.append((item.name, str(error)))
+                bad.append((item.name, unread_format(item.name) or str(error)))
                 continue
             for copy, name in ((crop, item.name), (crop[:, ::-1], mirrored(item.name)))[: 1 + self.flip]:
                 pixels.append(copy)

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from common.class_names import split_kinds
 from common.contents import Item
 from common.files import parse_json, read_json
 from config import UserError
-from preprocessing.index import SPLITS, Listing
+from preprocessing.index import Listing
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 KINDS = (".parquet", ".arrow")
@@ -23,7 +24,7 @@ def list_tables(source: Path) -> Listing:
     root = source if source.is_dir() else source.parent
     files = [source.name] if source.is_file() else _table_files(source)
     splits = {_split(file) for file in files}
-    if len(splits) > 1 and (len(splits & SPLITS) > 1 or splits & {"train", "training"}):
+    if len(splits) > 1 and (len(split_kinds(splits)) > 1 or splits & {"train", "training"}):
         found = ", ".join(sorted(splits))
         raise UserError(
             f"--source {source}: holds the splits {found}; give one of them, such as "

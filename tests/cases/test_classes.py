@@ -9,10 +9,11 @@ import pytest
 from common.class_names import order_note
 from config import UserError
 from evaluations.image_sets import open_images
+from preprocessing import pack
 from preprocessing.index import Item, Listing, build
 from preprocessing.sources import list_source
 from sampling.labels import read_labels
-from tests.packs import encoded, noise, write_folder, write_table, write_tar, write_zip
+from tests.packs import encoded, flags, noise, write_folder, write_table, write_tar, write_zip
 
 PICTURE = encoded(noise(8, 8))
 NUMBERS = sorted(str(number) for number in range(12))  # as text: 0, 1, 10, 11, 2, ...
@@ -41,7 +42,7 @@ def test_word_that_is_a_class_name_and_another_classs_number(flag):
         drawn("12", flag=flag)
 
 
-def test_packing_says_when_the_order_of_text_is_not_that_of_numbers(tmp_path, capsys):
+def test_packing_says_when_the_order_of_text_is_not_that_of_numbers(toys, tmp_path, capsys):
     assert "number 2 is the class named '10'" in order_note(NUMBERS)
     assert "number 1 is the class named 'c10'" in order_note(["c1", "c10", "c2"])
     assert order_note(["0", "1", "2"]) is order_note(["00", "01", "10"]) is order_note(["ant", "b1"]) is None
@@ -49,6 +50,8 @@ def test_packing_says_when_the_order_of_text_is_not_that_of_numbers(tmp_path, ca
     assert list_source(root).classes == NUMBERS
     assert open_images([root]).labels.tolist() == list(range(12))
     assert "number 2 is the class named '10'" in capsys.readouterr().out
+    pack.main(flags(toys, tmp_path / "out", source=root))
+    assert "number 2 is the class named '10'; --classes FILE gives another order" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["", "set/"])

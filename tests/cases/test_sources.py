@@ -158,13 +158,17 @@ def test_archives_of_splits_or_notes_are_not_classes(tmp_path):
         ("train", "test", "extra"),
     ],
 )
-def test_splits_by_name(tmp_path, names):
+def test_splits_by_name(tmp_path, names, capsys):
     """In any case and spelling; the training folder is named."""
     root = write_folder(
-        tmp_path / "S", {f"{split}/{name}/{i}.png": b"" for split in names for name in "ab" for i in "01"}
+        tmp_path / "S", {f"{split}/{name}/{i}.png": PICTURE for split in names for name in "ab" for i in "01"}
     )
     with pytest.raises(UserError, match=f"give one of them, such as {root / names[0]} "):
         list_source(root)
+    open_images([root])  # is not refused, but it is said
+    assert (
+        f"{root} holds {', '.join(sorted(set(names) - {'extra'}))}: all of them are measured" in capsys.readouterr().out
+    )
 
 
 def test_splits_by_structure(tmp_path):
