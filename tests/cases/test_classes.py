@@ -1,5 +1,6 @@
 """Classes are what the source says, their names are not their numbers, and one name has one spelling."""
 
+import io
 import json
 import unicodedata
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 from common.class_names import order_note
+from common.files import write_text
+from common.reporting import _Console
 from config import UserError
 from evaluations.image_sets import open_images
 from preprocessing import pack
@@ -162,6 +165,10 @@ def test_class_folder_with_bytes_that_are_not_utf_8(tmp_path):
     images = open_images([root])
     assert images.read(0, 2).shape == (2, 8, 8, 3) and len(images.digest()) == 64
     assert index.names[1].encode("utf-8", "surrogateescape") == b"caf\xe9/0.png"
+    console = _Console(io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    write_text(tmp_path / "text", index.names[1])
+    for name in (index.names[1], index.classes[1]):
+        console.write(name)
 
 
 # ------------------------------------------------------------------------------------------------------------- scale
