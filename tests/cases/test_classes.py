@@ -3,6 +3,7 @@
 import io
 import json
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import pytest
 from common.class_names import order_note
 from common.files import write_text
 from common.reporting import _Console
-from config import UserError
+from config import UserError, parse
 from evaluations.image_sets import open_images
 from preprocessing import pack
 from preprocessing.index import Item, Listing, build
+from preprocessing.settings import PackConfig
 from preprocessing.sources import list_source
 from sampling.labels import read_labels
 from tests.packs import encoded, flags, noise, write_folder, write_table, write_tar, write_zip
@@ -150,6 +152,9 @@ def test_text_in_any_encoding(tmp_path, encoding):
     assert list_source(root, tmp_path / "classes.txt").classes == ["été", "ant"]
     (tmp_path / "labels.txt").write_bytes("2 0\r\n1".encode(encoding))
     assert read_labels((str(tmp_path / "labels.txt"),), (), 3, (), 8).values.tolist() == [2, 0, 1]
+    if encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "recipe.yaml").write_bytes("source: été\nout: x".encode(encoding))
+        assert parse(PackConfig, "", ["--config", str(tmp_path / "recipe.yaml")]).source == Path("été")
     if encoding != "latin-1":
         (tmp_path / "labels.json").write_bytes("[2, 0]".encode(encoding))
         assert read_labels((str(tmp_path / "labels.json"),), (), 3, (), 8).values.tolist() == [2, 0]
