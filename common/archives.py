@@ -8,6 +8,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from common.arrays import refuse_joined
 from common.contents import MAX_LABELS, Contents, Item
 from common.files import read_bounded
 from common.images import is_image
@@ -52,12 +53,7 @@ def _list_zip(source: Path, number: int, prefix: str, found: Contents) -> None:
     try:
         with zipfile.ZipFile(source) as archive:
             members = archive.infolist()
-            first = min((info.header_offset for info in members), default=0)
-            with source.open("rb") as stream:
-                if first > 0 and stream.read(4) == b"PK\3\4":
-                    raise UserError(
-                        f"{source}: two zips joined into one file, of which the first is lost; join folders"
-                    )
+            refuse_joined(source, members)
             for info in members:
                 name = prefix + _safe(info.filename, source)
                 if stat.S_ISLNK(info.external_attr >> 16):

@@ -94,6 +94,7 @@ def members(path: Path) -> dict[str, Array]:
     try:
         with zipfile.ZipFile(path) as archive:
             found = {}
+            refuse_joined(path, archive.infolist())
             for member in archive.infolist():
                 if b"PK\1\2" in member.extra + member.comment:
                     raise UserError(f"{path}: the entry of {member.filename} covers another one; it is damaged")
@@ -110,6 +111,14 @@ def members(path: Path) -> dict[str, Array]:
         raise MissingFile(f"{path} does not exist") from error
     except _DAMAGE as error:
         raise UserError(f"{path} is not an npz file, or truncated ({error}); write it again") from error
+
+
+def refuse_joined(source: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Raise UserError for a zip that another one was appended to: zipfile sees the members of the last one alone."""
+    first = min((member.header_offset for member in members), default=0)
+    with source.open("rb") as stream:
+        if first > 0 and stream.read(4) == b"PK\3\4":
+            raise UserError(f"{source}: two zips joined into one file, of which the first is lost; join their contents")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -18,8 +18,8 @@ class ImageSet:
 
     `take(numbers)` gives uint8 (B, H, W, 3), for ascending numbers; `digest()` the SHA-256 of the content; `labels` (N,)
     int64 or None; `statistics` what the file itself records of a larger set (ADM's mu, sigma: "pooled"; mu_s, sigma_s:
-    "spatial"); `sidecar` how the images were made, from the JSON beside them; `grouped`: the order is that of folders or
-    shards, so a part of the set is taken evenly from it all and not from its beginning; `sizes` (N, 2) height and width
+    "spatial"); `sidecar` how the images were made, from the JSON beside them; `grouped`: images of a class lie together, as
+    in folders, so a part of the set is taken evenly from it all and not from its beginning; `sizes` (N, 2) height and width
     in the file, where some images are cropped as they are read.
     """
 
@@ -56,9 +56,7 @@ class ImageSet:
 
     def part(self, count: int) -> "ImageSet":
         """`count` of the images: the first ones, or evenly spaced ones where the images of a class lie together."""
-        steps = np.zeros(0) if self.labels is None else np.diff(self.labels)
-        by_class = (steps > 0).any() and (steps == 0).any() and (steps >= 0).all()
-        if count >= len(self) or not (self.grouped or by_class):
+        if count >= len(self) or not self.grouped:
             return self.first(count)
         return self._rows(np.arange(count) * len(self) // count, f"{count} of {len(self)}, evenly")
 
@@ -104,6 +102,12 @@ def by_runs(rows: Callable[[int, int], np.ndarray]) -> Take:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     return take
+
+
+def by_class(labels: np.ndarray | None) -> bool:
+    """Whether images of a class lie together, in the order of their labels: (N,) int64."""
+    steps = np.zeros(0) if labels is None else np.diff(labels)
+    return bool((steps > 0).any() and (steps == 0).any() and (steps >= 0).all())
 
 
 def sha(*parts: str) -> str:

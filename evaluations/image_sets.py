@@ -14,7 +14,7 @@ from common.files import read_json, sha256
 from common.reporting import say
 from config import UserError
 from evaluations.image_folder import Folder, find_images
-from evaluations.image_set import ImageSet, by_runs, joined, sha
+from evaluations.image_set import ImageSet, by_class, by_runs, joined, sha
 from evaluations.sidecars import common_sidecar, read_sidecar
 from evaluations.statistics import Statistics
 from packed.format import MANIFEST
@@ -148,7 +148,14 @@ def open_npz(path: Path) -> ImageSet:
         raise UserError(f"{path}: arr_0 holds no images, its shape is {images.shape}")
     labels = _labels(path, arrays["arr_1"], images.shape[0]) if "arr_1" in arrays else None
     return ImageSet(
-        path.name, images.shape, by_runs(images.rows), digest, labels, statistics or None, read_sidecar(path)
+        path.name,
+        images.shape,
+        by_runs(images.rows),
+        digest,
+        labels,
+        statistics or None,
+        read_sidecar(path),
+        by_class(labels),
     )
 
 

@@ -50,14 +50,15 @@ def read_reference(
         return EMPTY._replace(statistics=given)
     file, cached = None, None
     if settings.cache and rank() == 0:
-        parts = (CACHE_SCHEMA, reference.digest(), extractor.digest, settings.dtype, settings.pr_reference, bool(given))
+        chosen = (settings.pr_reference, bool(given), *(("evenly",) if reference.grouped else ()))
+        parts = (CACHE_SCHEMA, reference.digest(), extractor.digest, settings.dtype, *chosen)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
         file = _place(settings.cache_dir, f"{key}.npz")
         cached = None if file is None else _read_cache(file, given)
     if share(cached is not None):
         return cached or EMPTY
     images = reference
-    if given:  # the statistics are known: only the features of the kept images are missing
+    if given and not reference.grouped:  # the statistics are known: only features of the kept images are missing
         images = reference.first(settings.pr_reference)
     found = collect(
         images,

@@ -9,12 +9,14 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from common.contents import CIRCLES, HIDDEN, OTHERS, SPECIAL
 from common.images import decode_image, image_size
 from common.listing import list_contents
 from config import UserError
+from evaluations.collect import kept_rows
 from evaluations.image_sets import open_images
 from preprocessing.sources import list_source
 from tests.packs import SMALL, encoded, noise, write_folder, write_tar, write_zip
@@ -239,6 +241,10 @@ def test_joined_archives(tmp_path):
         (tmp_path / name).write_bytes(data + other)
     both_refuse(tmp_path / "a.tar", r"a\.tar: goes on after the end mark that follows member 'b/1\.png'")
     both_refuse(tmp_path / "a.zip", r"a\.zip: two zips joined into one file")
+    np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    (tmp_path / "joined.npz").write_bytes((tmp_path / "a.npz").read_bytes() * 2)
+    with pytest.raises(UserError, match=r"joined\.npz: two zips joined into one file"):
+        open_images([tmp_path / "joined.npz"])
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, "pax"])
@@ -336,6 +342,9 @@ def test_part_of_a_set_whose_classes_lie_together(tmp_path):
         assert part.read(0, 12)[:, 0, 0, 0].tolist() == list(expected), name
         assert np.bincount(part.labels).tolist() == [3] * 4
         assert ("evenly" in part.name) == (name != "mixed.npz")
+        whole = open_images([tmp_path / name])
+        kept = kept_rows(whole, 8, torch.arange(24))  # what --pr-reference takes
+        assert np.bincount(whole.labels[kept]).tolist() == [2] * 4, name
     whole = open_images([tmp_path / "B", tmp_path / "mixed.npz"])
     assert whole.pick([30, 1, 30])[:, 0, 0, 0].tolist() == [6, 1, 6]
 
