@@ -33,7 +33,7 @@ def list_archive(root: Path, files: list[str]) -> Contents:
     found = Contents(kind, root, files)
     for number, file in enumerate(files):
         folder = file.rpartition(".")[0] if files[1:] else ""
-        found.folders.append(folder)
+        found.add_folder(folder)
         read(root / file, number, f"{folder}/".removeprefix("/"), found)
     name, count = Counter(item.name for item in found.items).most_common(1)[0] if found.items else ("", 0)
     if count > 1:
@@ -59,7 +59,7 @@ def _list_zip(source: Path, number: int, prefix: str, found: Contents) -> None:
                 if stat.S_ISLNK(info.external_attr >> 16):
                     raise UserError(f"{source}: member {name!r} is a link; refused")
                 if info.is_dir():
-                    found.folders.append(name.rstrip("/"))
+                    found.add_folder(name.rstrip("/"))
                     continue
                 if is_image(name) and info.flag_bits & 1:
                     raise UserError(f"{source}: member {name!r} is encrypted")
@@ -112,14 +112,14 @@ def _list_members(
         if member.size < 0:
             raise tarfile.ReadError(f"member {name!r} has a size of {member.size}")
         if member.isdir():
-            found.folders.append(name.rstrip("/"))
+            found.add_folder(name.rstrip("/"))
             continue
         if not member.isreg() or member.issparse():
             raise UserError(f"{source}: member {name!r} is a link or no regular file; refused")
         if name.lower().endswith(".tar") and not nested:
             with tarfile.open(fileobj=archive.extractfile(member), mode="r:", tarinfo=_Header) as inner:
                 inner_prefix = name[:-4] + "/"
-                found.folders.append(name[:-4])
+                found.add_folder(name[:-4])
                 _list_members(inner, source, number, inner_prefix, member.offset_data, found, nested=True)
         else:
             item = Item(name, None, number, start + member.offset_data, member.size)

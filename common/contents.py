@@ -84,6 +84,11 @@ class Contents:
         else:
             self.left_out[OTHERS].append(item.name)
 
+    def add_folder(self, name: str) -> None:
+        """Take a folder, which may be empty."""
+        if not is_hidden(name):  # "." too, the first member of many tars
+            self.folders.append(name)
+
     def refusal(self) -> str:
         """The images that cannot be read: their number, the first one, and why; empty if there are none."""
         if not self.unreadable:

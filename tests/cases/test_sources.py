@@ -89,6 +89,24 @@ def test_hidden_and_system_entries_of_archives_are_those_of_folders(tmp_path):
     assert found == [sorted(AB)] * 3
 
 
+def test_folders_among_the_members_of_archives(tmp_path):
+    """As `tar cf x.tar .` and the Finder write them: the folder itself, empty ones, those of the system."""
+    root = write_folder(tmp_path / "S", AB)
+    with tarfile.open(tmp_path / "S.tar", "w") as archive:
+        archive.add(root, ".")
+    with zipfile.ZipFile(tmp_path / "S.zip", "w") as archive:
+        for name in ("a/", "b/", "__MACOSX/", "__MACOSX/a/", ".git/"):
+            archive.writestr(name, b"")
+        for name, data in AB.items():
+            archive.writestr(name, data)
+    for source in (tmp_path / "S.tar", tmp_path / "S.zip"):
+        assert list_source(source).names == sorted(AB)
+    with zipfile.ZipFile(tmp_path / "S.zip", "a") as archive:
+        archive.writestr("c/", b"")
+    with pytest.raises(UserError, match="c holds no images, but lies beside the class folders"):
+        list_source(tmp_path / "S.zip")
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "class tars", "class zips"])
 def test_evaluation_and_packing_list_the_same_images(tmp_path, kind):
     """The reference of an evaluation may be what was packed, in any form: the same images, and the same digest."""
