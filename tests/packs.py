@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from config import UserError
 from dataset import PackedDataset
+from evaluations.image_sets import open_images
 from preprocessing.read import CropDataset, Reader, Request
+from preprocessing.sources import list_source
 from tests import killable
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -187,3 +190,10 @@ def _torchrun(world, arguments):
         "preprocessing/pack.py",
         *arguments,
     ]
+
+
+def both_refuse(path, words):
+    """Packing and evaluation refuse a source with the same words."""
+    for read in (list_source, lambda source: open_images([source])):
+        with pytest.raises(UserError, match=words):
+            read(path)
