@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import NamedTuple
 
+from common.class_names import spelled
 from common.contents import LABELS, Contents
 from common.files import parse_json
 from common.reporting import say
@@ -30,7 +31,8 @@ def announced_labels(contents: Contents) -> Announced | None:
     labels = read_labels(content, where)
     if labels is None:
         return Announced(where, None) if b'"labels"' in content else None  # without the key it is some other file
-    names = [item.name.removeprefix(folder) for item in contents.items]
+    labels = {spelled(name): number for name, number in labels.items()}
+    names = [spelled(item.name.removeprefix(folder)) for item in contents.items]
     missing = next((name for name in names if name not in labels), None)
     if missing is not None:
         raise UserError(f"{where}: has no label for {missing}")

@@ -42,22 +42,23 @@ def _list_folder(root: Path) -> Contents:
     """Links are followed, but never in a circle. A link whose target is missing may have been a class: it is an error."""
     found = Contents("folder", root, [""])
     dead: list[str] = []
-    stack: list[tuple[str, frozenset[str]]] = [("", frozenset((os.path.realpath(root),)))]
+    top = os.path.realpath(root)
+    stack = [("", top, frozenset((top,)))]  # folders: name, real path, real paths of itself and of those above it
     while stack:
-        below, above = stack.pop()
+        below, real_folder, above = stack.pop()
         with os.scandir(root / below) as entries:
             for entry in entries:
                 name = f"{below}/{entry.name}" if below else entry.name
                 mode = _mode(entry)
                 if stat.S_ISDIR(mode):
-                    real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                    real = os.path.realpath(entry.path) if entry.is_symlink() else f"{real_folder}/{entry.name}"
                     if is_hidden(entry.name):
                         found.left_out[HIDDEN].append(name)
                     elif real in above:
                         found.left_out[CIRCLES].append(name)
                     else:
                         found.folders.append(name)
-                        stack.append((name, above | {real} if entry.is_symlink() else above))
+                        stack.append((name, real, above | {real}))
                 elif mode and not stat.S_ISREG(mode):
                     found.left_out[SPECIAL].append(name)
                 elif entry.name in SHEETS and (root / below / SHEETS[entry.name]).is_file():

@@ -137,6 +137,9 @@ def test_two_spellings_of_a_name(tmp_path):
     assert list_source(root).classes == list_source(composed).classes == ["eta", "zoo", NFC]
     (tmp_path / "classes.txt").write_text(f"{NFC}\nzoo\n", encoding="utf-8")
     assert list_source(root, tmp_path / "classes.txt").labels.tolist() == [0, 1]
+    labels = json.dumps({"labels": [[f"{name}/0.png", i] for i, name in enumerate((NFC, "eta", "zoo"))]})
+    labelled = write_folder(tmp_path / "L", images | {"dataset.json": labels.encode()})
+    assert dict(zip(list_source(labelled).labels.tolist(), list_source(labelled).names))[0] == f"{NFD}/0.png"
     assert drawn(NFC, names=("a", NFD)) == drawn(NFD, names=("a", NFC)) == [1]
     write_folder(root, {f"{NFC}/0.png": PICTURE})
     for read in (list_source, lambda source: open_images([source])):

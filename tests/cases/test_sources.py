@@ -40,6 +40,16 @@ def test_dead_link_in_place_of_an_image(tmp_path):
     assert len(list_source(root, skip_unreadable=True)) == 6
 
 
+def test_links_between_class_folders(tmp_path):
+    """Each is followed once, and not round and round."""
+    root = write_folder(tmp_path / "S", AB)
+    (root / "a" / "x").symlink_to("../b")
+    (root / "b" / "y").symlink_to("../a")
+    found = list_contents(root)
+    assert {item.name.rpartition("/")[0] for item in found.items} == {"a", "b", "a/x", "b/y"}
+    assert sorted(found.left_out[CIRCLES]) == ["a/x/y", "b/y/x"]
+
+
 def test_whatever_a_walk_leaves_out_is_counted_and_said(tmp_path, capsys):
     root = write_folder(
         tmp_path / "S", AB | {"a/.x.png": b"", ".h/0.png": b"", "a/@eaDir/0.png": b"", "a/notes.txt": b""}
