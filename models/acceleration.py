@@ -136,5 +136,5 @@ def compile_network(network: nn.Module) -> None:
 
 def compile_encoder(encoder: nn.Module, *, dynamic: bool = False) -> None:
     """Compile the blocks of a VisionEncoder in place; they share one graph, too."""
-    for block in encoder.vit.blocks:
+    for block in getattr(encoder.vit, "blocks", ()):  # few networks of timm have none
         compile_region(block, dynamic=dynamic)

@@ -62,7 +62,13 @@ def open_network(name: str, digest: str, file: Path, load: Callable[[str], N], f
         MissingFile: it is nowhere. Also what `load` raises.
     """
     if not is_local(name):
-        return load(name)
+        try:
+            return load(name)
+        except MissingFile as error:
+            if "/" not in name or name in PUBLISHED.values():
+                raise
+            # a relative path on the machine that made the file looks like OWNER/NAME
+            raise MissingFile(f"{error}; {flag} gives the folder that {file} means by {name!r}") from error
     seen = set()
     for place in _places(name, digest, file):
         folder = Path(place.rpartition("=")[2]).expanduser()

@@ -5,12 +5,14 @@ import torch
 
 import convert
 import train
-from config import UserError
+from config import MissingFile, UserError
 from models.encoder import load_encoder
 from models.model_file import find_model, load_model, read_info
 from preprocessing import pack
+from tests import toy_model
 from tests.packs import flags
-from tests.tiny import PUBLISHED_ARGS, published_weights, sit_weights, train_flags
+from tests.tiny import PUBLISHED_ARGS, published_weights, sit_weights, train_flags, write_vae
+from tests.toy_model import write_model
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -120,3 +122,20 @@ def test_files_that_are_no_sit(tmp_path, content):
     with pytest.raises(UserError, match=r"other.pt"):
         convert.main(["--source", str(tmp_path / "other.pt"), "--out", str(tmp_path / "m.safetensors")])
     assert [path.name for path in tmp_path.iterdir()] == ["other.pt"]
+
+
+@pytest.mark.usefixtures("caches")
+def test_a_relative_path_in_a_model_file_means_nothing_elsewhere(tmp_path, monkeypatch):
+    """`pack --vae toys/vae` wrote that path into model files; from another folder it looks like a name on the hub."""
+    from sampling.loading import load_decoder
+
+    write_model(tmp_path, "m", toy_model.CONFIG, vae="toys/vae")
+    write_vae(tmp_path / "toys" / "vae", scaling_factor=0.5)
+    model = load_model(tmp_path / "m")
+    with pytest.raises(
+        MissingFile, match=r"VAE 'toys/vae' is not a local .*; --vae gives the folder that .*m means by"
+    ):
+        load_decoder(model, None, "cpu")
+    assert load_decoder(model, str(tmp_path / "toys" / "vae"), "cpu").latent_channels == 4
+    monkeypatch.chdir(tmp_path)
+    assert load_decoder(model, None, "cpu").latent_channels == 4
