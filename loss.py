@@ -96,6 +96,7 @@ class Objective:
     class_coeff: float = 0.03
     proj_coeff: float = 0.5
     cfg_prob: float = 0.1  # probability that a label is replaced by the null class
+    align_class_token: bool = True  # or the patch tokens alone, beside a class token that is denoised
 
     def __post_init__(self) -> None:
         check("weighting", self.weighting, WEIGHTINGS)
@@ -142,12 +143,15 @@ class Objective:
 
     def terms(self, output: SiTOutput, noised: Noised, teachers: Sequence[Tensor]) -> LossTerms:
         """The part after the network: the terms of its output. Arguments as in `__call__`."""
+        projections = output.projections
+        if teachers and output.class_velocity is not None and not self.align_class_token:
+            projections, teachers = ([tokens[:, 1:] for tokens in side] for side in (projections, teachers))
         error = State(output.velocity, output.class_velocity).map(_mean_square, noised.target)
         zero = torch.zeros_like(noised.t)
         return LossTerms(
             velocity=error.latent,
             class_velocity=zero if error.class_token is None else error.class_token,
-            alignment=alignment(output.projections, teachers) if teachers else zero,
+            alignment=alignment(projections, teachers) if teachers else zero,
             t=noised.t,
         )
 

@@ -10,9 +10,16 @@ ROWS: dict[str, tuple[str, ...]] = {  # rows of the paper's ablation => flags of
     "sit": ("--no-class-token", "--proj-coeff", "0"),
     "token": ("--proj-coeff", "0"),  # the class token is denoised, nothing is aligned
     "repa": ("--no-class-token",),
+    "token-patch": ("--no-align-class-token",),  # the class token is denoised, the patch tokens alone are aligned
     "reg": (),
 }
-TITLES = {"sit": "SiT", "token": "SiT + class token", "repa": "SiT + REPA", "reg": "SiT + REG"}
+TITLES = {
+    "sit": "SiT",
+    "token": "SiT + class token",
+    "repa": "SiT + REPA",
+    "token-patch": "SiT + class token + REPA",
+    "reg": "SiT + REG",
+}
 DATA = ("labelled", "unlabelled")  # unlabelled: all images are of one class
 NO_TEACHER = "none"  # the word of a row that reads no token of any encoder
 

@@ -93,6 +93,7 @@ DIFFERENT = {  # of the settings that say what is trained
     "path_type": "cosine",
     "weighting": "lognormal",
     "class_coeff": 0.1,
+    "align_class_token": False,
     "proj_coeff": 0.1,
     "cfg_prob": 0.5,
 }

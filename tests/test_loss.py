@@ -68,6 +68,20 @@ def test_alignment_equals_the_per_sample_loop():
     torch.testing.assert_close(alignment(ours, theirs).mean(), total)
 
 
+def test_the_class_token_may_be_left_out_of_the_alignment():
+    """The patch tokens alone: what REPA's alignment of them is; velocities stay as they were."""
+    clean, label, teachers, draws = batch()
+    projections = tuple(torch.randn(z.shape, generator=torch.Generator().manual_seed(2)) for z in teachers)
+    network = lambda *a, project: SiTOutput(*draws.noise, projections)  # noqa: E731
+    whole, patches = (
+        Objective(align_class_token=aligned)(network, clean, label, teachers, draws, null_label=5)
+        for aligned in (True, False)
+    )
+    expected = alignment([p[:, 1:] for p in projections], [z[:, 1:] for z in teachers])
+    assert torch.equal(patches.alignment, expected) and torch.equal(patches.class_velocity, whole.class_velocity)
+    assert not torch.equal(patches.alignment, whole.alignment)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_alignment_survives_tiny_half_precision_tokens(dtype):
     """Tokens whose squares underflow in half precision still have the right cosine and a finite gradient."""

@@ -144,6 +144,7 @@ def make_plan(settings: TrainConfig, manifest: Manifest) -> Plan:
         settings.class_coeff,
         settings.proj_coeff,
         settings.cfg_prob,
+        settings.align_class_token,
     )
     return Plan(
         manifest=manifest,

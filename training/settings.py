@@ -65,6 +65,7 @@ class TrainConfig:
     class_coeff: float = _loss(
         0.03, "beta, weight of the class token's velocity (published: --cls)", at_least=0, below=math.inf
     )
+    align_class_token: bool = _loss(True, "align the class token with the encoder's too, or the patch tokens alone")
     projector_dim: int = _loss(2048, "hidden width of the projectors", above=0)
     encoder_depth: int | None = _loss(None, "align after this block; default: S, B 4, L, XL 8")
     path_type: str = _loss("linear", "interpolant", choices=PATHS)
