@@ -20,7 +20,8 @@ def derive(source: Path, out: Path, *, one_class: bool = False, token: str = "en
         source: packed dataset with the tokens of one encoder.
         out: folder to write.
         one_class: give all records one label, as a folder of unsorted images has.
-        token: "encoder" keeps the class token; "mean" replaces it by the mean of the patch tokens.
+        token: "encoder" keeps the class token; "mean" replaces it by the mean of the patch tokens, "empty" by zeros, a slot
+            in the sequence that carries nothing but its noise.
         scale: factor of the class token; 0 divides all tokens by their root mean square.
     """
     data = PackedDataset(source)
@@ -30,7 +31,10 @@ def derive(source: Path, out: Path, *, one_class: bool = False, token: str = "en
     }
     tokens = arrays["patch_tokens.0"].astype(np.float32).mean(1) if token == "mean" else arrays["class_token.0"]
     tokens = tokens.astype(np.float32)
-    tokens *= scale or 1 / np.sqrt(np.mean(tokens**2))
+    if token == "empty":
+        tokens = np.zeros_like(tokens)
+    else:
+        tokens *= scale or 1 / np.sqrt(np.mean(tokens**2))
     classes = ["image"] if one_class else manifest.classes
     if one_class:
         arrays["label"] = np.zeros_like(arrays["label"])
@@ -52,7 +56,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="PACKED")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--one-class", action="store_true", help="all records get one label")
-    parser.add_argument("--token", choices=("encoder", "mean"), default="encoder", help="mean: of the patch tokens")
+    parser.add_argument("--token", choices=("encoder", "mean", "empty"), default="encoder", help="mean: of the patches")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the class token; 0: to unit RMS")
     settings = parser.parse_args()
     derive(settings.source, settings.out, one_class=settings.one_class, token=settings.token, scale=settings.scale)

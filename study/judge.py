@@ -48,7 +48,7 @@ def draw(
     path: str,
     steps: int,
     batch: int,
-    guidance: Guidance | None = None,
+    guidance: Guidance,
 ) -> Samples:
     """`count` samples by Heun's ODE solver, drawn by all ranks and gathered on rank 0; labels go round all classes.
 
@@ -59,11 +59,11 @@ def draw(
         path: interpolant of the network.
         steps: of the solver, two evaluations each.
         batch: samples at a time.
-        guidance: none by default.
+        guidance: of the velocity.
     """
     device = next(network.parameters()).device
     solver = Solver("ode", "heun", steps)
-    sampler = Sampler(network, Interpolant(path), solver, guidance or Guidance(), seed=SAMPLING_SEED)
+    sampler = Sampler(network, Interpolant(path), solver, guidance, seed=SAMPLING_SEED)
 
     def parts() -> Iterator[Samples]:
         for index in torch.arange(count).tensor_split(world())[rank()].split(batch):

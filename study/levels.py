@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quickstart.stages import Runner, Stage
-from study.plan import NO_TEACHER, Spec
+from study.plan import NO_TEACHER, TOKENS, Spec
 
 TEACHERS = ("supervised", "self-supervised", "random")
 
@@ -68,8 +68,10 @@ class Level:
         networks = ("--vae", str(network("vae")), "--enc-type", str(network(teacher)))
         pack = ("python", "preprocessing/pack.py", *source, *networks)
         stages.append(Stage(packed.name, pack, (packed / "dataset.json",), ("images", "vae", teacher)))
-        if spec.data == "unlabelled":
-            one = packed.with_name(f"unlabelled-{teacher}")
-            derive = ("python", "-m", "study.derive", str(packed), str(one), "--one-class")
-            stages.append(Stage(one.name, derive, (one / "dataset.json",), (packed.name,)))
+        if spec.data != "labelled":
+            data, _, token = spec.data.partition(":")
+            flags = (*(("--one-class",) if data == "unlabelled" else ()), *(TOKENS[token] if token else ()))
+            derived = packed.with_name(f"{spec.data}-{teacher}")
+            derive = ("python", "-m", "study.derive", str(packed), str(derived), *flags)
+            stages.append(Stage(derived.name, derive, (derived / "dataset.json",), (packed.name,)))
         return stages

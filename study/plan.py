@@ -21,6 +21,13 @@ TITLES = {
     "reg": "SiT + REG",
 }
 DATA = ("labelled", "unlabelled")  # unlabelled: all images are of one class
+TOKENS = {  # class tokens of a data word such as unlabelled:token-mean => flags of study.derive
+    "token-mean": ("--token", "mean"),
+    "token-empty": ("--token", "empty"),
+    "token-x0.5": ("--scale", "0.5"),
+    "token-x2": ("--scale", "2"),
+    "token-rms": ("--scale", "0"),
+}
 NO_TEACHER = "none"  # the word of a row that reads no token of any encoder
 
 
@@ -29,16 +36,23 @@ class Spec:
     """One run.
 
     Attributes:
-        data: a word of DATA.
+        data: a word of DATA, and after a colon one of TOKENS.
         teacher: the encoder whose tokens are read.
         row: a word of ROWS, and changed flags after it: `reg+class-coeff=0.1`.
         seed: of weights, data order and noise.
+        guided: whether the samples of the recipe's guidance settings are judged, in the place of unguided ones.
     """
 
     data: str
     teacher: str
     row: str
     seed: int
+    guided: bool = False
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes are known."""
+        return self.data.split(":")[0] == "labelled"
 
     @property
     def name(self) -> str:
@@ -62,12 +76,17 @@ def runs(settings: StudyConfig) -> list[Spec]:
 
 
 def _read(line: str) -> Iterator[Spec]:
-    words = line.split()
-    if len(words) != 4 or words[0] not in DATA or not all(seed.isdigit() for seed in words[3].split(",")):
-        raise UserError(f"runs: {line!r} must be 'DATA TEACHER ROW[,ROW...] SEED[,SEED...]', DATA one of {DATA}")
+    words, guided = line.removesuffix(" guided").split(), line.endswith(" guided")
+    base, _, token = words[0].partition(":")
+    good = len(words) == 4 and base in DATA and (not token or token in TOKENS)
+    if not good or not all(seed.isdigit() for seed in words[3].split(",")):
+        raise UserError(
+            f"runs: {line!r} must be 'DATA TEACHER ROW[,ROW...] SEED[,SEED...] [guided]', DATA one of {', '.join(DATA)} and "
+            f"after a colon one of {', '.join(TOKENS)}"
+        )
     data, teacher, rows, seeds = words
     for seed in map(int, seeds.split(",")):
         for row in rows.split(","):
             if row.split("+")[0] not in ROWS:
                 raise UserError(f"runs: {line!r}: {row!r} is no row of the ablation ({', '.join(ROWS)})")
-            yield Spec(data, NO_TEACHER if row.split("+")[0] == "sit" else teacher, row, seed)
+            yield Spec(data, NO_TEACHER if row.split("+")[0] == "sit" else teacher, row, seed, guided)

@@ -1,6 +1,6 @@
 """docs/reproduction.md and its pictures from the raw results alone: `python -m study report`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ class Page:
 
     def rows(self, data: str, teacher: str) -> list[Row]:
         """The measured rows of one teacher, SiT first."""
-        found = [self.curves.row(data, teacher, name) for name in dict.fromkeys(s.row for s in runs(self.settings))]
+        found = [self.curves.row(data, teacher, name) for name in TITLES]
         return [row for row in found if row in self.curves.runs]
 
     def claims(self) -> Iterable[str]:
@@ -141,7 +141,7 @@ class Page:
             "token_fd": "FD of tokens",
         }
         body, last = [], self.steps[-1]
-        for row in self.curves.runs:
+        for row in [row for row in self.curves.runs if row.data in DATA and row.row in TITLES]:
             values = [list(self.curves.at(row, last, key).values()) for key in keys]
             if any(values):
                 cells = [mean_of(v).text(3) if v else "" for v in values]
@@ -151,6 +151,29 @@ class Page:
                 name = f"{IN_WORDS[line['data']]}, {line['teacher']}, held-out images' own tokens"
                 body.append([name, "", "", "1", "", "1", f"{line['metrics']['token_fd']:.3f}"])
         return [["after the last step", *keys.values()], *body]
+
+    def ablations(self) -> list[list[str]]:
+        """Changed settings and class tokens beside the row that they change, at the headline's step and the last one."""
+        changed = [row for row in self.curves.runs if row.data not in DATA or row.row not in TITLES]
+        plain = [Row(row.data.split(":")[0], row.teacher, row.row.split("+")[0]) for row in changed]
+        steps, body = (self.settings.headline, self.steps[-1]), []
+        for row in [*dict.fromkeys(plain), *changed]:
+            values = [list(self.curves.at(row, step, s.key).values()) for s in self.spaces for step in steps]
+            body.append([" ".join(row), *(mean_of(v).text(2) if v else "-" for v in values)])
+        return [["data, teacher, row", *(f"FD {s.title} at {step}" for s in self.spaces for step in steps)], *body]
+
+    def guided(self) -> list[list[str]]:
+        """The map of guidance: scale, scale of the class token, upper end of the interval."""
+        found: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
+        for line in self.lines:
+            _, _, words = line.get("weights", "").partition(" guided ")
+            if words:
+                found.setdefault((f"{IN_WORDS[line['data']]}, {line['row']}", *words.split()), []).append(
+                    line["metrics"]
+                )
+        keys = ("class_accuracy", *(space.key for space in self.spaces))
+        body = [[*name, *(mean_of([m[key] for m in values]).text(2) for key in keys)] for name, values in found.items()]
+        return [["row", "scale", "of the token", "interval to", *keys], *body]
 
     def missing(self) -> tuple[list[list[str]], float]:
         """Runs of the recipe that are not finished, and the processor hours that they will take."""
@@ -162,9 +185,12 @@ class Page:
         for spec in runs(self.settings):
             keys = study.wanted(spec).values()
             if not done.issuperset(keys):
-                count.setdefault((spec.data, spec.teacher, spec.row), []).append(spec.seed)
+                row = spec.row + " guided" * spec.guided
+                count.setdefault((spec.data, spec.teacher, row), []).append(spec.seed)
         hours = sum(map(len, count.values())) * (training + judging * (len(self.settings.steps) + 1)) / 3600
-        body = [[IN_WORDS[d], t, TITLES.get(r, r), ", ".join(map(str, seeds))] for (d, t, r), seeds in count.items()]
+        body = [
+            [IN_WORDS.get(d, d), t, TITLES.get(r, r), ", ".join(map(str, seeds))] for (d, t, r), seeds in count.items()
+        ]
         return [["images", "teacher", "row", "seeds"], *body], hours
 
     def text(self) -> str:
@@ -172,7 +198,6 @@ class Page:
         level, parts = self.settings.level, [f"## {self.settings.level.capitalize()}\n"]
         for data in DATA:
             rows = list(dict.fromkeys(row for teacher in self.teachers(data) for row in self.rows(data, teacher)))
-            rows = [row for row in rows if row.row in TITLES]
             if not rows:
                 continue
             named = [(label(row), row) for row in rows]
@@ -198,6 +223,9 @@ class Page:
                 parts.append(as_markdown(self.paper(own)))
             parts.append(self.samples(data, rows))
         parts.append("### Class tokens and layers\n\n" + as_markdown(self.tokens()))
+        for title, table in (("Ablations", self.ablations()), ("Guidance, after the last step", self.guided())):
+            if len(table) > 1:
+                parts.append(f"### {title}\n\n" + as_markdown(table))
         return "\n".join([*parts, self.closing()])
 
     def samples(self, data: str, rows: Sequence[Row]) -> str:
@@ -221,7 +249,7 @@ class Page:
                 share = line["metrics"]["linear_accuracy"]
                 parts.append(f"- {line['teacher']}: a linear head names {share:.1%} of the held-out images.")
         key, last = self.spaces[0].key, self.steps[-1]
-        for row in self.curves.runs:
+        for row in [row for row in self.curves.runs if row.data in DATA and row.row in TITLES]:
             ema, raw = self.curves.at(row, last, key), self.raw.at(row, last, key)
             if raw:
                 average, plain = (mean_of(list(side.values())).text(2) for side in (ema, raw))

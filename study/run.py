@@ -20,6 +20,7 @@ from common.reporting import say
 from config import RESULT, UserError, as_dict, parse
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.cost import cost
+from models.guidance import Guidance
 from models.sit import SiT
 from quickstart.stages import Runner
 from study.judge import Judge, Samples, Teacher, draw, floors, oracle
@@ -89,6 +90,8 @@ class Study:
     def wanted(self, spec: Spec) -> dict[tuple[int, str], str]:
         """(step, weights) of the judgements that a run is to give, with their keys."""
         judged = [(step, EMA) for step in self.settings.steps] + [(self.settings.steps[-1], RAW)]
+        if spec.guided:
+            judged = [(self.settings.steps[-1], f"{EMA} guided {words}") for words in self.settings.guidance]
         return {one: self.key(spec, *one) for one in judged}
 
     def run(self, spec: Spec) -> None:
@@ -115,7 +118,7 @@ class Study:
                     for (at, weights), key in wanted.items():
                         if at == step and key not in done:
                             parts = run.train_step
-                            network = parts.ema.average if weights == EMA else parts.network
+                            network = parts.network if weights == RAW else parts.ema.average
                             seconds = trained * run.step / max(run.step - resumed, 1)
                             self.judged(spec, run, network.eval(), weights, key, seconds)
                     run.train_step.network.train()
@@ -125,11 +128,12 @@ class Study:
         """Sample a network, judge the samples and append the line."""
         started, info = time.process_time(), run.plan.model_info(run.step, spec.seed)
         autoencoder = self.autoencoder(run.plan.vae)
-        count, batch = self.settings.samples, self.settings.batch_size
-        samples = draw(network, autoencoder, count, path=info.path, steps=self.settings.solver_steps, batch=batch)
+        count, batch, steps = self.settings.samples, self.settings.batch_size, self.settings.solver_steps
+        guidance = guidance_of(weights)
+        samples = draw(network, autoencoder, count, path=info.path, steps=steps, batch=batch, guidance=guidance)
 
         def append() -> None:
-            label = samples.label if spec.data == "labelled" else None
+            label = samples.label if spec.labelled else None
             metrics = self.judge().images(samples.pixels, label)
             teacher = self.teacher(self.level.dataset(spec))
             metrics |= teacher.tokens_of(samples) | teacher.layers(network, info)
@@ -143,7 +147,7 @@ class Study:
             }
             self.ledger.append(line)
             say(f"{spec.name}, step {run.step}, {weights}: {shown(metrics)}")
-            if spec.seed == 0 and weights == EMA:
+            if spec.seed == 0 and weights == EMA and ":" not in spec.data and "+" not in spec.row:
                 self.picture(f"{spec.data}-{spec.teacher}-{spec.row}-{run.step}", samples)
 
         on_first(append)
@@ -183,6 +187,22 @@ class Study:
             append("teacher", lambda: self.level.accuracy(spec.teacher), teacher=spec.teacher)
 
 
+def guidance_of(weights: str) -> Guidance:
+    """Of the words of what is judged, `ema guided SCALE TOKEN_SCALE HIGH`; none without them.
+
+    Raises:
+        UserError: the words cannot be read.
+    """
+    _, _, words = weights.partition(" guided ")
+    if not words:
+        return Guidance()
+    try:
+        scale, token, high = map(float, words.split())
+    except ValueError as error:
+        raise UserError(f"guidance: {words!r} must be three numbers, 'SCALE TOKEN_SCALE HIGH'") from error
+    return Guidance(scale, token, high=high)
+
+
 def advance(run: Run, step: int) -> str | None:
     """Train up to a step; returns what asked to stop before it."""
     reason = None
@@ -219,7 +239,7 @@ def study(settings: StudyConfig) -> None:
     say(f"{len(specs)} runs, {sum(not count for count in missing.values())} of them finished; {work.ledger.path}")
     for spec in specs:
         if settings.dry_run:
-            say(f"{spec.name}: {missing[spec]} of {len(work.wanted(spec))} judgements missing")
+            say(f"{spec.name}{' guided' * spec.guided}: {missing[spec]} of {len(work.wanted(spec))} judgements missing")
             continue
         if settings.max_hours and time.monotonic() - started > 3600 * settings.max_hours:
             say(f"stopped after {settings.max_hours:g} hours; the same command goes on")

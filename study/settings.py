@@ -17,11 +17,17 @@ class StudyConfig:
     steps: tuple[int, ...] = setting(help="optimiser steps after which a run is judged", group="training", above=0)
     ema_decay: float = setting(help="of the averaged weights, which are judged", group="training", at_least=0, below=1)
     runs: tuple[str, ...] = setting(
-        help="'DATA TEACHER ROW[,ROW...] SEED[,SEED...]', in the order of their importance", group="training"
+        help="'DATA TEACHER ROW[,ROW...] SEED[,SEED...] [guided]', in the order of their importance", group="training"
     )
     headline: int = setting(help="which of them stands beside the paper's numbers", group="judging", role=RUN)
     samples: int = setting(help="images that are judged, with the same noise in all runs", group="judging", above=1)
     solver_steps: int = setting(25, "Heun steps of the ODE, unguided", group="judging", above=0)
+    guidance: tuple[str, ...] = setting(
+        (),
+        "'SCALE TOKEN_SCALE HIGH' of guided samples, within [0, HIGH]",
+        group="judging",
+        role=RUN,
+    )
     only: tuple[str, ...] = setting(
         (), "run only what has these words in its name, such as unlabelled reg", group="machine", role=RUN
     )

@@ -2,21 +2,26 @@
 
 import os
 import signal
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import study.derive
 from config import UserError, parse
-from packed.format import read_manifest, write_manifest
+from dataset import PackedDataset
+from models.guidance import Guidance
+from packed.format import read_class_means, read_manifest, write_manifest
 from study import run as running
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, first_pass
 from study.ledger import Ledger
 from study.levels import Level
-from study.plan import NO_TEACHER, Spec, runs
+from study.plan import NO_TEACHER, TOKENS, Spec, runs
 from study.report import report
-from study.run import EMA, RAW, Study, selected
+from study.run import EMA, RAW, Study, guidance_of, selected
 from study.settings import ReportConfig, StudyConfig
 from tests import tiny, toy_images
 
@@ -50,7 +55,15 @@ def test_runs_are_in_order_and_once(tmp_path):
     assert [s.seed for s in selected(settings(tmp_path, "--only", "sit", "seed1", lines=lines))] == [1]
 
 
-@pytest.mark.parametrize("line", ["unlabelled supervised sit", "dark supervised sit 0", "labelled supervised vit 0"])
+WRONG = (
+    "unlabelled supervised sit",
+    "dark supervised sit 0",
+    "labelled supervised vit 0",
+    "labelled:x supervised sit 0",
+)
+
+
+@pytest.mark.parametrize("line", WRONG)
 def test_a_line_that_cannot_be_read_is_named(tmp_path, line):
     with pytest.raises(UserError, match=f"runs: '{line}'"):
         runs(settings(tmp_path, lines=(line,)))
@@ -65,6 +78,37 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path, capsys):
         stream.write('{"key": "b", "metr')
     ledger.append({"key": "c"})
     assert ledger.keys() == {"a", "c"} and "line 2: cut off" in capsys.readouterr().out
+
+
+def test_derived_datasets_hold_what_their_words_say(tmp_path):
+    """One label, and the class token as the mean of the patches, as zeros, or times a factor; all else stays."""
+    source = PackedDataset(tiny.write_dataset(tmp_path / "source", count=20))
+    every = range(20)
+    tokens, patches = source[every].class_token[0].float(), source[every].patch_tokens[0].float()
+    expected = {
+        "token-mean": patches.mean(1),
+        "token-empty": 0 * tokens,
+        "token-x0.5": tokens / 2,
+        "token-x2": 2 * tokens,
+    }
+    for word, flags in TOKENS.items():
+        folder = tmp_path / word
+        command = ["-m", "study.derive", str(source.directory), str(folder), *flags]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [command[1], *command[2:]])
+            study.derive.main()
+        found = PackedDataset(folder)[every]
+        if word == "token-rms":
+            assert found.class_token[0].float().square().mean() == pytest.approx(1, rel=1e-3)
+        else:
+            torch.testing.assert_close(found.class_token[0].float(), expected[word], rtol=1e-3, atol=1e-3)
+        assert torch.equal(found.moments, source[every].moments) and torch.equal(found.label, source[every].label)
+    study.derive.derive(source.directory, tmp_path / "one", one_class=True)
+    one = PackedDataset(tmp_path / "one")
+    assert one.manifest.classes == ["image"] and not one.labels().any()
+    assert torch.equal(one[every].class_token[0], source[every].class_token[0])
+    means = read_class_means(one.directory, one.manifest)
+    np.testing.assert_allclose(means[0], tokens.mean(0), atol=1e-3)
 
 
 def test_the_key_is_of_what_was_run_alone(tmp_path):
@@ -118,7 +162,8 @@ def toy(tmp_path, monkeypatch):
 
     def made(*extra, **changes):
         flags = ("--train", str(tmp_path / "train.yaml"), "--solver-steps", "1", "--samples", "20", *extra)
-        return settings(tmp_path, *flags, lines=("labelled supervised sit,reg 0",), **changes)
+        lines = ("labelled supervised sit,reg 0", "labelled supervised reg 0 guided")
+        return settings(tmp_path, *flags, "--guidance", "2 1 0.8", lines=lines, **changes)
 
     return made
 
@@ -148,12 +193,14 @@ def test_a_level_from_end_to_end(toy, monkeypatch, capsys):
     assert "resuming from" in capsys.readouterr().out
     lines = [line for line in ledger.lines() if "step" in line]
     assert [(x["row"], x["step"], x["weights"]) for x in lines] == [
-        (row, *one) for row in ("sit", "reg") for one in ((2, EMA), (4, EMA), (4, RAW))
+        *((row, *one) for row in ("sit", "reg") for one in ((2, EMA), (4, EMA), (4, RAW))),
+        ("reg", 4, "ema guided 2 1 0.8"),
     ]
     assert {x["row"] for x in ledger.lines()} >= {"held-out", "reconstructions", "oracle token", "teacher"}
     reg = lines[-1]["metrics"]
     assert reg.keys() >= {"fd_judge", "mind_judge", "class_accuracy", "token_cosine", "token_fd", "cknna"}
     assert "token_fd" not in lines[0]["metrics"] and lines[0]["teacher"] == NO_TEACHER
+    assert guidance_of(lines[-1]["weights"]) == Guidance(2, 1, high=0.8) and guidance_of(RAW).off
     before = ledger.path.read_text()
     running.study(toy())
     assert ledger.path.read_text() == before
