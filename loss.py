@@ -143,7 +143,7 @@ class Objective:
 
     def terms(self, output: SiTOutput, noised: Noised, teachers: Sequence[Tensor]) -> LossTerms:
         """The part after the network: the terms of its output. Arguments as in `__call__`."""
-        projections = output.projections
+        projections: Sequence[Tensor] = output.projections
         if teachers and output.class_velocity is not None and not self.align_class_token:
             projections, teachers = ([tokens[:, 1:] for tokens in side] for side in (projections, teachers))
         error = State(output.velocity, output.class_velocity).map(_mean_square, noised.target)
