@@ -28,6 +28,7 @@ GUIDANCE = {
         str(GUIDANCE_HIGH),
     ),
 }
+EARLY = 500  # steps after which --compare judges too: at the end of the run all rows have converged
 RUNS = {  # rows of the paper's ablation => train.py's flags
     "reg": (),
     "repa": ("--no-class-token",),
@@ -59,8 +60,8 @@ def prepare(out: Path) -> list[Stage]:
     return [*stages, Stage("pack", pack, (out / "packed" / "dataset.json",), ("images", "vae", "encoder"))]
 
 
-def train_and_sample(out: Path, run: str, gpu: bool, samples: int) -> list[Stage]:
-    """Train one row and sample it with each solver, with and without guidance."""
+def train_and_sample(out: Path, run: str, gpu: bool, samples: int, early: bool = False) -> list[Stage]:
+    """Train one row and sample it with each solver, with and without guidance; early: also after EARLY steps, unguided."""
     launcher = (
         "accelerate",
         "launch",
@@ -90,29 +91,31 @@ def train_and_sample(out: Path, run: str, gpu: bool, samples: int) -> list[Stage
         *RUNS[run],
     )
     stages = [Stage(f"train-{run}", train, (out / run / "checkpoints",), ("pack",))]
-    for sampler, solver in SAMPLERS.items():
-        for guidance, scales in GUIDANCE.items():
-            name = f"{run}-{sampler}-{guidance}"
-            folder = out / "samples" / name
-            command = (
-                "torchrun",
-                "--nproc_per_node=1",
-                "generate.py",
-                "--checkpoint",
-                str(out / run),
-                "--out",
-                str(folder),
-                "--num-fid-samples",
-                str(samples),
-                "--per-proc-batch-size",
-                "125",
-                "--labels",
-                "balanced",
-                *solver,
-                *scales,
-            )
-            stages.append(Stage(f"sample-{name}", command, (folder / "samples.npz",), (f"train-{run}",)))
-            stages.append(evaluate(out, name, folder / "samples.npz", (f"sample-{name}",)))
+    judged = [(out / run, sampler, guidance) for sampler in SAMPLERS for guidance in GUIDANCE]
+    judged += [(out / run / "checkpoints" / f"{EARLY:07d}", "ode", "early")] if early else []
+    for checkpoint, sampler, guidance in judged:
+        solver, scales = SAMPLERS[sampler], GUIDANCE["unguided" if guidance == "early" else guidance]
+        name = f"{run}-{sampler}-{guidance}"
+        folder = out / "samples" / name
+        command = (
+            "torchrun",
+            "--nproc_per_node=1",
+            "generate.py",
+            "--checkpoint",
+            str(checkpoint),
+            "--out",
+            str(folder),
+            "--num-fid-samples",
+            str(samples),
+            "--per-proc-batch-size",
+            "125",
+            "--labels",
+            "balanced",
+            *solver,
+            *scales,
+        )
+        stages.append(Stage(f"sample-{name}", command, (folder / "samples.npz",), (f"train-{run}",)))
+        stages.append(evaluate(out, name, folder / "samples.npz", (f"sample-{name}",)))
     return stages
 
 
@@ -140,7 +143,9 @@ def evaluate(out: Path, name: str, samples: Path, after: tuple[str, ...]) -> Sta
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bash quickstart.sh", description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="delete the output folder and start over")
-    parser.add_argument("--compare", action="store_true", help="also train plain SiT and REPA and add their rows")
+    parser.add_argument(
+        "--compare", action="store_true", help="also train plain SiT and REPA, and judge all rows early too"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="output folder")
     parser.add_argument("--samples", type=int, default=500, metavar="N", help="images for each sampler setting")
     settings = parser.parse_args()
@@ -161,7 +166,7 @@ def main() -> None:
         runner.run(evaluate(out, name, out / "images" / f"{part}.npz", ("images",)))
     runs = ("sit", "repa", "reg") if settings.compare else ("reg",)
     for run in runs:
-        for stage in train_and_sample(out, run, gpu, settings.samples):
+        for stage in train_and_sample(out, run, gpu, settings.samples, early=settings.compare):
             runner.run(stage)
 
     from quickstart.summary import summarize

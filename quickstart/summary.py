@@ -20,7 +20,7 @@ def collect(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool) 
     for file in sorted((out / "samples").glob("*/samples.json")):
         name = file.parent.name
         run, sampler, guidance = name.split("-")
-        if run not in runs:
+        if run not in runs or f"sample-{name}" not in by_name:
             continue
         sidecar = json.loads(file.read_text(encoding="utf-8"))
         seconds = by_name[f"sample-{name}"].seconds
@@ -62,7 +62,7 @@ def rows(results: dict) -> list[list[str]]:
             [
                 TITLES[s["run"]],
                 s["sampler"].upper(),
-                s["guidance"],
+                "unguided, early" if s["guidance"] == "early" else s["guidance"],
                 f"{s['accuracy']:.1%}",
                 f"{s['fd']:.3f}",
                 str(s["n"]),
@@ -90,6 +90,14 @@ def summarize(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool
             "Recognised: share of images whose class the judge names, a classifier of real digits that takes no part "
             "in generation. FD: Frechet distance to the held-out digits in the judge's features. NFE: evaluations of the "
             "velocity for each sample; a guided one takes two passes of the network.",
+            *(
+                [
+                    "Early: after 500 of 2,000 steps, where the rows differ; at the end all of them have converged. One seed "
+                    "ranks nothing: docs/reproduction.md compares the rows over several."
+                ]
+                if any(s["guidance"] == "early" for s in results["settings"])
+                else []
+            ),
             f"{results['total_seconds'] / 60:.1f} minutes in all on {results['device']}, largest process "
             f"{results['peak_memory_gib']:.2f} GiB.",
         ],

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quickstart.__main__ import RUNS, prepare, train_and_sample
+from config import parse
+from quickstart.__main__ import EARLY, RUNS, prepare, train_and_sample
 from quickstart.digits import SIZE, read_image_folder, write_image_folders
 from quickstart.stages import Runner, Stage
 from quickstart.summary import rows
+from training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,13 +81,19 @@ def test_stages_depend_on_what_they_read():
     seen = set()
     stages = prepare(Path("out"))
     for run in RUNS:
-        stages += train_and_sample(Path("out"), run, gpu=False, samples=100)
+        stages += train_and_sample(Path("out"), run, gpu=False, samples=100, early=True)
     for s in stages:
         assert set(s.after) <= seen, s
         seen.add(s.name)
         programs = [part for part in s.command if part.endswith(".py")]
         assert all((ROOT / program).is_file() for program in programs), programs
-    assert {"train-reg", "sample-reg-sde-guided", "evaluate-sit-ode-unguided"} <= seen
+    assert {"train-reg", "sample-reg-sde-guided", "evaluate-sit-ode-unguided", "sample-repa-ode-early"} <= seen
+
+
+def test_the_early_checkpoint_is_kept():
+    """The recipe saves at the step that --compare judges, and rotation leaves that checkpoint alone."""
+    recipe = parse(TrainConfig, "", ["--config", str(ROOT / "recipes/digits.yaml")])
+    assert EARLY % recipe.checkpointing_steps == 0 and EARLY % recipe.keep_every == 0 < EARLY < recipe.max_train_steps
 
 
 def test_table_has_a_row_for_everything():
