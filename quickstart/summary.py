@@ -92,8 +92,8 @@ def summarize(out: Path, runs: tuple[str, ...], records: list[Record], gpu: bool
             "velocity for each sample; a guided one takes two passes of the network.",
             *(
                 [
-                    "Early: after 500 of 2,000 steps, where the rows differ; at the end all of them have converged. One seed "
-                    "ranks nothing: docs/reproduction.md compares the rows over several."
+                    "Early: after 500 of 2,000 steps, where the rows differ; at the end all of them have converged. One "
+                    "seed ranks nothing: docs/reproduction.md compares the rows over several."
                 ]
                 if any(s["guidance"] == "early" for s in results["settings"])
                 else []

@@ -1,8 +1,8 @@
 """Three small networks, trained in a minute each on the training digits and saved in the formats that `--vae`,
 `--enc-type` and `--classifier` load anywhere: `python -m quickstart.toy_networks vae|encoder|judge IMAGES OUT`.
 
-vae: an AutoencoderKL, 16 x 16 pixels to 8 x 8 x 4 latents. encoder: a ViT with class token, the stand-in for DINOv2.
-judge: a ResNet that recognises digits and takes no part in generation; it only evaluates.
+vae: an AutoencoderKL, 16 x 16 pixels (or 32, or 64) to 8 x 8 x 4 latents. encoder: a ViT with class token, the stand-in
+for DINOv2. judge: a ResNet that recognises digits and takes no part in generation; it only evaluates.
 """
 
 import argparse
@@ -15,22 +15,27 @@ from torch import Tensor, nn
 
 from common.files import write_json
 from common.reporting import progress, say
-from quickstart.digits import SIZE, read_image_folder
+from quickstart.digits import read_image_folder
 
-VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 4}
 RESNET = {"channels": [16, 32, 64, 64], "layers": [1, 1, 1, 1], "stem_width": 16}
+STEPS = {"vae": 400, "encoder": 600, "judge": 600}
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
+def vit(size: int) -> dict[str, int]:
+    """The encoder's shape: 4 x 4 patches of images of `size` pixels."""
+    return {"img_size": size, "patch_size": size // 4, "embed_dim": 96, "depth": 4, "num_heads": 4}
+
+
 def batches(images: Tensor, labels: Tensor, steps: int, size: int, shift: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random batches of [-1, 1] images (size, 3, 16, 16), each image moved by up to `shift` pixels, and labels."""
+    """Random batches of [-1, 1] images (size, 3, H, W), each image moved by up to `shift` pixels, and labels."""
     generator = torch.Generator().manual_seed(0)
     padded = F.pad(images, [shift] * 4, mode="replicate")
     with progress(steps, unit="step") as bar:
         for _ in range(steps):
             rows = torch.randint(len(images), (size,), generator=generator)
             dx, dy = torch.randint(2 * shift + 1, (2,), generator=generator).tolist()
-            yield padded[rows, :, dy : dy + SIZE, dx : dx + SIZE], labels[rows]
+            yield padded[rows, :, dy : dy + images.shape[2], dx : dx + images.shape[3]], labels[rows]
             bar.update()
 
 
@@ -50,18 +55,20 @@ def fit(
     network.eval()
 
 
-def train_vae(images: Tensor, labels: Tensor, out: Path) -> dict[str, float]:
+def train_vae(images: Tensor, labels: Tensor, out: Path, *, steps: int) -> dict[str, float]:
     """Reconstruction and a slight KL term; the scaling factor is 1 / std of the latents, as for SD-VAE."""
     from diffusers import AutoencoderKL
 
+    size = images.shape[-1]
+    blocks = (size // 8).bit_length()  # each but the last halves the image, down to 8 x 8
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(16, *(32,) * (blocks - 1)),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=SIZE,
+        sample_size=size,
         mid_block_add_attention=False,
     )
 
@@ -70,8 +77,9 @@ def train_vae(images: Tensor, labels: Tensor, out: Path) -> dict[str, float]:
         z = posterior.mean + posterior.std * torch.randn_like(posterior.std)
         return F.mse_loss(vae.decode(z).sample, x) + 1e-4 * posterior.kl().mean() / (4 * 8 * 8)
 
-    fit(vae, loss, images, labels, steps=400)
+    fit(vae, loss, images, labels, steps=steps)
     with torch.no_grad():
+        images = images[:5000]
         latents = vae.encode(images).latent_dist.mean
         error = F.mse_loss(vae.decode(latents).sample, images)
     vae.register_to_config(scaling_factor=1 / latents.std().item())
@@ -93,11 +101,11 @@ def train_classifier(
 
     fit(network, loss, images, labels, steps=steps)
     network.pretrained_cfg.update(
-        mean=MEAN, std=STD, input_size=(3, SIZE, SIZE), interpolation="bicubic", crop_pct=1.0, num_classes=10
+        mean=MEAN, std=STD, input_size=tuple(images.shape[1:]), interpolation="bicubic", crop_pct=1.0, num_classes=10
     )
     save_for_hf(network, out, model_args=model_args)
     with torch.no_grad():
-        return {"train_accuracy": (network(images).argmax(1) == labels).float().mean().item()}
+        return {"train_accuracy": (network(images[:5000]).argmax(1) == labels[:5000]).float().mean().item()}
 
 
 def main() -> None:
@@ -105,17 +113,20 @@ def main() -> None:
     parser.add_argument("network", choices=("vae", "encoder", "judge"))
     parser.add_argument("images", type=Path, help="class-folder tree to train on")
     parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"training steps (default: {STEPS})")
     settings = parser.parse_args()
     pixels, labels = map(torch.from_numpy, read_image_folder(settings.images))
     images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     torch.manual_seed(0)
     settings.out.mkdir(parents=True, exist_ok=True)
+    steps, out = settings.steps or STEPS[settings.network], settings.out
     if settings.network == "vae":
-        figures = train_vae(images, labels, settings.out)
+        figures = train_vae(images, labels, out, steps=steps)
     elif settings.network == "encoder":
-        figures = train_classifier("vit_tiny_patch16_224", VIT, images, labels, settings.out, steps=600)
+        shape = vit(images.shape[-1])
+        figures = train_classifier("vit_tiny_patch16_224", shape, images, labels, out, steps=steps)
     else:
-        figures = train_classifier("resnet18", RESNET, images, labels, settings.out, steps=600)
+        figures = train_classifier("resnet18", RESNET, images, labels, out, steps=steps)
     write_json(settings.out / "figures.json", figures)
     figures_text = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
     say(f"{settings.network}: {figures_text}")

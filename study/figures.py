@@ -48,7 +48,7 @@ def draw_curves(file: Path, curves: Curves, panels: Sequence[tuple[str, str, Seq
 
 
 def draw_samples(file: Path, grid: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> None:
-    """Pictures of samples in a grid: one line for each row of the study, one column for each step.
+    """Pictures of samples in a grid, the upper half of each: one line for each row of the study, one column for each step.
 
     Args:
         file: PNG to write.
@@ -58,8 +58,9 @@ def draw_samples(file: Path, grid: Sequence[tuple[str, Sequence[tuple[str, Path]
 
     from common.pictures import Cell, Line, write_sheet
 
-    cells = [
-        [Cell(np.asarray(Image.open(path).convert("RGB")), (Line(f"{name}, {caption}"),)) for caption, path in line]
-        for name, line in grid
-    ]
+    def upper(path: Path) -> np.ndarray:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        return pixels[: len(pixels) // 2]
+
+    cells = [[Cell(upper(path), (Line(f"{name}, {caption}"),)) for caption, path in line] for name, line in grid]
     write_sheet(file, cells)

@@ -110,7 +110,7 @@ class Judge:
         """
         found = {}
         for number, space in enumerate(self.spaces):
-            parts = [space(part) for part in pixels.split(self.batch)]
+            parts = [space(part) for part in pixels.split(self.batch)]  # moved to the device by the space
             pooled = torch.cat([part.pooled.float().cpu() for part in parts])
             if label is not None and number == 0:
                 named = torch.cat([part.logits.argmax(1).cpu() for part in parts if part.logits is not None])

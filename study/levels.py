@@ -4,27 +4,39 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import UserError
 from quickstart.stages import Runner, Stage
 from study.plan import NO_TEACHER, TOKENS, Spec
+from study.settings import StudyConfig
 
-TEACHERS = ("supervised", "self-supervised", "random")
+SUPERVISED = "supervised"
 
 
 @dataclass(frozen=True)
 class Level:
-    """The folder of one level's images and networks; `prepare` makes what is missing of them."""
+    """The folder of one level's images and networks; `prepare` makes what is missing of them.
+
+    With --packed all of it is the user's: dataset, images to judge against, feature spaces.
+    """
 
     out: Path
+    settings: StudyConfig
 
     @property
-    def images(self) -> Path:
-        """Class-folder trees train and test, and train.npz and test.npz."""
-        return self.out / "images"
+    def train_images(self) -> Path:
+        """Images that samples are judged against."""
+        return self.settings.train_images or self.out / "images" / "train.npz"
+
+    @property
+    def held_out(self) -> Path:
+        """Images of the same kind that nothing was trained on."""
+        return self.settings.held_out or self.out / "images" / "test.npz"
 
     @property
     def spaces(self) -> tuple[str, ...]:
-        """Feature spaces of the judges, as evaluate.py --features takes them; the first one also names classes."""
-        return tuple(f"timm:{self.out / 'networks' / name}" for name in ("judge", "efficientnet-lite2"))
+        """Feature spaces of the judges, as evaluate.py --features takes them; the first one may also name classes."""
+        own = tuple(f"timm:{self.network(name)}" for name in ("judge", "efficientnet-lite2"))
+        return self.settings.spaces or own
 
     def network(self, name: str) -> Path:
         """Folder of a network."""
@@ -32,41 +44,62 @@ class Level:
 
     def dataset(self, spec: Spec) -> Path:
         """Packed dataset of a run; a row without a teacher reads no tokens, and takes any."""
-        teacher = TEACHERS[0] if spec.teacher == NO_TEACHER else spec.teacher
-        return self.out / "packed" / f"{spec.data}-{teacher}"
+        teacher = SUPERVISED if spec.teacher == NO_TEACHER else spec.teacher
+        return self.settings.packed or self.out / "packed" / f"{spec.data}-{teacher}"
 
     def accuracy(self, teacher: str) -> dict[str, float]:
         """What a linear head of a teacher's class token names right of the held-out images."""
-        return json.loads((self.network(teacher) / "accuracy.json").read_text(encoding="utf-8"))
+        return json.loads((self.network(teacher) / "accuracy.json").read_text())
 
     def prepare(self, spec: Spec, runner: Runner) -> None:
-        """Run the stages that a run needs, unless they are finished."""
+        """Run the stages that a run needs, unless they are finished.
+
+        Raises:
+            UserError: --packed is given without images or spaces, or needed and not given.
+        """
+        if self.settings.packed:
+            if not (self.settings.train_images and self.settings.held_out and self.settings.spaces):
+                raise UserError("--packed needs --train-images, --held-out and --spaces: what samples are judged by")
+            if spec.data != "labelled":
+                raise UserError(f"{spec.name}: derive that dataset by `python -m study.derive` and give it as --packed")
+            return
+        if self.settings.level == "imagenet":
+            raise UserError("--packed is required: ImageNet as packed by preprocessing/pack.py")
         for stage in self._stages(spec):
             if stage.name not in runner.records:
                 runner.run(stage)
 
     def _stages(self, spec: Spec) -> list[Stage]:
-        images, network = str(self.images), self.network
-        stages = [Stage("images", ("python", "-m", "quickstart.digits", images), (self.images / "test.npz",))]
+        settings, network = self.settings, self.network
+        images = self.out / "images"
+        if settings.level == "digits":
+            write: tuple[str, ...] = ("quickstart.digits", str(images))
+        else:
+            source = ("--source", str(settings.source)) if settings.source else ()
+            write = ("study.images", settings.level, str(images), "--resolution", str(settings.resolution), *source)
+        stages = [Stage("images", ("python", "-m", *write), (images / "test.npz",))]
 
         def trained(name: str, *command: str) -> None:
             done = network(name) / "figures.json"
-            stages.append(Stage(name, ("python", "-m", *command, str(network(name))), (done,), ("images",)))
+            stages.append(Stage(name, ("python", "-m", *command), (done,), ("images",)))
 
-        teacher = TEACHERS[0] if spec.teacher == NO_TEACHER else spec.teacher
-        for name in ("vae", "judge"):
-            trained(name, "quickstart.toy_networks", name, str(self.images / "train"))
-        trained("efficientnet-lite2", "study.teachers", "efficientnet-lite2", images)
-        if teacher == "supervised":
-            trained(teacher, "quickstart.toy_networks", "encoder", str(self.images / "train"))
-        else:
-            trained(teacher, "study.teachers", teacher, images)
-        accuracy = ("python", "-m", "study.teachers", "accuracy", images, str(network(teacher)))
+        def toy(kind: str, name: str, *flags: str) -> None:
+            trained(name, "quickstart.toy_networks", kind, str(images / "train"), str(network(name)), *flags)
+
+        teacher = SUPERVISED if spec.teacher == NO_TEACHER else spec.teacher
+        steps = () if settings.vae_steps == 400 else ("--steps", str(settings.vae_steps))
+        toy("vae", "vae", *steps)
+        toy("judge", "judge")
+        for name in ("efficientnet-lite2", *(() if teacher == SUPERVISED else (teacher,))):
+            trained(name, "study.teachers", name, str(images), str(network(name)))
+        if teacher == SUPERVISED:
+            toy("encoder", teacher)
+        accuracy = ("python", "-m", "study.teachers", "accuracy", str(images), str(network(teacher)))
         stages.append(Stage(f"accuracy-{teacher}", accuracy, (network(teacher) / "accuracy.json",), (teacher,)))
         packed = self.out / "packed" / f"labelled-{teacher}"
-        source = ("--source", str(self.images / "train"), "--out", str(packed), "--resolution", "16")
+        into = ("--source", str(images / "train"), "--out", str(packed), "--resolution", str(settings.resolution))
         networks = ("--vae", str(network("vae")), "--enc-type", str(network(teacher)))
-        pack = ("python", "preprocessing/pack.py", *source, *networks)
+        pack = ("python", "preprocessing/pack.py", *into, *networks)
         stages.append(Stage(packed.name, pack, (packed / "dataset.json",), ("images", "vae", teacher)))
         if spec.data != "labelled":
             data, _, token = spec.data.partition(":")

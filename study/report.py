@@ -231,8 +231,9 @@ class Page:
     def samples(self, data: str, rows: Sequence[Row]) -> str:
         """The sheet of samples of seed 0, where the pictures were kept."""
         folder, grid = self.settings.results / "pictures" / self.settings.level, []
-        for row in rows:
-            named = [(f"{s} steps", folder / f"{data}-{row.teacher}-{row.row}-{s}.png") for s in self.steps]
+        few = dict.fromkeys((self.steps[0], self.settings.headline, self.steps[-1]))
+        for row in [row for row in rows if row.row in ("sit", "repa", "reg")]:
+            named = [(f"{s} steps", folder / f"{data}-{row.teacher}-{row.row}-{s}.png") for s in few]
             found = [(caption, path) for caption, path in named if path.is_file()]
             grid += [(label(row), found)] if found else []
         if not grid:

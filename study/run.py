@@ -18,7 +18,7 @@ from common.processes import on_first
 from common.provenance import processor, versions
 from common.reporting import say
 from config import RESULT, UserError, as_dict, parse
-from models.autoencoder import Autoencoder, load_autoencoder
+from models.autoencoder import load_autoencoder
 from models.cost import cost
 from models.guidance import Guidance
 from models.sit import SiT
@@ -43,21 +43,23 @@ class Study:
     def __init__(self, settings: StudyConfig) -> None:
         self.settings = settings
         self.out = settings.out / settings.level
-        self.level = Level(self.out)
+        self.level = Level(self.out, settings)
         self.ledger = Ledger(settings.results / f"{settings.level}.jsonl")
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline"}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.runner = Runner(self.out, environment)
+        self.train_settings = cache(self._train_settings)
         self.judge = cache(self._judge)
         self.teacher = cache(self._teacher)
-        self.autoencoder: Callable[[str], Autoencoder] = cache(load_autoencoder)
+        self.autoencoder = cache(lambda name: load_autoencoder(name).to(self.device))
 
     def _judge(self) -> Judge:
-        return Judge(self.level.images / "train.npz", self.level.spaces, torch.device("cpu"), 100)
+        return Judge(self.level.train_images, self.level.spaces, self.device, 100)
 
     def _teacher(self, dataset: Path) -> Teacher:
-        return Teacher(dataset, torch.device("cpu"), 100)
+        return Teacher(dataset, self.device, 100)
 
-    def train_settings(self, spec: Spec) -> TrainConfig:
+    def _train_settings(self, spec: Spec) -> TrainConfig:
         """The settings of train.py for one run."""
         settings = self.settings
         flags = {
@@ -167,7 +169,7 @@ class Study:
     def floors(self, spec: Spec) -> None:
         """What real images reach in the judges' spaces, and the teacher's own tokens of them: lines of their own."""
         self.level.prepare(spec, self.runner)
-        held_out, dataset = self.level.images / "test.npz", self.level.dataset(spec)
+        held_out, dataset = self.level.held_out, self.level.dataset(spec)
         head = {"level": self.settings.level, "teacher": spec.teacher, "data": spec.data}
         done = self.ledger.keys()
 
@@ -184,7 +186,8 @@ class Study:
         if spec.teacher != NO_TEACHER:
             names = {"teacher": spec.teacher, "data": spec.data}
             append("oracle token", lambda: oracle(self.teacher(dataset), held_out), **names)
-            append("teacher", lambda: self.level.accuracy(spec.teacher), teacher=spec.teacher)
+            if not self.settings.packed:
+                append("teacher", lambda: self.level.accuracy(spec.teacher), teacher=spec.teacher)
 
 
 def guidance_of(weights: str) -> Guidance:

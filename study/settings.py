@@ -5,14 +5,27 @@ from pathlib import Path
 
 from config import RUN, setting
 
-LEVELS = ("digits",)
+LEVELS = ("digits", "mnist", "eurosat", "imagenet")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """One level of the study: images, networks, the runs in their order, and how their samples are judged."""
 
     level: str = setting(help="which images", group="study", choices=LEVELS)
+    resolution: int = setting(help="of the images, in pixels", group="images", above=0, role=RUN)
+    vae_steps: int = setting(400, "steps of the small VAE", group="images", above=0, role=RUN)
+    source: Path | None = setting(
+        None, "folder of LEVEL-train.zip and LEVEL-test.zip; default: torchvision downloads", group="images", role=RUN
+    )
+    packed: Path | None = setting(
+        None, "packed dataset of the user's, in the place of images and small networks", group="images", role=RUN
+    )
+    train_images: Path | None = setting(None, "with --packed: images to judge against", group="images", role=RUN)
+    held_out: Path | None = setting(None, "with --packed: images that were held out", group="images", role=RUN)
+    spaces: tuple[str, ...] = setting(
+        (), "with --packed: feature spaces of the judges, as of evaluate.py", group="images", role=RUN
+    )
     train: Path = setting(help="recipe of train.py that all rows share", group="training")
     steps: tuple[int, ...] = setting(help="optimiser steps after which a run is judged", group="training", above=0)
     ema_decay: float = setting(help="of the averaged weights, which are judged", group="training", at_least=0, below=1)

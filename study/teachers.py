@@ -16,9 +16,10 @@ from common.files import write_json
 from common.reporting import progress, run, say
 from config import MissingFile
 from models.encoder import load_encoder
-from quickstart.digits import SIZE, read_image_folder
-from quickstart.toy_networks import MEAN, STD, VIT
+from quickstart.digits import read_image_folder
+from quickstart.toy_networks import MEAN, STD, vit
 
+GRID = 4  # patch tokens per side
 LITE_SIZE = 96  # pixels to which images are enlarged for EfficientNet-Lite
 
 
@@ -77,13 +78,13 @@ def write_vit(kind: str, images: Path, out: Path, *, steps: int = 1000) -> dict[
     import timm
     from timm.models import save_for_hf
 
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
-    figures = {}
+    pixels = torch.from_numpy(read_image_folder(images / "train")[0]).permute(0, 3, 1, 2)
+    size, figures = pixels.shape[-1], {}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **vit(size))
     if kind == "self-supervised":
-        pixels = torch.from_numpy(read_image_folder(images / "train")[0])
-        figures["loss"] = train_self_supervised(network, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, steps=steps)
-    network.pretrained_cfg.update(mean=MEAN, std=STD, input_size=(3, SIZE, SIZE), num_classes=0)
-    save_for_hf(network, out, model_args=VIT)
+        figures["loss"] = train_self_supervised(network, pixels.float() / 127.5 - 1, steps=steps)
+    network.pretrained_cfg.update(mean=MEAN, std=STD, input_size=(3, size, size), num_classes=0)
+    save_for_hf(network, out, model_args=vit(size))
     return figures
 
 
@@ -112,21 +113,21 @@ def write_lite(number: int, out: Path, size: int = LITE_SIZE) -> None:
     save_for_hf(network, out)
 
 
-def class_tokens(encoder: Path, pixels: np.ndarray, grid: int) -> np.ndarray:
+def class_tokens(encoder: Path, pixels: np.ndarray) -> np.ndarray:
     """Class tokens (N, D) of uint8 images (N, H, W, 3)."""
-    network = load_encoder(str(encoder), grid)
+    network = load_encoder(str(encoder), GRID)
     parts = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256)
     return torch.cat([network(part).class_token for part in parts]).numpy()
 
 
-def linear_accuracy(encoder: Path, images: Path, grid: int) -> float:
+def linear_accuracy(encoder: Path, images: Path) -> float:
     """Share of the held-out images that a linear classifier of class tokens, fitted to the training images, names."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     sides = [read_image_folder(images / part) for part in ("train", "test")]
-    (x, y), (x_test, y_test) = [(class_tokens(encoder, pixels, grid), labels) for pixels, labels in sides]
+    (x, y), (x_test, y_test) = [(class_tokens(encoder, pixels), labels) for pixels, labels in sides]
     head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     return float(head.fit(x, y).score(x_test, y_test))
 
@@ -139,8 +140,7 @@ def main() -> None:
     settings = parser.parse_args()
     torch.manual_seed(0)
     if settings.kind == "accuracy":
-        grid = SIZE // VIT["patch_size"]
-        figures = {"linear_accuracy": linear_accuracy(settings.out, settings.images, grid)}
+        figures = {"linear_accuracy": linear_accuracy(settings.out, settings.images)}
         say(f"{settings.out}: a linear head names {figures['linear_accuracy']:.1%} of the held-out images")
         write_json(settings.out / "accuracy.json", figures)
         return

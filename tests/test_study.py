@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import study.derive
+import study.images
 from config import UserError, parse
 from dataset import PackedDataset
 from models.guidance import Guidance
@@ -19,14 +21,19 @@ from study import run as running
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, first_pass
 from study.ledger import Ledger
 from study.levels import Level
-from study.plan import NO_TEACHER, TOKENS, Spec, runs
+from study.plan import NO_TEACHER, ROWS, TOKENS, Spec, runs
 from study.report import report
 from study.run import EMA, RAW, Study, guidance_of, selected
-from study.settings import ReportConfig, StudyConfig
+from study.settings import LEVELS, ReportConfig, StudyConfig
 from tests import tiny, toy_images
+from training.assumed import assumed_manifest
+from training.plan import make_plan
+from training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
+    "--resolution",
+    "8",
     "--level",
     "digits",
     "--train",
@@ -138,12 +145,11 @@ class Toy(Level):
         return {"linear_accuracy": 0.5}
 
     def prepare(self, spec, runner):
-        if self.images.exists():
+        if self.train_images.exists():
             return
-        self.images.mkdir(parents=True)
-        for part, count in (("train", 30), ("test", 12)):
-            images = {"arr_0": toy_images.pixels(count, 8), "arr_1": np.arange(count) % 3}
-            np.savez(self.images / f"{part}.npz", **images)
+        self.train_images.parent.mkdir(parents=True)
+        for file, count in ((self.train_images, 30), (self.held_out, 12)):
+            np.savez(file, arr_0=toy_images.pixels(count, 8), arr_1=np.arange(count) % 3)
         toy_images.save_vit(self.network("judge"))
         vae, encoder = tiny.write_vae(self.network("vae")), tiny.write_encoder(self.network("supervised"))
         for data in ("labelled", "unlabelled"):
@@ -250,3 +256,47 @@ def test_curves_compare_the_seeds_that_both_have():
     assert curves.at(plain, 200, "fd_judge") == {0: 8, 1: 7, 2: 7.5}
     passed = curves.passes(reg, "fd_judge", 6.5)
     assert passed[1] == pytest.approx(200) and 100 < passed[0] < 200
+
+
+def test_rows_are_the_recipes_of_the_paper():
+    """On ImageNet the flags of a row turn REG's recipe into that of SiT, REPA and the token alone; all of them plan."""
+    level = parse(StudyConfig, "", ["--config", str(ROOT / "recipes/study/imagenet.yaml")])
+
+    def planned(*flags):
+        settings = parse(TrainConfig, "", [*flags, "--dry-run", "--assume", "imagenet256"])
+        plan = make_plan(settings, assumed_manifest(settings))
+        return plan.network, plan.objective, plan.fields
+
+    named = {"sit": "sit-b2", "token": "token-only-b2", "repa": "repa-b2", "reg": "reg-b2"}
+    for row in dict.fromkeys(spec.row for spec in runs(level)):
+        ours = planned("--config", str(ROOT / level.train), *ROWS[row])
+        if row in named:
+            assert ours == planned("--config", str(ROOT / "recipes" / f"{named[row]}.yaml")), row
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_recipes_can_be_read(name, tmp_path):
+    """Every run of every level has settings of train.py, a folder of its own, and one key for each judgement."""
+    level = parse(
+        StudyConfig, "", ["--config", str(ROOT / "recipes" / "study" / f"{name}.yaml"), "--out", str(tmp_path)]
+    )
+    work, specs = Study(level), runs(level)
+    assert level.headline in level.steps and list(level.steps) == sorted(level.steps)
+    keys = [key for spec in specs for key in work.wanted(spec).values()]
+    assert len(set(keys)) == len(keys) and len({(spec.name, spec.guided) for spec in specs}) == len(specs)
+    assert work.train_settings(specs[0]).max_train_steps == level.steps[-1]
+
+
+def test_images_of_a_zip(tmp_path):
+    """Classes are numbered by name; every image is there at the size that was asked for."""
+    (tmp_path / "zips").mkdir()
+    for part, names in (("train", ("b/1", "a/2", "a/1")), ("test", ("b/9",))):
+        with zipfile.ZipFile(tmp_path / "zips" / f"mnist-{part}.zip", "w") as archive:
+            for number, name in enumerate(names):
+                toy_images.write_mixed(tmp_path / f"{part}{number}", sizes=((14, 14),))
+                archive.write(tmp_path / f"{part}{number}" / "0.png", f"{name}.png")
+    assert study.images.write("mnist", tmp_path / "out", 16, tmp_path / "zips") == {"train": 3, "test": 1}
+    with np.load(tmp_path / "out" / "train.npz") as found:
+        assert found["arr_0"].shape == (3, 16, 16, 3) and found["arr_1"].tolist() == [0, 0, 1]
+    with pytest.raises(UserError, match=r"mnist-train\.zip does not exist"):
+        study.images.write("mnist", tmp_path / "none", 16, tmp_path)
