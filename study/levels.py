@@ -49,7 +49,7 @@ class Level:
 
     def accuracy(self, teacher: str) -> dict[str, float]:
         """What a linear head of a teacher's class token names right of the held-out images."""
-        return json.loads((self.network(teacher) / "accuracy.json").read_text())
+        return json.loads((self.network(teacher) / "accuracy.json").read_text(encoding="utf-8"))
 
     def prepare(self, spec: Spec, runner: Runner) -> None:
         """Run the stages that a run needs, unless they are finished.
