@@ -74,6 +74,8 @@ def _begin(settings: SampleConfig, process: Processes, parts: Parts) -> tuple[Jo
     wanted = [TOKENS] if settings.class_tokens else []
     if is_finished(out, count, job.identity, wanted, have_parts=bool(parts.done())):
         restore_pictures(job)
+        if not settings.keep_parts:
+            parts.remove()  # those that a kill at the very end has left
         say(f"{out} is complete: {count} samples with these settings are there")
         return None
 

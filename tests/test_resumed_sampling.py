@@ -89,7 +89,10 @@ def test_files_asked_for_later_are_written_from_the_parts(place, tmp_path):
 
 def test_a_finished_folder_is_left_alone(place, unbroken, capsys):
     before = (unbroken / "samples.npz").stat().st_mtime_ns
+    (unbroken / "parts").mkdir()
+    (unbroken / "parts" / "settings.json").write_text("{}")  # a kill came before the parts were deleted
     generate(place, unbroken)
+    assert not (unbroken / "parts").exists()
     assert (unbroken / "samples.npz").stat().st_mtime_ns == before
     assert "is complete: 11 samples" in capsys.readouterr().out
 
