@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import RESULTS, ROOT, environment
-from common.files import write_json
+from common.files import replacing, write_json
 from common.reporting import run, say
 from config import UserError, parse, setting
 
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(RESULTS / f"finetune-{settings.label}.json", content)
     table = markdown(content)
     (RESULTS / f"finetune-{settings.label}.md").write_text(table, encoding="utf-8")
+    plot(content, RESULTS / f"finetune-{settings.label}.png")
     say(table)
 
 
@@ -240,6 +241,32 @@ def _sheet(settings: FinetuneBenchmark, pixels: np.ndarray, labels: list[int], c
     write_sheet(
         settings.out / "pictures" / f"{name}.png", [[Cell(pixels[i].transpose(1, 2, 0)) for i in row] for row in rows]
     )
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Curves over the steps: mean of the seeds and their range; dotted: the training images themselves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 3), layout="constrained")
+    titles = {
+        "fd": "FD to held-out images",
+        "accuracy": "class accuracy",
+        "nearer_to_training": "nearer to training images",
+    }
+    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items()):
+        for arm in ARMS:
+            found: dict[int, list[float]] = {}
+            for row in content["rows"]:
+                if row["arm"] == arm:
+                    found.setdefault(row["step"], []).append(row[key])
+            steps = sorted(found)
+            axes.plot(steps, [np.mean(found[step]) for step in steps], marker="o", label=arm)
+            axes.fill_between(steps, *([side(found[step]) for step in steps] for side in (min, max)), alpha=0.25)
+        axes.axhline(content["real"][key], color="grey", linestyle=":")
+        axes.set(title=title, xlabel="steps", xscale="log", ylim=(0, None))
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def markdown(content: dict[str, Any]) -> str:

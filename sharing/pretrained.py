@@ -62,9 +62,10 @@ class PretrainedSiT(ModelHubMixin):
         return load_decoder(self.model, None, next(self.network.parameters()).device)
 
     def to(self, device: torch.device | str) -> "PretrainedSiT":
-        """Move network, class means and VAE to a device, in place."""
+        """Move network, class means and, if it was used before, the VAE to a device, in place."""
         self.network.to(device)
-        self.autoencoder.to(device)
+        if "autoencoder" in vars(self):
+            self.autoencoder.to(device)
         if self.model.class_means is not None:
             self.model.class_means = self.model.class_means.to(device)
         return self
