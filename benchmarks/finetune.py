@@ -264,6 +264,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
             axes.fill_between(steps, *([side(found[step]) for step in steps] for side in (min, max)), alpha=0.25)
         axes.axhline(content["real"][key], color="grey", linestyle=":")
         axes.set(title=title, xlabel="steps", xscale="log", ylim=(0, None))
+        axes.set_xticks(content["settings"]["steps"], map(str, content["settings"]["steps"]))
+        axes.minorticks_off()
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
