@@ -18,6 +18,7 @@ from common.files import WriteError, read_json, replacing, write_json
 from common.lock import FolderLock
 from config import UserError, differences
 
+SETTINGS = "settings.json"
 _NAME = re.compile(r"part-(\d{9})-(\d{9})\.npz")
 
 
@@ -46,7 +47,7 @@ class Parts:
             UserError: another job writes into the folder, or it holds parts made with other settings; names what differs.
         """
         self.claim()
-        file = self.folder / "settings.json"
+        file = self.folder / SETTINGS
         if file.is_file():
             refuse_mixing(self.folder, read_json(file), identity)
         write_json(file, identity)

@@ -2,30 +2,32 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import check_space
+from common.files import check_space, read_json
 from common.pictures import write_png
 from common.processes import Processes, gather, on_first, share
 from common.reporting import progress, say
 from common.units import size_text
-from config import UserError, differences
+from config import UserError, differences, identity
 from models.obtain import obtain
 from sampling import messages
-from sampling.assemble import TOKENS, assemble, is_finished, png_file, restore_pictures
+from sampling.assemble import SIDECAR, TOKENS, assemble, is_finished, png_file, restore_pictures
 from sampling.job import Job, load
-from sampling.parts import Parts
+from sampling.parts import SETTINGS, Parts, refuse_mixing
 from sampling.sampler import Drawn, guidance_of, solver_of
 from sampling.settings import SampleConfig, resolved
 from sampling.work import batches
 
 _SOLVED = 0.95  # of a batch's work when its solver is through; the rest is decoding and writing
+_PLAIN = ("seed", "mode", "solver", "steps", "time_grid", "shift", "t_last", "diffusion", "last_step")  # settings
 _SECONDS_BETWEEN_LOOKS = 1.0  # at what the other ranks have finished
 
 
@@ -67,6 +69,7 @@ def _begin(settings: SampleConfig, process: Processes, parts: Parts) -> tuple[Jo
     """
     if parts.folder.is_dir():
         parts.claim()  # refused before anything is loaded
+    _refuse_other_solver(settings, parts)
     guide = settings.guide_checkpoint
     found = replace(settings, checkpoint=obtain(settings.checkpoint), guide_checkpoint=guide and obtain(guide))
     job = load(found, process)
@@ -93,6 +96,22 @@ def _begin(settings: SampleConfig, process: Processes, parts: Parts) -> tuple[Jo
     resumed = f"{left:,} of them are still to be made; " if left < count else ""
     say(f"{resumed}disk: {size_text(needed)} needed, {size_text(free)} free")
     return job, work
+
+
+def _refuse_other_solver(settings: SampleConfig, parts: Parts) -> None:
+    """Raise OtherSettings, before anything is loaded, where the folder's samples have another seed or solver.
+
+    What a model decides (guidance, labels, precision) is compared after it is loaded.
+    """
+    now = identity(resolved(settings))
+    now["steps"] = now.pop("num_steps")
+    for folder, name in ((settings.out, SIDECAR), (parts.folder, SETTINGS)):
+        before: dict[str, Any] = {}
+        with suppress(UserError):  # missing, or damaged, of which more later
+            before = read_json(folder / name)
+        if isinstance(before, dict):
+            known = [key for key in _PLAIN if key in before]
+            refuse_mixing(folder, {key: before[key] for key in known}, {key: now[key] for key in known})
 
 
 def _compare(job: Job) -> None:

@@ -107,9 +107,11 @@ def test_a_finished_folder_is_left_alone(place, unbroken, capsys):
         (["--num-fid-samples", "12"], "is finished with 11 samples and its parts are gone"),
     ],
 )
-def test_settings_never_mix_in_one_folder(place, unbroken, tmp_path, change, words):
+def test_settings_never_mix_in_one_folder(place, unbroken, tmp_path, monkeypatch, change, words):
     """Neither in a finished folder nor in one with parts."""
-    with pytest.raises(ValueError, match=words):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=words):
+        if change[0] in ("--seed", "--num-steps"):
+            patch.setattr(run, "load", None)  # before anything is loaded
         generate(place, unbroken, *change)
     if change[0] != "--num-fid-samples":
         parts = Parts(tmp_path / "s" / "parts")
