@@ -266,6 +266,7 @@ def _full_size(folder: Path) -> dict[str, Any]:
     """Start-up on as many records as ImageNet has: files of the right size without content on the disk."""
     import torch
 
+    from common.files import sha256
     from dataset import PackedDataset, StepSampler
     from packed.format import EncoderInfo, Field, Manifest, write_manifest
 
@@ -287,7 +288,7 @@ def _full_size(folder: Path) -> dict[str, Any]:
             header = Field(np.dtype(dtype), shape).header(count)
             file.write_bytes(header)
             os.truncate(file, len(header) + count * np.dtype(dtype).itemsize * int(np.prod(shape)))
-            entry["files"][name] = {"file": file.name, "sha256": "0" * 64}
+            entry["files"][name] = {"file": file.name, "sha256": sha256(file) if name == "label" else "0" * 64}
         shards.append(entry)
     fields = {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in specs.items()}
     classes = [str(i) for i in range(1000)]
