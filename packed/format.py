@@ -146,6 +146,18 @@ def check_fields(fields: Any, path: Path) -> None:
             raise UserError(f"{path}: field {name} cannot be {str(spec['dtype'])[:20]} {spec['shape']}; {REPAIR}")
 
 
+@dataclass
+class _Entry:
+    """Types of what the entry of a shard holds: the notes are those of packing. skipped: name and reason of each image."""
+
+    count: int
+    files: dict[str, dict[str, str]]
+    plan: str = ""
+    skipped: list[list[str]] = field(default_factory=list)
+    enlarged: int = 0
+    error: dict[str, float] = field(default_factory=dict)
+
+
 def read_entry(directory: Path, number: int) -> dict[str, Any]:
     """The manifest entry of a finished shard, with the notes of its writer.
 
@@ -154,6 +166,7 @@ def read_entry(directory: Path, number: int) -> dict[str, Any]:
     """
     path = entry_file(directory, number)
     entry = read_sealed(path, REPAIR)
+    build(_Entry, entry, str(path))
     _check_entry(entry, path, "the shard", empty=True)
     for name, file in entry["files"].items():
         if file["file"] != shard_file(name, number):

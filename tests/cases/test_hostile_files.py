@@ -167,3 +167,45 @@ def test_a_model_header_of_impossible_values(tmp_path):
         save_file({"a": np.zeros(1)}, tmp_path / "m", metadata={"reg": text})
         with pytest.raises(UserError, match=r"/m( |:)"):
             read_info(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["packing.json", "index.npz", "shard-00000.json"])
+def test_crafted_files_of_a_packing(toys, tmp_path, name, capsys):
+    """With right checksums and impossible values: `--verify` names the file, packing refuses, nothing breaks."""
+    out = shutil.copytree(toys / "packed", tmp_path / "out")
+    path = out / name
+    if name == "index.npz":
+        arrays_ = dict(np.load(path))
+        crafted = [
+            {**arrays_, "labels": arrays_["labels"] + 10**6},
+            {**arrays_, "places": arrays_["places"][:, :2]},
+            {**arrays_, "labels": arrays_["labels"].astype("U3")},
+            {**arrays_, "head": np.frombuffer(b"[" * 100_000, np.uint8)},
+        ]
+    else:
+        content = read_sealed(path, "")
+        keys = {
+            "packing.json": ("count", "shard_size", "fields", "extends"),
+            "shard-00000.json": ("count", "files", "skipped", "error", "enlarged", "plan"),
+        }
+        crafted = []
+        for key in keys[name]:
+            for value in (-1, 10**30, [1], None, 1.5, {"a": "x"}):
+                changed = json.loads(json.dumps(content))
+                (changed["settings"] if key == "shard_size" else changed)[key] = value
+                crafted.append(changed)
+    for changed in crafted:
+        if name == "index.npz":
+            np.savez(path, **changed)
+            plan = read_sealed(out / "packing.json", "")
+            write_sealed(out / "packing.json", {**plan, "index": files.sha256(path)})
+        else:
+            write_sealed(path, changed)
+        with pytest.raises(UserError):
+            pack.main(["--out", str(out), "--verify"])
+        if name != "shard-00000.json":
+            with pytest.raises(UserError):
+                pack.main(flags(toys, out))
+    if name == "shard-00000.json":  # which is written again
+        pack.main(flags(toys, out))
+        assert path.read_bytes() == (toys / "packed" / name).read_bytes()
