@@ -14,6 +14,7 @@ from torch import Tensor
 from common.files import check_digests, fingerprint, parse_json, read_sealed, replacing, sha256
 from common.typed import build
 from config import MissingFile, UserError
+from models.autoencoder import LatentNormalization
 from models.sit import SiT, SiTConfig
 
 SHARED_FILE = "model.safetensors"  # in a folder that is handed on
@@ -237,7 +238,9 @@ def _read_sealed(path: Path) -> tuple[ModelInfo, str | None]:
             f"{path} has changed since it was written (checksum of its header differs); copy or make it again"
         )
     digest = content.pop("weights", None) if isinstance(content, dict) else None
-    return build(ModelInfo, content, f"{path}: its header"), digest
+    info = build(ModelInfo, content, f"{path}: its header")
+    build(LatentNormalization, info.normalization, f"{path}: its header: normalization")
+    return info, digest
 
 
 def read_header(path: Path) -> dict[str, str]:

@@ -121,6 +121,7 @@ def read_manifest(directory: Path | str) -> Manifest:
         _check_number(encoder.dim, f"{path}: dim of encoder {encoder.name}")
         _check_number(encoder.grid, f"{path}: grid of encoder {encoder.name}")
     check_fields(manifest.fields, path)
+    build(_Vae, manifest.vae, f"{path}: vae")
     for number, shard in enumerate(manifest.shards):
         _check_entry(shard, path, f"shard {number}")
         for name in manifest.fields.keys() - shard["files"].keys():
@@ -144,6 +145,16 @@ def check_fields(fields: Any, path: Path) -> None:
             axes not in (None, len(spec["shape"]))
         ):
             raise UserError(f"{path}: field {name} cannot be {str(spec['dtype'])[:20]} {spec['shape']}; {REPAIR}")
+
+
+@dataclass
+class _Vae:
+    """Types of what the manifest says of the VAE. normalization: of models.autoencoder."""
+
+    name: str = ""
+    normalization: dict[str, Any] = field(default_factory=dict)
+    factor: int = 1
+    weights: str = ""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.typed import build
 from config import UserError
 from loss import Objective
 from models.autoencoder import LatentNormalization
@@ -80,6 +81,9 @@ def make_plan(settings: TrainConfig, manifest: Manifest) -> Plan:
     Raises:
         UserError: a flag contradicts the dataset, or an encoder is not known.
     """
+    for part, key in ((manifest.fields, "moments"), (manifest.fields, "label"), (manifest.vae, "normalization")):
+        if key not in part:
+            raise UserError(f"dataset {settings.data_dir} has no {key}: it was not packed for training")
     _, latent_size, _ = manifest.fields["moments"]["shape"]
     _check_against(settings, manifest)
     free = {name: getattr(settings, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
@@ -154,7 +158,9 @@ def make_plan(settings: TrainConfig, manifest: Manifest) -> Plan:
         cached=cached,
         online=online,
         encoders=names,
-        normalization=LatentNormalization(**manifest.vae["normalization"]),
+        normalization=build(
+            LatentNormalization, manifest.vae["normalization"], f"dataset {settings.data_dir}: its VAE"
+        ),
         vae=settings.vae or manifest.vae["name"],
     )
 

@@ -82,6 +82,7 @@ CRAFTED = {
     "encoders": ([{}], [{"name": "a", "dim": -1, "grid": 2}], [{"name": "a", "dim": 1e300, "grid": 2}], "abc"),
     "class_means": ("../x.npy", 1, "/etc/passwd"),
     "files": ({"../x": "0"}, {"/x": "0"}, [], {"x": 1}),
+    "vae": ({"name": 3}, {"factor": "2"}, {"normalization": [1]}, {"path": "x"}, "ema"),
     "unknown": (1,),
     "schema": ([], "1", 2, None),
 }
@@ -156,6 +157,8 @@ def test_a_model_header_of_impossible_values(tmp_path):
         {"network": {**network, "depths": 2}},
         {"network": {**network, "num_heads": 0}},
         {"classes": 3},
+        {"normalization": {"scale": ["x"]}},
+        {"normalization": {"scale": [float("inf")]}},
         {"resolution": float("nan")},
         {"schema": [1]},
         {"other": 1},
