@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
@@ -41,12 +42,15 @@ def test_two_processes_agree(tools, tmp_path):
         str(tools["data"]),
         str(bad),
         str(tmp_path),
+        str(tools["encoder"]),
     )
+    np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
     done = subprocess.run(command, **options, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout
     for rank in (0, 1):
         assert re.search(rf"signal rank {rank}: status 143, saved \['0000005'\]", said), said
+        assert f"measured rank {rank}: status 143, saved ['0000004'], [False, True, False, False]" in said, said
         assert f"drift rank {rank}: step 4: parameter blocks.1.mlp.fc1.bias differs between processes 0 and 1" in said
         assert f"nan rank {rank}: step 1, process 1: moments of record {first[6]} are not finite" in said
         assert f"indivisible rank {rank}: batch size 9 must be divisible by 2 processes" in said

@@ -9,7 +9,7 @@ import torch
 
 from common.processes import leave
 from config import parse
-from tests.tiny import FLAGS
+from tests.tiny import FLAGS, log_lines
 from train import TrainConfig, train
 from training.step import TrainStep
 
@@ -43,6 +43,23 @@ def main() -> None:
     end = ending(settings(out, good, "signal", "--max-train-steps", "50", "--checkpointing-steps", "1000"))
     saved = sorted(path.name for path in (out / "signal/checkpoints").iterdir())
     print(f"signal rank {rank}: {end}, saved {saved}", flush=True)
+
+    # the same during a measurement: both give it up between batches and save
+    measured = (
+        "--eval-every",
+        "2",
+        "--eval-samples",
+        "67",
+        "--eval-features",
+        f"timm:{sys.argv[4]}",
+        "--preview-steps",
+        "1",
+    )
+    reference = ("--eval-reference", str(out / "reference.npz"))
+    end = ending(settings(out, good, "measured", "--max-train-steps", "50", *measured, *reference))
+    saved = sorted(path.name for path in (out / "measured/checkpoints").iterdir())
+    lines = [("fd" in line) for line in log_lines(out, "measured")]
+    print(f"measured rank {rank}: {end}, saved {saved}, {lines}", flush=True)
 
     # weights that drift apart in one process are found at the next checkpoint
     def step_with_drift(self, step, batches):
