@@ -44,9 +44,15 @@ class PretrainedSiT(ModelHubMixin):
 
     def __init__(self, model: Model, autoencoder: Autoencoder | None = None) -> None:
         """Wrap a model file in memory; its VAE is looked for at the first use unless it is given."""
-        self.model, self._hub_mixin_config = model, asdict(model.info)
+        self.model = model
+        self._hub_mixin_config = asdict(self._shared_info())  # what the mixin writes to config.json
         if autoencoder is not None:
             self.autoencoder = autoencoder
+
+    def _shared_info(self) -> ModelInfo:
+        """The header without the paths of this machine that files of former versions hold."""
+        encoders, vae = tuple(map(portable, self.info.encoders)), self.info.vae
+        return replace(self.info, encoders=encoders, vae="./vae" if is_local(vae) else vae)
 
     @property
     def network(self) -> SiT:
@@ -114,10 +120,10 @@ class PretrainedSiT(ModelHubMixin):
             folder: that exists.
             dtype: precision of the stored weights; the VAE, by whose digest latents are compared, keeps its own.
         """
-        info = replace(self.info, encoders=tuple(map(portable, self.info.encoders)))
+        info = self._shared_info()
         if is_local(info.vae):
             self.autoencoder.vae.save_pretrained(folder / "vae")
-            info = replace(info, vae="./vae", vae_weights=weights_sha256(self.autoencoder, by_name=True))
+            info = replace(info, vae_weights=weights_sha256(self.autoencoder, by_name=True))
         weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in self.network.state_dict().items()}
         save_model(folder / SHARED_FILE, weights, info, self.model.class_means)
 

@@ -55,7 +55,11 @@ def test_the_library_samples_as_the_program(model, tmp_path):
         "model.safetensors",
         "vae",
     ]
-    assert str(folder) not in read_header(tmp_path / "saved/model.safetensors")["reg"]
+    for text in (
+        read_header(tmp_path / "saved/model.safetensors")["reg"],
+        (tmp_path / "saved/config.json").read_text(),
+    ):
+        assert str(folder) not in text
     moved = shutil.move(tmp_path / "saved", tmp_path / "moved")
     assert np.array_equal(seven_lines(moved), pictures)
 
