@@ -32,4 +32,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "use a smaller --per-proc-batch-size or --vae-batch-size, or --vae-tiling")

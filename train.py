@@ -54,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "use --micro-batch auto, a larger --gradient-accumulation-steps, or --gradient-checkpointing")

@@ -54,16 +54,20 @@ class _Console:
         return getattr(self._stream, name)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], less_memory: str = "take smaller batches") -> None:
     """Call a program's `main`; a UserError or a missing package ends it with one line on stderr and exit status 2.
 
     The same error of several ranks is reported by the first of them, an error of one rank alone with its number. Any other
     exception is a bug and keeps its traceback. What then breaks on the other ranks, whose peer has left, is not reported.
     A console that is gone never ends the program.
+
+    Args:
+        main: the program.
+        less_memory: what to do where the GPU's memory does not suffice; the end of the sentence.
     """
     sys.stdout, sys.stderr = cast(TextIO, _Console(sys.stdout)), cast(TextIO, _Console(sys.stderr))
     try:
-        main()
+        _within_memory(main, less_memory)
     except UserError as error:
         if not _reported(str(error)):
             rank = int(os.environ.get("RANK", "0"))
@@ -88,6 +92,16 @@ def run(main: Callable[[], None]) -> None:
         from common.processes import leave
 
         leave()
+
+
+def _within_memory(main: Callable[[], None], less: str) -> None:
+    try:
+        main()
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        what = ". ".join(str(error).split(". ")[:2])
+        raise UserError(f"the GPU's memory does not suffice ({what}): {less}") from error
 
 
 def _reported(error: str | None = None) -> bool:

@@ -59,3 +59,27 @@ def test_only_rank_0_speaks(monkeypatch, capsys, rank, heard):
     monkeypatch.setenv("RANK", rank)
     reporting.say("word")
     assert capsys.readouterr().out == heard
+
+
+def test_a_full_gpu_ends_with_what_to_do(capsys):
+    """Torch's explanation of its allocator is cut; another RuntimeError keeps its traceback."""
+
+    class OutOfMemoryError(RuntimeError):
+        """As torch names it."""
+
+    def fill() -> None:
+        raise OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.5 GiB"
+        )
+
+    with pytest.raises(SystemExit) as end:
+        reporting.run(fill, "use --micro-batch auto")
+    (line,) = capsys.readouterr().err.splitlines()
+    expected = "(CUDA out of memory. Tried to allocate 20.00 MiB): use --micro-batch auto"
+    assert end.value.code == 2 and line == f"error: the GPU's memory does not suffice {expected}"
+
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        reporting.run(fail)

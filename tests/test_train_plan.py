@@ -134,6 +134,37 @@ def test_a_plan_says_whether_it_fits(capsys, gpu, depth, words):
         )
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--micro-batch", "64"), "1, with micro-batches of 64 images, 4 per step"),
+        (("--micro-batch", "auto"), "1, with micro-batches of 256 images, 1 per step"),  # of an H200
+        (("--micro-batch", "auto", "--gpu", "A6000"), "1, with micro-batches of 64 images, 4 per step"),
+    ],
+)
+def test_the_micro_batch_is_given_or_found(capsys, flags, words):
+    """As many images as the memory of the GPU holds, counted as in the row that compares them."""
+    train.main(["--dry-run", "--assume", "imagenet256", "--gpu", "H200", *flags])
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--micro-batch", "7"), "--micro-batch 7 does not divide the 256 images"),
+        (("--micro-batch", "big"), "--micro-batch big is neither a whole number of images nor auto"),
+        (("--micro-batch", "8", "--gradient-accumulation-steps", "2"), "say the same thing"),
+        (
+            ("--micro-batch", "auto", "--gpu", "T4"),
+            "one image needs 1[0-9.]+ GiB of the 1[0-9.]+ GiB .* use --gradient-ch",
+        ),
+    ],
+)
+def test_impossible_micro_batches_are_one_sentence(flags, words):
+    with pytest.raises(UserError, match=words):
+        train.main(["--dry-run", "--assume", "imagenet256", "--gpu", "H200", *flags])
+
+
 def test_a_run_is_compared_with_the_gpu_it_found(tools, monkeypatch):
     """By its own name and memory, of which the data sheet's name is a part; an unknown GPU gets no prediction of time."""
     settings = parse(TrainConfig, "", flags(tools["data"], Path("runs"), "--mixed-precision", "auto"))

@@ -14,7 +14,7 @@ from packed.format import read_manifest
 from training.assumed import assumed_manifest, record_bytes
 from training.checkpoints import superseded
 from training.initial import open_source
-from training.launch import Processes, asked_precision, check_launcher
+from training.launch import Processes, asked_precision, check_launcher, gpu_memory
 from training.plan import Plan, make_plan
 from training.settings import TrainConfig
 
@@ -53,9 +53,49 @@ def dry_run(settings: TrainConfig) -> str:
         PackedDataset(settings.data_dir, plan.fields)  # finds missing files and impossible labels
     plan.class_means(settings.data_dir)  # there is none where the dataset is assumed
     open_source(settings, plan)
+    settings = with_micro_batches(settings, plan, world, precision, memory)
     micro = settings.gradient_accumulation_steps
     StepSampler(manifest.count, settings.batch_size, seed=settings.seed, world=world, micro=micro)
     return _lines(Forecast(settings, plan, world, precision, gpus, name, memory).rows())
+
+
+def with_micro_batches(
+    settings: TrainConfig, plan: Plan, world: int, precision: str, memory: float | None
+) -> TrainConfig:
+    """The settings, with --micro-batch turned into gradient_accumulation_steps.
+
+    Args:
+        settings: as given.
+        plan: made of them.
+        world: processes.
+        precision: "fp32", "fp16", "bf16" or "auto".
+        memory: bytes of each GPU; None: not known, or a CPU, whose memory is not counted.
+
+    Raises:
+        UserError: it is neither a number nor auto, does not divide the batch, or no micro-batch fits.
+    """
+    if settings.micro_batch is None:
+        return settings
+    if settings.gradient_accumulation_steps != 1:
+        raise UserError("--micro-batch and --gradient-accumulation-steps say the same thing: give one of them")
+    images, flag = settings.batch_size // world, f"--micro-batch {settings.micro_batch}"
+    if settings.micro_batch != "auto":
+        if not settings.micro_batch.isdecimal() or int(settings.micro_batch) < 1:
+            raise UserError(f"{flag} is neither a whole number of images nor auto")
+        if images % int(settings.micro_batch):
+            raise UserError(f"{flag} does not divide the {images} images per step of each of {world} processes")
+        return replace(settings, gradient_accumulation_steps=images // int(settings.micro_batch))
+    if memory is None:
+        return settings
+    forecast = Forecast(settings, plan, world, precision)
+    steps = forecast.fitting(USABLE * memory, settings.gradient_checkpointing)
+    if steps is None:
+        needed = size_text(forecast.needed_memory(images, settings.gradient_checkpointing))
+        raise UserError(
+            f"{flag}: one image needs {needed} of the {size_text(USABLE * memory)} that the GPU has for tensors; use "
+            "--gradient-checkpointing, a smaller --model or a larger GPU"
+        )
+    return replace(settings, gradient_accumulation_steps=steps)
 
 
 def start_text(settings: TrainConfig, plan: Plan, processes: Processes, folder: Path) -> str:
@@ -65,7 +105,7 @@ def start_text(settings: TrainConfig, plan: Plan, processes: Processes, folder: 
     if processes.device.type == "cuda":
         device = name = torch.cuda.get_device_name(processes.device)
         gpus = tuple(filter(None, [named_gpu(device)]))
-        memory = torch.cuda.get_device_properties(processes.device).total_memory
+        memory = gpu_memory(processes.device)
     forecast = Forecast(settings, plan, processes.world, processes.precision, gpus, name, memory)
     return _lines([*forecast.rows(), ("device", device), ("folder", str(folder))])
 
@@ -133,6 +173,14 @@ class Forecast:
         """
         return self._counted(recompute).total(self._local(accumulation)) + self._encoder_bytes()
 
+    def fitting(self, usable: float, recompute: bool, least: int = 1) -> int | None:
+        """The fewest micro-batches per step, at least `least`, that need no more than `usable` bytes; None: none does."""
+        images = self.settings.batch_size // self.world
+        for accumulation in range(least, images + 1):
+            if images % accumulation == 0 and self.needed_memory(accumulation, recompute) <= usable:
+                return accumulation
+        return None
+
     def _local(self, accumulation: int) -> int:
         """Images of a micro-batch."""
         return self.settings.batch_size // (self.world * accumulation)
@@ -168,15 +216,13 @@ class Forecast:
         text = f"{self.name}, {size_text(memory)}, of which {size_text(usable)} are for tensors: {size_text(needed)} "
         if needed <= usable:
             return text + "fit"
-        per_process, ways = self.settings.batch_size // self.world, []
+        ways = []
         for recompute in sorted({self.settings.gradient_checkpointing, True}):
-            for accumulation in range(now, per_process + 1):
-                needed = self.needed_memory(accumulation, recompute)
-                if per_process % accumulation == 0 and needed <= usable:
-                    flags = ["--gradient-checkpointing"] * (recompute and not self.settings.gradient_checkpointing)
-                    flags += [f"--gradient-accumulation-steps {accumulation}"] * (accumulation != now)
-                    ways.append(f"{' '.join(flags)} ({size_text(needed)})")
-                    break
+            accumulation = self.fitting(usable, recompute, now)
+            if accumulation is not None:
+                flags = ["--gradient-checkpointing"] * (recompute and not self.settings.gradient_checkpointing)
+                flags += [f"--gradient-accumulation-steps {accumulation}"] * (accumulation != now)
+                ways.append(f"{' '.join(flags)} ({size_text(self.needed_memory(accumulation, recompute))})")
         if not ways:
             return text + "do not fit at any batch size: take a smaller --model or a larger GPU"
         return text + "do not fit: use " + ", or ".join(ways)

@@ -121,6 +121,11 @@ class Processes(processes.Processes):
         return flops_per_second / (peak * 1e12 * self.world)
 
 
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for the CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def gather_row(row: Tensor) -> Tensor:
     """(K,) of each rank => (world, K) on the CPU of every rank."""
     return torch.stack(processes.gather(row.cpu()))

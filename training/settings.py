@@ -85,6 +85,13 @@ class TrainConfig:
     gradient_accumulation_steps: int = _optimisation(
         1, "micro-batches per step", also=("grad_accum", "accumulation_steps", "accum"), above=0, role=RUN
     )
+    micro_batch: str | None = _optimisation(
+        None,
+        "images of a micro-batch of each process, or auto: as many as its GPU holds; in place of "
+        "--gradient-accumulation-steps",
+        also=("micro_batch_size", "per_device_batch_size"),
+        role=RUN,
+    )
     learning_rate: float = _optimisation(1e-4, "of AdamW, after the warm-up", also=("lr",), above=0, below=math.inf)
     lr_schedule: str = _optimisation(
         "constant", "learning rate after the warm-up: constant, or cosine to 0 at the last step", choices=SCHEDULES

@@ -22,11 +22,11 @@ from models.model_file import blank_network
 from models.sit import SiT
 from packed.format import read_manifest
 from training import checkpoints, trackers
-from training.dry_run import start_text
+from training.dry_run import start_text, with_micro_batches
 from training.folder import record_settings
 from training.initial import Source, open_source, take_weights
 from training.interrupt import Interrupt
-from training.launch import Processes, check_launcher
+from training.launch import Processes, check_launcher, gpu_memory
 from training.plan import Plan, make_plan
 from training.probe import FrechetProbe
 from training.run import Run
@@ -49,10 +49,12 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
     check_launcher(settings.gradient_accumulation_steps)
     processes = Processes(settings.mixed_precision)
     settings = replace(settings, compile=decide_compile(settings.compile, processes.device))
-    assert settings.data_dir is not None and settings.exp_name is not None
+    data_dir, name = settings.data_dir, settings.exp_name
+    assert data_dir is not None and name is not None
     on_first(lambda: trackers.check(settings.report_to))
-    plan = make_plan(settings, read_manifest(settings.data_dir))
-    dataset = PackedDataset(settings.data_dir, plan.fields)
+    plan = make_plan(settings, read_manifest(data_dir))
+    settings = with_micro_batches(settings, plan, processes.world, processes.precision, gpu_memory(processes.device))
+    dataset = PackedDataset(data_dir, plan.fields)
     micro_batches = settings.gradient_accumulation_steps
     sampler = StepSampler(
         len(dataset),
@@ -62,8 +64,8 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
         world=processes.world,
         micro=micro_batches,
     )
-    class_means = plan.class_means(settings.data_dir)
-    folder = settings.output_dir / settings.exp_name
+    class_means = plan.class_means(data_dir)
+    folder = settings.output_dir / name
     begun = any(folder.glob("checkpoints/[0-9]*"))
     source = from_first(lambda: None if begun else open_source(settings, plan))
     with ExitStack() as stack:
