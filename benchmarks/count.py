@@ -79,11 +79,34 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "host ms": 1e3 * found.host,
                     }
                 )
+                rows[-1] |= predicted(settings, config, n, found)
                 print(", ".join(f"{column} {_text(value)}" for column, value in rows[-1].items()), flush=True)
     if settings.label:
         kept = {"encoder": settings.encoder, "precision": settings.precision, "depth": settings.depth}
         print(harness.write("count", settings.label, kept, rows).with_name("count.md").read_text(encoding="utf-8"))
     print(f"launches {rows[-1]['launches']}")
+
+
+def predicted(settings: CountBenchmark, config: "SiTConfig", n: int, found: Counted) -> dict[str, int]:
+    """Images per second on two GPUs, by models/cost.py."""
+    from models.cost import GPUS, counted_seconds, encoder_macs
+
+    macs = 0 if settings.encoder == "cached" else encoder_macs(settings.encoder, config.input_size // config.patch_size)
+    # the device has no cuDNN: the convolution of the encoder's patches is two launches for each image, on a GPU it is one
+    launches = found.launches - (2 * n - 1 if macs else 0)
+    images = {}
+    for name in ("H100", "H200"):
+        seconds = counted_seconds(
+            config,
+            n,
+            GPUS[name],
+            traffic=found.traffic,
+            launches=launches,
+            host=found.host,
+            encoder_macs=macs,
+        )
+        images[f"predicted images/s, {name}"] = round(n / seconds)
+    return images
 
 
 def _text(value: Any) -> str:

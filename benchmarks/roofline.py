@@ -2,8 +2,9 @@
 
     python -m benchmarks.roofline --gpu H200 --gpus 8 --recipes recipes/*.yaml
 
-Nothing is measured here. Matrix products and memory traffic are counted (models/cost.py) and divided by 80 % of the data
-sheet's figures; the lower bound lets the two overlap fully, "expected" not at all. Without --recipes: the paper's main rows.
+Nothing is measured here. Matrix products and memory traffic of a compiled step are counted and divided by the shares of the
+data sheet's rates that models/cost.py assumes; the lower bound lets the two overlap fully, "predicted" not at all. Without
+--recipes: the paper's main rows.
 """
 
 import math
@@ -83,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "GFLOP per image": (step.network_flops + step.encoder_flops) / local / 1e9,
                 "GB moved per step": step.traffic / 1e9,
                 "lower bound ms": 1e3 * step.floor,
-                "expected ms": 1e3 * step.expected,
-                "images/s": round(row.batch / step.expected),
+                "predicted ms": 1e3 * step.expected,
+                "predicted images/s": round(row.batch / step.expected),
                 "GiB per GPU": memory.total(local) / 2**30,
                 "largest batch per GPU": max(
                     0, math.floor((gpu.memory * 2**30 * USABLE - memory.state - memory.copies) / memory.activations)

@@ -92,18 +92,31 @@ def named_gpu(name: str) -> str | None:
     return None
 
 
-REACHED = 0.8  # of both data-sheet figures is what large operations are assumed to reach
+# Assumed: predictions rest on these, and none has been measured with this code. Shares are of the data sheet.
+REACHED = 0.8  # of the rate of matrix products that large square ones reach
+SHORT = 172  # a product over K reaches K / (K + SHORT) of that: 0.87 at XL/2's width of 1152
+ATTENTION = 0.3 / 2.5  # of that rate: tiles of 128 pad 257 tokens and heads of 64 or 72 to 2.5 times the work
+BANDWIDTH = 0.76  # of the memory's
+GAP = 1.7e-6  # seconds between two kernels
+# Counted by `python -m benchmarks.count` on compiled steps of XL/2 and B/2 at two batch sizes each, bytes:
+TOKEN_BYTES = 150  # of elementwise traffic for each token, unit of width and block, forward and backward
+FORWARD_BYTES = 42  # of it in the forward pass, which gradient checkpointing repeats
+PROJECTOR_BYTES = 44  # for each token and hidden unit of a projector
+WEIGHT_BYTES = 40  # for each parameter: AdamW, EMA, norm, half-precision copy
+ENCODER_BYTES = 0.0045  # for each multiply-add of a ViT-B that runs in the step
+LAUNCHES = (45, 120)  # kernels for each block, and besides
 
 
 class StepCost(NamedTuple):
-    """One training step of one process.
+    """One compiled training step of one process, predicted.
 
     Attributes:
         network_flops: floating-point operations of the network.
         encoder_flops: of the encoders.
-        traffic: bytes that fused elementwise operations, optimiser and EMA must move.
-        compute: seconds of the operations, at the rate that large operations reach.
-        memory: seconds of the traffic, likewise.
+        traffic: bytes that elementwise operations, optimiser and EMA move.
+        compute: seconds of matrix products and attention.
+        memory: seconds of the traffic.
+        gaps: seconds between kernels.
     """
 
     network_flops: int
@@ -111,6 +124,7 @@ class StepCost(NamedTuple):
     traffic: int
     compute: float
     memory: float
+    gaps: float = 0.0
 
     @property
     def floor(self) -> float:
@@ -119,12 +133,12 @@ class StepCost(NamedTuple):
 
     @property
     def expected(self) -> float:
-        """Seconds if nothing overlapped: what a well compiled step takes."""
-        return self.compute + self.memory
+        """Seconds if nothing overlapped, as kernels run one after the other."""
+        return self.compute + self.memory + self.gaps
 
 
 def step_cost(config: SiTConfig, batch: int, gpu: Gpu, *, encoder_macs: int = 0, recompute: bool = False) -> StepCost:
-    """The roofline of a training step on one GPU, in half precision over float32 weights.
+    """Predict a compiled training step on one GPU, in half precision over float32 weights.
 
     Args:
         config: of the network.
@@ -135,23 +149,44 @@ def step_cost(config: SiTConfig, batch: int, gpu: Gpu, *, encoder_macs: int = 0,
     """
     c = cost(config)
     network = batch * (c.train_flops + (2 * c.flops if recompute else 0))
+    attention = batch * (8 if recompute else 6) * c.attention_flops
     encoder = batch * 2 * encoder_macs
-    # Bytes per token and unit of width in one block's forward pass, residual stream in float32, the rest in half precision:
-    # twice (normalise: read 4, write 2; add: read 4 + 2, write 4), and GELU on four times the width: read and write 2.
-    forward = 2 * (4 + 2 + 4 + 2 + 4) + 4 * (2 + 2)
-    passes = 4 if recompute else 3  # backward reads and writes about twice as much as forward
-    elementwise = batch * config.num_tokens * config.hidden_size * config.depth * forward * passes
-    # Bytes per parameter, float32: AdamW reads 4 and writes 3 numbers; EMA 2 and 1; clipping reads twice and writes once;
-    # the gradient is written once; the half-precision copy is read and written.
-    weights = (c.parameters + c.projector_parameters) * (28 + 12 + 12 + 4 + 6)
-    traffic = elementwise + weights
+    tokens = batch * config.num_tokens
+    block_bytes = TOKEN_BYTES + (FORWARD_BYTES if recompute else 0)
+    hidden = config.projector_dim * len(config.align_dims)
+    elementwise = tokens * (block_bytes * config.hidden_size * config.depth + PROJECTOR_BYTES * hidden)
+    encoding = int(batch * ENCODER_BYTES * encoder_macs)
+    traffic = elementwise + encoding + WEIGHT_BYTES * (c.parameters + c.projector_parameters)
+    kernels = (2 if recompute else 1) * LAUNCHES[0] * config.depth + LAUNCHES[1]
     return StepCost(
         network,
         encoder,
         traffic,
-        (network + encoder) / (REACHED * gpu.tflops * 1e12),
-        traffic / (REACHED * gpu.bandwidth * 1e12),
+        product_seconds(network + encoder - attention, attention, config.hidden_size, gpu),
+        traffic / (BANDWIDTH * gpu.bandwidth * 1e12),
+        GAP * kernels,
     )
+
+
+def product_seconds(flops: float, attention_flops: float, width: int, gpu: Gpu) -> float:
+    """Predicted seconds of matrix products over `width` and of attention, forward and backward."""
+    rate = gpu.tflops * 1e12
+    return flops / (REACHED * width / (width + SHORT) * rate) + attention_flops / (ATTENTION * rate)
+
+
+def counted_seconds(
+    config: SiTConfig, batch: int, gpu: Gpu, *, traffic: float, launches: float, host: float, encoder_macs: int = 0
+) -> float:
+    """Predicted seconds of a step whose traffic (bytes), launches and host time (seconds) were counted.
+
+    `encoder_macs` as for `step_cost`. The device runs one kernel after the other; where launching takes the host longer than
+    that, the host decides.
+    """
+    c = cost(config)
+    attention = batch * 6 * c.attention_flops
+    flops = batch * (c.train_flops + 2 * encoder_macs)
+    products = product_seconds(flops - attention, attention, config.hidden_size, gpu)
+    return max(host, products + traffic / (BANDWIDTH * gpu.bandwidth * 1e12) + GAP * launches)
 
 
 class TrainingMemory(NamedTuple):

@@ -178,7 +178,8 @@ def test_a_run_is_compared_with_the_gpu_it_found(tools, monkeypatch):
         texts[device] = start_text(settings, plan, processes, Path("runs/run"))
     text = texts["NVIDIA H100 80GB HBM3"]
     assert (
-        "NVIDIA H100 80GB HBM3, 79.1 GiB, of which 73.6 GiB are for tensors: " in text and "on 8 H100, by the" in text
+        "NVIDIA H100 80GB HBM3, 79.1 GiB, of which 73.6 GiB are for tensors: " in text
+        and "on 8 H100, by counted operations" in text
     )
     assert "MiB fit" in text
     assert "time         not predicted for Voodoo 2" in texts["Voodoo 2"] and "do not fit at any" in texts["Voodoo 1"]

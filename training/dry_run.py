@@ -235,7 +235,7 @@ class Forecast:
         if not known:
             what = "this precision without TF32" if predicted else self.name or "a CPU"
             return f"not predicted for {what}; metrics.jsonl says how many hours are left"
-        return f"predicted {', '.join(known)}, by the roofline without data loading and gradient exchange"
+        return f"predicted {', '.join(known)}, by counted operations and traffic, without data loading and gradient exchange"
 
     def _hours(self, name: str) -> float | None:
         """Hours of the whole run on a kind of GPU; None for float32 without TF32, whose rate is not in the table."""
