@@ -1,71 +1,45 @@
 #!/usr/bin/env bash
-# All measurements that need a GPU, into benchmarks/results/. Needs torch, timm, numpy and tqdm; pytest for the tests.
+# What a machine with one GPU can tell in ten minutes, on an image with torch, timm, accelerate, pytest, numpy and tqdm.
 #
-#   bash benchmarks/gpu.sh [PART...]              parts: tests train memory overhead sample data evaluate (default: all)
-#   PUBLISHED=path/to/REG bash benchmarks/gpu.sh  also the published code, side by side (a clone at 021ea2e)
-#   PYTHON=python3  MODELS="SiT-XL/2 SiT-B/2"  BATCH=256  ROUNDS=9  RESULTS=folder (a copy of the results goes there)
+#   bash benchmarks/gpu.sh                  parts: ceilings tests cached online small profile sample
+#   PUBLISHED=path/to/REG bash benchmarks/gpu.sh    the published code beside ours (a clone at 021ea2e)
+#   PYTHON=python3  COMMIT=hash (where there is no .git)  OUT=folder (default: gpu-results)
 #
-# A part that fails does not stop the others; the exit status says whether one did.
+# After each part OUT and OUT.tar hold all results so far; a part that fails or takes too long does not stop the others. The
+# last 15 lines are a table of what was measured. benchmarks/gpu-all.sh measures everything, in half an hour and more.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"
-read -r -a models <<< "${MODELS:-SiT-XL/2 SiT-B/2}"
-batch="${BATCH:-256}" rounds="${ROUNDS:-9}"
+out="${OUT:-gpu-results}"
 published=(); if [ -n "${PUBLISHED:-}" ]; then published=(--published "$PUBLISHED"); fi
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
-gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name())')" || {
+gib="$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory >> 30)')" || {
     echo "error: torch sees no CUDA device" >&2
     exit 2
 }
-slug="$(echo "$gpu" | sed 's/NVIDIA //' | tr 'A-Z ' 'a-z-')"
-echo "$gpu"
+large=128; if [ "$gib" -gt 100 ]; then large=256; fi
+mkdir -p "$out"
 failed=()
-measure() { # benchmark, flags...
-    echo "== $*"
-    "$python" -m "benchmarks.$1" "${@:2}" || failed+=("$*")
+part() { # name, seconds, command...
+    local start=$SECONDS
+    echo "== $1"
+    timeout "$2" "${@:3}" 2>&1 | tee "$out/$1.log" || failed+=("$1")
+    echo "== $1: $((SECONDS - start)) s"
+    cp benchmarks/results/*-gpu-*.json "$out"/ 2> /dev/null
+    tar -cf "$out.tar" "$out"
 }
+step() { echo "$python" -m benchmarks.train_step --device cuda --compile "${published[@]}" --rounds 5; }
 
-tests() {
-    "$python" -c 'import pytest' 2> /dev/null || { echo "tests: pytest is not installed, left out"; return; }
-    "$python" -m pytest -q -m gpu tests || failed+=("tests")
-}
-train() {
-    for model in "${models[@]}"; do
-        name="$(echo "$model" | sed 's/SiT-//' | tr -d / | tr 'A-Z' 'a-z')"
-        measure train_step --device cuda --model "$model" --batch-size "$batch" --encoder dinov2-vit-b --compile --stream --parts \
-            --rounds "$rounds" "${published[@]}" --label "$name-$slug-online"
-        measure train_step --device cuda --model "$model" --batch-size "$batch" --compile --rounds "$rounds" "${published[@]}" \
-            --label "$name-$slug-cached"
-    done
-}
-memory() {
-    measure train_step --device cuda --model "${models[0]}" --batch-size 32 64 128 256 --compile --rounds 3 --label "memory-$slug"
-    measure train_step --device cuda --model "${models[0]}" --batch-size 32 64 128 256 --compile --rounds 3 --gradient-checkpointing \
-        --label "memory-$slug-recompute"
-}
-overhead() {
-    measure overhead --device cuda --model "${models[0]}" --batch-size 64 --compile --rounds 51 --label "$slug"
-}
-sample() {
-    measure sample --device cuda --model "${models[0]}" --batch-size 128 --compile "${published[@]}" --label "$slug"
-}
-data() {
-    measure data "${published[@]}" --label "host-of-$slug"
-}
-evaluate() {
-    measure evaluate --device cuda --label "$slug"
-}
-
-if [ $# -eq 0 ]; then set -- tests train memory overhead sample data evaluate; fi
-for part in "$@"; do
-    case "$part" in
-        tests | train | memory | overhead | sample | data | evaluate) "$part" ;;
-        *) echo "error: unknown part $part; see the head of benchmarks/gpu.sh" >&2; exit 2 ;;
-    esac
-done
-if [ -n "${RESULTS:-}" ]; then mkdir -p "$RESULTS" && cp benchmarks/results/* "$RESULTS"/; fi
-if [ ${#failed[@]} -gt 0 ]; then
-    printf 'failed: %s\n' "${failed[@]}" >&2
-    exit 1
-fi
+part ceilings 40 "$python" -m benchmarks.ceilings --label gpu-ceilings
+# shellcheck disable=SC2046  # words of a command
+part tests 110 "$python" -m pytest -q -m gpu $(grep -l "mark.gpu" tests/test_*.py)
+part cached 170 $(step) --model SiT-XL/2 --batch-size "$large" --profile --label gpu-xl2-cached
+part online 90 $(step) --model SiT-XL/2 --batch-size "$((large / 2))" --encoder dinov2-vit-b --label gpu-xl2-online
+part small 110 $(step) --model SiT-B/2 --batch-size 256 32 --label gpu-b2-cached
+part sample 60 "$python" -m benchmarks.sample --device cuda --model SiT-XL/2 --batch-size 64 --compile --rounds 3 \
+    "${published[@]}" --label gpu-xl2
+if [ ${#failed[@]} -gt 0 ]; then printf 'failed or cut off: %s\n' "${failed[@]}" >&2; fi
+"$python" -m benchmarks.ceilings --table "$out" | tee "$out/table.md"
+tar -cf "$out.tar" "$out"
+[ ${#failed[@]} -eq 0 ]

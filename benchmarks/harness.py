@@ -190,10 +190,11 @@ def device_name(device: str | torch.device) -> str:
 
 
 def commit(repository: Path) -> str | None:
-    """The short commit of a checkout, with "+" when tracked files differ from it; None outside of git."""
+    """The short commit of a checkout, with "+" when tracked files differ from it; outside of git the variable COMMIT, or
+    None."""
     described = _output("git", "-C", str(repository), "rev-parse", "--short=10", "HEAD")
     if described is None:
-        return None
+        return os.environ.get("COMMIT") if repository == ROOT else None
     return described + ("+" if _output("git", "-C", str(repository), "status", "--porcelain", "-uno") else "")
 
 

@@ -36,6 +36,7 @@ class TrainStepBenchmark:
     stream: bool = setting(False, "also measure ours with the next batch encoded on a side stream (CUDA)", group="how")
     gradient_checkpointing: bool = setting(False, "ours recomputes its blocks", group="how")
     parts: bool = setting(False, "also say where the time of our step goes", group="how")
+    profile: bool = setting(False, "also list the kernels of one step of the last variant by their time", group="how")
     rounds: int = setting(9, "timed steps of each variant", group="how")
     warmup: int = setting(2, "untimed steps of each variant before them", group="how")
     device: str = setting("auto", "where it runs", group="how", choices=("auto", "cpu", "cuda"))
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     builders = builders_of(settings, config, device, precision)
     ceiling = harness.matmul_ceiling(device, acceleration.DTYPES.get(precision, torch.float32)) if cuda else None
     model = settings.model if config == preset(settings.model) else f"{config.depth} x {config.hidden_size}"
-    rows, parts = [], {}
+    rows, parts, kernels = [], {}, {}
     for batch in settings.batch_size:
         for name, measured in compare(builders, batch, settings, device).items():
             rows.append(
@@ -115,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "peak GiB": measured.peak,
                 }
             )
+        if settings.profile:
+            kernels[batch] = profile(list(builders.values())[-1], batch, device)
         if settings.parts:
             parts[batch] = parts_of_step(settings, config, batch, device, precision)
             free()
@@ -134,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         rows,
         device=device,
-        details={"ms by part of our step": parts},
+        details={"ms by part of our step": parts, "kernels": kernels},
     )
     print(path.with_name("train_step.md").read_text(encoding="utf-8"))
     for batch, table in parts.items():
@@ -255,6 +258,28 @@ def alone(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Alo
     del variant
     free()
     return found
+
+
+def profile(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> list[dict[str, Any]]:
+    """The 60 kernels (on a CPU: operations) that take the most of one step, with calls and milliseconds."""
+    import torch
+
+    variant = start(build, n, device)
+    variant.step()
+    kind = torch.profiler.ProfilerActivity.CUDA if device.startswith("cuda") else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiled:
+        variant.step()
+    rows = [
+        {
+            "name": event.key[:120],
+            "calls": event.count,
+            "ms": (event.self_device_time_total or event.self_cpu_time_total) / 1e3,
+        }
+        for event in profiled.key_averages()
+    ]
+    del variant
+    free()
+    return sorted(rows, key=lambda row: -row["ms"])[:60]
 
 
 def parts_of_step(

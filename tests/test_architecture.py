@@ -246,6 +246,9 @@ def test_the_core_imports_without_the_optional_packages():
         "models.model_file",
         "models.encoder",
         "models.autoencoder",
+        "benchmarks.train_variants",
+        "benchmarks.ceilings",
+        *(f"tests.{path.stem}" for path in TESTS if "mark.gpu" in path.read_text() and path != Path(__file__)),
     ]
     code = (
         "import sys\n"

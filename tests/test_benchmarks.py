@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import epoch, harness, overhead, published, roofline, train_step
+from benchmarks import ceilings, epoch, harness, overhead, published, roofline, train_step
 from config import UserError
 from models.cost import GPUS, cost, step_cost
 from models.sit import preset
@@ -86,8 +86,12 @@ def test_train_step_benchmark_runs(results, capsys, precision):
     """A row for ours, its parts printed; with a clone of the published code named by REG_PUBLISHED also theirs."""
     clone = os.environ.get("REG_PUBLISHED")
     flags = ("--published", clone) if clone else ()
-    train_step.main([*TOY, "--batch-size", "4", "--label", "toy", "--precision", precision, "--parts", *flags])
-    rows = json.loads((results / "train_step-toy.json").read_text())["rows"]
+    train_step.main(
+        [*TOY, "--batch-size", "4", "--label", "toy", "--precision", precision, "--parts", "--profile", *flags]
+    )
+    record = json.loads((results / "train_step-toy.json").read_text())
+    rows, kernels = record["rows"], record["details"]["kernels"]["4"]
+    assert sum(row["calls"] for row in kernels if "fused_adamw" in row["name"]) == 1
     theirs = ["published", "published, best case"] if precision == "bf16" else ["published"]
     assert [row["variant"] for row in rows] == [*(theirs if clone else []), "ours"]
     assert "our step at batch 4, ms: draws" in capsys.readouterr().out
@@ -99,6 +103,20 @@ def test_overhead_benchmark_runs(results):
     overhead.main([*TOY, "--batch-size", "4", "--label", "toy", "--no-train"])
     rows = json.loads((results / "overhead-toy.json").read_text())["rows"]
     assert rows[1]["parameters"] > rows[0]["parameters"] and rows[2]["parameters"] > 0
+
+
+def test_ceilings_are_measured_and_shown(results):
+    """Rates of a copy, products and attention; a kernel that the machine lacks is a row without a rate. The table of a
+    folder has at most 15 lines."""
+    small = ("--batch-size", "1", "--input-size", "4", "--square", "64", "--copied", "4096", "--rounds", "2")
+    ceilings.main([*small, "--device", "cpu", "--label", "toy"])
+    rows = {row["what"]: row for row in json.loads((results / "ceilings-toy.json").read_text())["rows"]}
+    assert rows["64^3"]["rate"]["median"] > 0 and rows["SiT-B/2 attention, flash"]["rate"]["median"] > 0
+    assert "rate" not in rows["SiT-B/2 attention, cudnn"]
+    lines = ceilings.table(results)
+    assert len(lines) == 3 and lines[1].startswith("copy | ") and lines[1].endswith(" TB/s")
+    with pytest.raises(UserError, match="no results; run benchmarks"):
+        ceilings.main(["--table", str(results / "nothing")])
 
 
 def test_epoch_benchmark_runs(results, tmp_path):

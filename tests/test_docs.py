@@ -40,7 +40,13 @@ PROGRAMS = (
     "evaluations.report",
     "sharing.export",
 )
-SCRIPTS = {"quickstart.sh": "quickstart.__main__", "setup.sh": None, "test.sh": None, "benchmarks/gpu.sh": None}
+SCRIPTS = {
+    "quickstart.sh": "quickstart.__main__",
+    "setup.sh": None,
+    "test.sh": None,
+    "benchmarks/gpu.sh": None,
+    "benchmarks/gpu-all.sh": None,
+}
 
 
 class Command(NamedTuple):
