@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device = harness.pick_device(settings.device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (call, work, unit) in calls(settings, device, dtype).items():
         try:
             seconds = harness.alternate({name: call}, rounds=settings.rounds, warmup=2, device=device)[name]
