@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import RESULTS, ROOT, environment
 from common.files import replacing, write_json
 from common.reporting import run, say
 from config import UserError, parse, setting
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 ARMS = ("fine-tuned", "scratch")
 
 
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(FinetuneBenchmark, (__doc__ or "").splitlines()[0], argv)
     folders = prepare(settings)
     rows = [measure(settings, folders, *unit) for unit in units(settings)]
+    from benchmarks.harness import environment
+
     content = {"environment": environment(), "settings": {"seeds": settings.seeds, **_plain(settings)}, "rows": rows}
     content["real"] = real(settings, folders)
     write_json(RESULTS / f"finetune-{settings.label}.json", content)
