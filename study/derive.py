@@ -1,19 +1,32 @@
-"""A packed dataset made of another one by a rule: `python -m study.derive PACKED OUT`. No image is read, no network run."""
+"""A packed dataset made of another one by a rule: `python -m study.derive PACKED OUT`. No image is read."""
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.files import sha256
+from common.provenance import weights_sha256
 from common.reporting import run, say
 from dataset import PackedDataset
-from packed.format import write_manifest
+from packed.format import EncoderInfo, write_manifest
 from packed.writer import write_shard
+from study.lite import GRID, load_teacher
+
+TOKENS = ("class_token.0", "patch_tokens.0")
 
 
-def derive(source: Path, out: Path, *, one_class: bool = False, token: str = "encoder", scale: float = 1.0) -> None:
+def derive(
+    source: Path,
+    out: Path,
+    *,
+    one_class: bool = False,
+    token: str = "encoder",
+    scale: float = 1.0,
+    encoder: Path | None = None,
+) -> None:
     """Write the records of a dataset with changed labels or class tokens, in the same order.
 
     Args:
@@ -23,6 +36,7 @@ def derive(source: Path, out: Path, *, one_class: bool = False, token: str = "en
         token: "encoder" keeps the class token; "mean" replaces it by the mean of the patch tokens, "empty" by zeros, a slot
             in the sequence that carries nothing but its noise.
         scale: factor of the class token; 0 divides all tokens by their root mean square.
+        encoder: folder of another encoder, whose tokens of the stored pixels take the place of all; pixels are left out.
     """
     data = PackedDataset(source)
     manifest = data.manifest
@@ -31,6 +45,11 @@ def derive(source: Path, out: Path, *, one_class: bool = False, token: str = "en
     }
     tokens = arrays["patch_tokens.0"].astype(np.float32).mean(1) if token == "mean" else arrays["class_token.0"]
     tokens = tokens.astype(np.float32)
+    if encoder is not None:
+        teacher, pixels = load_teacher(str(encoder), GRID), torch.from_numpy(arrays.pop("pixels")).permute(0, 3, 1, 2)
+        parts = [teacher(part) for part in pixels.split(100)]
+        tokens = torch.cat([part.class_token for part in parts]).numpy()
+        arrays["patch_tokens.0"] = torch.cat([part.patch_tokens for part in parts]).numpy().astype(np.float16)
     if token == "empty":
         tokens = np.zeros_like(tokens)
     else:
@@ -39,6 +58,10 @@ def derive(source: Path, out: Path, *, one_class: bool = False, token: str = "en
     if one_class:
         arrays["label"] = np.zeros_like(arrays["label"])
     arrays["class_token.0"] = tokens.astype(np.float16)
+    encoders, fields = manifest.encoders, {name: manifest.fields[name] for name in arrays}
+    if encoder is not None:
+        encoders = [EncoderInfo(str(encoder), tokens.shape[1], GRID, weights_sha256(teacher))]
+        fields |= {name: {"dtype": "float16", "shape": list(arrays[name].shape[1:])} for name in TOKENS}
     out.mkdir(parents=True, exist_ok=True)
     shard = write_shard(out, 0, arrays)
     means, files = out / "class_means.npy", {}
@@ -46,6 +69,7 @@ def derive(source: Path, out: Path, *, one_class: bool = False, token: str = "en
     np.save(means, np.stack([tokens[labels == c].mean(0) for c in range(len(classes))]))
     files[means.name] = sha256(means)
     count = manifest.count
+    manifest = replace(manifest, encoders=encoders, fields=fields)
     content = replace(manifest, classes=classes, shards=[shard], shard_size=count, class_means=means.name, files=files)
     write_manifest(out, content)
     say(f"{out}: {count:,} records of {source}, {len(classes)} classes, class token {token} x {scale:g}")
@@ -58,8 +82,16 @@ def main() -> None:
     parser.add_argument("--one-class", action="store_true", help="all records get one label")
     parser.add_argument("--token", choices=("encoder", "mean", "empty"), default="encoder", help="mean: of the patches")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the class token; 0: to unit RMS")
+    parser.add_argument("--encoder", type=Path, metavar="DIR", help="tokens of this network, from the stored pixels")
     settings = parser.parse_args()
-    derive(settings.source, settings.out, one_class=settings.one_class, token=settings.token, scale=settings.scale)
+    derive(
+        settings.source,
+        settings.out,
+        one_class=settings.one_class,
+        token=settings.token,
+        scale=settings.scale,
+        encoder=settings.encoder,
+    )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ def draw_curves(file: Path, curves: Curves, panels: Sequence[tuple[str, str, Seq
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(panels), 3.8))
+    lines = -(-len(panels) // 2)
+    figure = Figure(figsize=(10.4, 3.8 * lines))
     FigureCanvasAgg(figure)
     for number, (title, metric, rows) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), number)
+        axes = figure.add_subplot(lines, 2, number)
         teachers = list(dict.fromkeys(row.teacher for _, row in rows))
         for label, row in rows:
             points = [(step, list(curves.at(row, step, metric).values())) for step in curves.steps(row)]
@@ -44,7 +45,7 @@ def draw_curves(file: Path, curves: Curves, panels: Sequence[tuple[str, str, Seq
         axes.legend(fontsize=7)
     figure.tight_layout()
     with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+        figure.savefig(temporary, dpi=80, format="png", metadata={"Software": None})
 
 
 def draw_samples(file: Path, grid: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> None:

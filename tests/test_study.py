@@ -17,6 +17,7 @@ from config import UserError, parse
 from dataset import PackedDataset
 from models.guidance import Guidance
 from packed.format import read_class_means, read_manifest, write_manifest
+from study import lite
 from study import run as running
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, first_pass
 from study.ledger import Ledger
@@ -116,6 +117,30 @@ def test_derived_datasets_hold_what_their_words_say(tmp_path):
     assert torch.equal(one[every].class_token[0], source[every].class_token[0])
     means = read_class_means(one.directory, one.manifest)
     np.testing.assert_allclose(means[0], tokens.mean(0), atol=1e-3)
+
+
+def test_a_convolutional_teacher(tmp_path):
+    """Tokens of unit variance on leading directions, read back from its folder, and derived from the stored pixels."""
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    network, folder = timm.create_model("tf_efficientnet_lite0"), tmp_path / "efficientnet-lite0"
+    save_for_hf(network, folder)
+    source = PackedDataset(tiny.write_dataset(tmp_path / "source", count=20, pixels=True))
+    pixels = source[range(20)].pixels.permute(0, 3, 1, 2)
+    lite.save_directions(folder, lite.fit(network, pixels))
+    tokens = lite.load_teacher(str(folder), 4)(pixels)
+    assert tokens.patch_tokens.shape[:2] == (20, 16) and tokens.class_token.shape == tokens.patch_tokens.shape[::2]
+    torch.testing.assert_close(tokens.class_token, tokens.patch_tokens.mean(1))
+    assert tokens.class_token.mean(0).abs().max() < 1e-3
+    spread = tokens.class_token.var(0)
+    assert spread[0] == spread.max() and spread.sum().item() == pytest.approx(lite.DIRECTIONS, rel=1e-3)
+    study.derive.derive(source.directory, tmp_path / "out", encoder=folder)
+    found = PackedDataset(tmp_path / "out")
+    assert found.manifest.encoders[0].name == str(folder) and "pixels" not in found.manifest.fields
+    for ours, direct in zip((found[range(20)].class_token[0], found[range(20)].patch_tokens[0]), tokens):
+        torch.testing.assert_close(ours.float(), direct, rtol=2e-3, atol=2e-2)
 
 
 def test_the_key_is_of_what_was_run_alone(tmp_path):
