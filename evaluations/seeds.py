@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 INTERVAL_FROM = 5  # values; of fewer the values themselves are shown
+LEAST = 3  # values of each side: fewer rank nothing
 DRAWS = 10_000  # of the bootstrap
 
 
@@ -44,8 +45,8 @@ def mean_of(values: Sequence[float]) -> Mean:
 def sign(a: Sequence[float], b: Sequence[float]) -> int:
     """Whether a method's values `a` are surely below (-1) or above (1) the values `b` of another one; 0: not known.
 
-    With at least INTERVAL_FROM pairs the interval of the mean paired difference must leave 0 out. With fewer, all values of
-    one side must lie below all of the other's, and each side must have at least two.
+    With at least INTERVAL_FROM pairs the interval of the mean paired difference must leave 0 out. With fewer, but at least
+    LEAST, all values of one side must lie below all of the other's.
 
     Args:
         a: of the one method, in the order of its seeds.
@@ -58,6 +59,6 @@ def sign(a: Sequence[float], b: Sequence[float]) -> int:
     if difference.interval is not None:
         low, high = difference.interval
         return 1 if low > 0 else -1 if high < 0 else 0
-    if len(a) < 2:
+    if len(a) < LEAST:
         return 0
     return 1 if min(a) > max(b) else -1 if max(a) < min(b) else 0

@@ -1,5 +1,6 @@
 """Samples of a network against the training images, in several feature spaces; and what its class tokens say."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -188,7 +189,9 @@ def floors(judge: Judge, autoencoder: Autoencoder, held_out: Path) -> dict[str, 
     pixels = torch.from_numpy(np.array(images.read(0, len(images)))).permute(0, 3, 1, 2)
     label = None if images.labels is None else torch.from_numpy(images.labels)
     through = reconstructions(autoencoder, pixels, judge.batch)
-    return {"held-out": judge.images(pixels, label), "reconstructions": judge.images(through, label)}
+    error = (pixels.float() - through.float()).square().mean().item()
+    psnr = {"psnr": 10 * math.log10(255**2 / error)} if error else {}
+    return {"held-out": judge.images(pixels, label), "reconstructions": judge.images(through, label) | psnr}
 
 
 def oracle(teacher: Teacher, held_out: Path) -> dict[str, float]:

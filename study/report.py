@@ -10,7 +10,7 @@ from common.files import write_text
 from common.reporting import say
 from config import parse
 from evaluations.results import as_markdown
-from evaluations.seeds import mean_of
+from evaluations.seeds import LEAST, mean_of
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, Row
 from study.figures import draw_curves, draw_samples
 from study.ledger import Ledger
@@ -76,7 +76,8 @@ class Page:
                     where = f"{self.settings.level.capitalize()} {IN_WORDS[data]}, {teacher} teacher"
                     plural = "s" * (seeds != 1)
                     pair = f"{TITLES[name]} against {TITLES[other]} ({seeds} seed{plural})"
-                    yield f"- {where}, {pair}: {in_words(verdicts)}."
+                    known = in_words(verdicts) if seeds >= LEAST else "too few seeds to say"
+                    yield f"- {where}, {pair}: {known}."
 
     def verdict(self, row: Row, base: Row, step: int) -> str:
         """The verdict if all spaces agree on it; else that nothing is known beyond the spread."""
@@ -247,6 +248,8 @@ class Page:
         """Teachers, weights, machines, and what is still missing."""
         parts = ["### Teachers, weights and machines\n"]
         for line in self.lines:
+            if "psnr" in line["metrics"]:
+                parts.append(f"- VAE: held-out images come back at {line['metrics']['psnr']:.1f} dB PSNR.")
             if line["row"] == "teacher":
                 share = line["metrics"]["linear_accuracy"]
                 parts.append(f"- {line['teacher']}: a linear head names {share:.1%} of the held-out images.")

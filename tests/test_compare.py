@@ -92,7 +92,12 @@ def test_intervals_need_five_seeds():
     assert (
         sign(base - 0.5 + noise[:5] / 10, base) == -1 and sign(base + noise[:5] / 10 - noise[:5].mean() / 10, base) == 0
     )
-    assert sign([1.0], [2.0]) == 0 and sign([2, 3], [0.0, 1]) == 1 and sign([2, 3, 4], [1.0, 2.5, 3]) == 0
+    assert (
+        sign([1.0], [2.0]) == 0
+        and sign([2, 3], [0.0, 1]) == 0
+        and sign([2, 3, 4], [0.0, 1, 1]) == 1
+        and sign([2, 3, 4], [1.0, 2.5, 3]) == 0
+    )
 
 
 def test_ratios_to_held_out_images():

@@ -273,7 +273,9 @@ def test_when_a_value_is_reached():
 def test_curves_compare_the_seeds_that_both_have():
     """A row without a teacher stands beside each; a difference counts if no value of one reaches those of the other."""
     sit = lines_of([[9, 8, 5], [9.5, 7, 4], [8.8, 7.5, 5]], "sit", teacher=NO_TEACHER)
-    curves = Curves([*sit, *lines_of([[9, 6, 4.5], [9.2, 6.5, 4.4]]), {"row": "held-out", "metrics": {}}], EMA)
+    curves = Curves(
+        [*sit, *lines_of([[9, 6, 4.5], [9.2, 6.5, 4.4], [9, 6.2, 4.2]]), {"row": "held-out", "metrics": {}}], EMA
+    )
     plain, reg = curves.row("unlabelled", "supervised", "sit"), curves.row("unlabelled", "supervised", "reg")
     assert plain.teacher == NO_TEACHER and curves.steps(reg) == [100, 200, 400]
     verdicts = [curves.verdict(reg, plain, step, "fd_judge") for step in (100, 200, 400, 800)]
