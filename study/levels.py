@@ -1,9 +1,9 @@
 """What each level is made of: images, networks and packed datasets, by the programs that write them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import read_json
 from config import UserError
 from quickstart.stages import Runner, Stage
 from study.plan import NO_TEACHER, TOKENS, Spec
@@ -49,7 +49,7 @@ class Level:
 
     def accuracy(self, teacher: str) -> dict[str, float]:
         """What a linear head of a teacher's class token names right of the held-out images."""
-        return json.loads((self.network(teacher) / "accuracy.json").read_text(encoding="utf-8"))
+        return read_json(self.network(teacher) / "accuracy.json")
 
     def prepare(self, spec: Spec, runner: Runner) -> None:
         """Run the stages that a run needs, unless they are finished.

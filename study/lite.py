@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.arrays import read_npz
 from common.files import replacing
 from models.encoder import Tokens, load_encoder
 
@@ -63,6 +64,6 @@ def load_teacher(folder: str, grid: int) -> nn.Module:
         return load_encoder(folder, grid)
     import timm
 
-    with np.load(file, allow_pickle=False) as found:
-        mean, directions = (torch.from_numpy(found[name]) for name in ("mean", "directions"))
+    found = read_npz(file)
+    mean, directions = (torch.from_numpy(found[name]) for name in ("mean", "directions"))
     return LiteEncoder(timm.create_model(f"local-dir:{folder}", pretrained=True), mean, directions)
