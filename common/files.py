@@ -219,6 +219,16 @@ def sync(path: Path) -> None:
         _WARNED.add(device)
 
 
+def delete_folder(folder: Path) -> None:
+    """Delete a folder, if it is there: a kill leaves all of it or none; and clear what an earlier kill has left of it."""
+    hidden = folder.with_name(f".deleting-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with suppress(OSError):  # of another layer of an overlay: deleted where it is
+        folder.rename(hidden)
+    for place in (hidden, folder):
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents, on the disk, if they are missing."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]

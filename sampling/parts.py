@@ -5,7 +5,6 @@ runs of the same command. `settings.json` beside them records what all of them w
 """
 
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from common.arrays import members
-from common.files import WriteError, read_json, replacing, write_json
+from common.files import WriteError, delete_folder, read_json, replacing, write_json
 from common.lock import FolderLock
 from config import UserError, differences
 
@@ -109,7 +108,7 @@ class Parts:
 
     def remove(self) -> None:
         """Delete the folder, which ends the lock."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        delete_folder(self.folder)
         self.close()
 
     def _path(self, samples: range) -> Path:

@@ -91,8 +91,9 @@ def test_a_finished_folder_is_left_alone(place, unbroken, capsys):
     before = (unbroken / "samples.npz").stat().st_mtime_ns
     (unbroken / "parts").mkdir()
     (unbroken / "parts" / "settings.json").write_text("{}")  # a kill came before the parts were deleted
+    (unbroken / ".deleting-parts").mkdir()  # or while they were
     generate(place, unbroken)
-    assert not (unbroken / "parts").exists()
+    assert not (unbroken / "parts").exists() and not (unbroken / ".deleting-parts").exists()
     assert (unbroken / "samples.npz").stat().st_mtime_ns == before
     assert "is complete: 11 samples" in capsys.readouterr().out
 
