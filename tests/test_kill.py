@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+from common.files import digests, read_sealed, write_sealed
 from config import UserError
 from tests import killable
 from tests.killable import STAGES
@@ -277,8 +278,8 @@ def test_damaged_checkpoints_fall_back(data, tmp_path, capsys):
         (tmp_path / "again/checkpoints" / step / "state.json").write_text(text[: len(text) // 2])
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(4 of them\)"):
         train.main(flags(data, tmp_path, "again", steps=4))
-    later = json.loads((folder / "0000004/state.json").read_text()) | {"schema": 2}
-    (folder / "0000004/state.json").write_text(json.dumps(later))
+    later = read_sealed(folder / "0000004/state.json", "") | {"schema": 2}
+    write_sealed(folder / "0000004/state.json", later)
     with pytest.raises(UserError, match=r"0000004/state\.json has schema 2, this code reads up to 1: update the code"):
         train.main(flags(data, tmp_path, "run", steps=5))
 
@@ -294,10 +295,9 @@ def test_a_checkpoint_holds_no_code(data, tmp_path):
     checkpoint = tmp_path / "run/checkpoints/0000002"
     assert sorted(p.suffix for p in checkpoint.iterdir()) == [".json", ".pt", ".safetensors", ".safetensors"]
     torch.save({"optimizer": Bomb()}, checkpoint / "optimizer.pt")
-    content = json.loads((checkpoint / "state.json").read_text())
-    size = (checkpoint / "optimizer.pt").stat().st_size
-    content["files"]["optimizer.pt"] = {"bytes": size, "sha256": checkpoints.sha256(checkpoint / "optimizer.pt")}
-    (checkpoint / "state.json").write_text(json.dumps(content))
+    content = read_sealed(checkpoint / "state.json", "")
+    content["files"] |= digests(checkpoint, ["optimizer.pt"])
+    write_sealed(checkpoint / "state.json", content)
     with pytest.raises(ValueError, match="0000002 cannot be read"):
         train.main(flags(data, tmp_path, "run", steps=3))
     assert not (tmp_path / "ran").exists()
