@@ -45,7 +45,8 @@ class Page:
         self.lines = Ledger(settings.results / f"{settings.level}.jsonl").lines()
         self.curves, self.raw = Curves(self.lines, EMA), Curves(self.lines, RAW)
         fds = dict.fromkeys(key for line in self.lines for key in line["metrics"] if key.startswith("fd_"))
-        self.spaces = [Space(key, key.removeprefix("fd_")) for key in fds]
+        own_first = sorted(fds, key=lambda key: key != "fd_judge")  # the level's own judge, where it has one
+        self.spaces = [Space(key, key.removeprefix("fd_")) for key in own_first]
         self.steps = sorted({step for row in self.curves.runs for step in self.curves.steps(row)})
         self.floors = {
             line["row"]: line["metrics"] for line in self.lines if line["row"] in ("held-out", "reconstructions")
@@ -217,10 +218,11 @@ class Page:
                 parts.append(as_markdown(self.table(rows, "class_accuracy", 3, "class accuracy")))
             for teacher in self.teachers(data):
                 own = self.rows(data, teacher)
-                table = self.efficiency(own, self.spaces[0].key)
-                if len(table) > 1:
-                    parts.append(f"EP@k, {teacher} teacher: when a row reaches SiT's FD {self.spaces[0].title}.\n")
-                    parts.append(as_markdown(table))
+                for space in self.spaces:
+                    table = self.efficiency(own, space.key)
+                    if len(table) > 1:
+                        parts.append(f"EP@k, {teacher} teacher: when a row reaches SiT's FD {space.title}.\n")
+                        parts.append(as_markdown(table))
                 parts.append(f"Beside the paper, {teacher} teacher.\n")
                 parts.append(as_markdown(self.paper(own)))
             parts.append(self.samples(data, rows))
