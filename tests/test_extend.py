@@ -202,6 +202,7 @@ def test_a_flipped_byte_is_found_and_repaired(toys, tmp_path, capsys, name):
     assert "every checksum is right" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_extend(toys, tmp_path):
     """torchrun with two processes: every file is the same."""
     out = shutil.copytree(toys / "packed", tmp_path / "out")

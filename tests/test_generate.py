@@ -173,7 +173,7 @@ def test_batch_size_changes_no_image(place, size):
             assert (a - b[start:stop]).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_number_of_processes_changes_no_image(place, unbroken, tmp_path, world):
     """torchrun with 2 and 3 gloo processes and another batch size: the same file, but for the last bit of arithmetic."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={world}"]

@@ -206,6 +206,7 @@ def test_a_cache_that_cannot_be_written(place, tmp_path, monkeypatch, capsys, ho
     assert capsys.readouterr().out.count("the cache of converted weights cannot be written (") == 1
 
 
+@pytest.mark.slow
 def test_processes_of_one_job_and_of_two(place, tmp_path, caches):
     """torchrun with two ranks: one of them converts. Two jobs at once: both end, one entry, nothing half-written."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node=2", "generate.py"]
