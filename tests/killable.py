@@ -28,7 +28,7 @@ STAGES = {
     "optimiser": (torch, "save", 0),
     "first fsync": (checkpoints, "sync", 0),
     "second fsync": (checkpoints, "sync", 1),
-    "before the manifest": (checkpoints, "write_json", 0),
+    "before the manifest": (checkpoints, "write_sealed", 0),
     "read back": (checkpoints, "verify", 0),
     "before the rename": (checkpoints, "_publish", 0),
     "after the rename": (checkpoints, "sync", 3),
