@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += _compare(folder, settings, 0, cold=True)
         if settings.full_size:
             rows.append(_full_size(folder / "full"))
-    shown = {k: str(v) for k, v in asdict(settings).items() if k not in ("published", "folder", "label")}
+    named = {k: v for k, v in asdict(settings).items() if k not in ("published", "folder", "label")}
+    shown = {k: v if isinstance(v, Path) else str(v) for k, v in named.items()}
     print(harness.write("data", settings.label, {**shown, **record}, rows))
 
 

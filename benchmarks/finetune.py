@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from common.files import replacing, write_json
+from common.files import replacing, write_json, write_text
 from common.reporting import run, say
 from config import UserError, parse, setting
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     content["real"] = real(settings, folders)
     write_json(RESULTS / f"finetune-{settings.label}.json", content)
     table = markdown(content)
-    (RESULTS / f"finetune-{settings.label}.md").write_text(table, encoding="utf-8")
+    write_text(RESULTS / f"finetune-{settings.label}.md", table)
     plot(content, RESULTS / f"finetune-{settings.label}.png")
     say(table)
 
@@ -111,17 +111,12 @@ def prepare(settings: FinetuneBenchmark) -> Folders:
     vae, encoder, judge = (str(name) for name in networks.values())
     folders = Folders(out / "new-train", out / "new-test", vae, encoder, judge, out / "base", out / "new")
     for part, target, count in (("train", folders.train, settings.per_class), ("test", folders.test, None)):
-        if not target.is_dir():
-            partial = target.with_suffix(".tmp")
-            shutil.rmtree(partial, ignore_errors=True)
-            for name in settings.new:
-                files = sorted((images / part / name).iterdir())[:count]
-                (partial / name).mkdir(parents=True)
-                for file in files:
-                    shutil.copy(file, partial / name)
-            shutil.move(partial, target)
+        for name in settings.new:
+            (target / name).mkdir(parents=True, exist_ok=True)
+            for file in sorted((images / part / name).iterdir())[:count]:
+                shutil.copy(file, target / name)
     base = out / "base.txt"
-    base.write_text("".join(f"{name}\n" for name in known if name not in settings.new), encoding="utf-8")
+    write_text(base, "".join(f"{name}\n" for name in known if name not in settings.new))
     common = ("--resolution", str(settings.resolution), "--vae", folders.vae, "--enc-type", folders.encoder)
     _pack(
         "--source",

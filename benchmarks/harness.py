@@ -214,7 +214,7 @@ def write(
     Args:
         benchmark: name of the module.
         label: of this machine and setting.
-        settings: what was measured, for the record.
+        settings: what was measured, for the record; of a path its last part alone, which means something elsewhere.
         rows: the figures, flat, column => number, text or Spread; one Markdown row each.
         device: where it ran, for the record.
         details: anything else JSON can hold.
@@ -229,7 +229,7 @@ def write(
         "benchmark": benchmark,
         "label": label,
         "environment": environment(device),
-        "settings": dict(settings),
+        "settings": {k: v.name if isinstance(v, Path) else v for k, v in settings.items()},
         "rows": [{k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()} for row in rows],
         "details": details,
     }

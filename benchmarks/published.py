@@ -9,10 +9,13 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import commit
 from config import MissingFile, UserError
+
+if TYPE_CHECKING:
+    from models.sit import SiTConfig
 
 COMMIT = "021ea2e"
 
@@ -34,6 +37,27 @@ def module(clone: Path, file: str) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def network_arguments(config: "SiTConfig", *, fused: bool = True) -> dict[str, Any]:
+    """What the SiT of the published code, or of REPA's, takes for a network of ours.
+
+    fused: attention by scaled_dot_product_attention.
+    """
+    return {
+        "input_size": config.input_size,
+        "patch_size": config.patch_size,
+        "hidden_size": config.hidden_size,
+        "decoder_hidden_size": config.hidden_size,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "encoder_depth": config.align_depth,
+        "num_classes": config.num_classes,
+        "z_dims": list(config.align_dims),
+        "use_cfg": True,
+        "fused_attn": fused,
+        "qk_norm": False,
+    }
 
 
 def functions(clone: Path, file: str, names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,11 +118,10 @@ def compare(settings: RepaBenchmark) -> list[dict[str, Any]]:
 
 def _their_network(module: Any, network: "SiT") -> Any:
     """REPA's network of the same sizes."""
-    c = network.config
-    sizes = {"hidden_size": c.hidden_size, "decoder_hidden_size": c.hidden_size, "num_heads": c.num_heads}
-    sizes |= {"input_size": c.input_size, "patch_size": c.patch_size, "depth": c.depth, "encoder_depth": c.align_depth}
-    more = {"z_dims": list(c.align_dims), "use_cfg": True, "fused_attn": True, "qk_norm": False}
-    return module.SiT(**sizes, **more, num_classes=c.num_classes, projector_dim=c.projector_dim).eval()
+    from benchmarks import published
+
+    arguments = published.network_arguments(network.config)
+    return module.SiT(**arguments, projector_dim=network.config.projector_dim).eval()
 
 
 def _by_steps(network: "SiT", label: "Tensor", guidance: "Guidance", steps: int) -> "Velocity":

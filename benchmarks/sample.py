@@ -173,21 +173,9 @@ class Bench:
 
     def theirs(self, *, fused: bool) -> "Theirs":
         """The published sampler, with its own network and random numbers."""
-        c = self.config
-        network = self.modules["models/sit"].SiT(
-            input_size=c.input_size,
-            patch_size=c.patch_size,
-            hidden_size=c.hidden_size,
-            decoder_hidden_size=c.hidden_size,
-            depth=c.depth,
-            num_heads=c.num_heads,
-            encoder_depth=c.align_depth,
-            num_classes=c.num_classes,
-            use_cfg=True,
-            z_dims=list(c.align_dims),
-            fused_attn=fused,
-            qk_norm=False,
-        )
+        from benchmarks import published
+
+        network = self.modules["models/sit"].SiT(**published.network_arguments(self.config, fused=fused))
         network.load_state_dict(self.their_weights)
         network.to(self.device).eval()
 

@@ -155,23 +155,7 @@ def published_step(
     network_class = published.module(clone, "models/sit.py").SiT
     torch.manual_seed(0)
     with torch.device(device):
-        network, ema = (
-            network_class(
-                input_size=config.input_size,
-                patch_size=config.patch_size,
-                hidden_size=config.hidden_size,
-                decoder_hidden_size=config.hidden_size,
-                depth=config.depth,
-                num_heads=config.num_heads,
-                encoder_depth=config.align_depth,
-                num_classes=config.num_classes,
-                use_cfg=True,
-                z_dims=list(config.align_dims),
-                fused_attn=True,
-                qk_norm=False,
-            )
-            for _ in range(2)
-        )
+        network, ema = (network_class(**published.network_arguments(config)) for _ in range(2))
     network.train()
     ema.eval().requires_grad_(False)
     objective = published.module(clone, "loss.py").SILoss()

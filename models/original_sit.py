@@ -1,4 +1,4 @@
-"""Checkpoints of the original SiT, whose t runs from noise to data: told apart from REPA's and brought to its convention."""
+"""Checkpoints of the original SiT, whose t runs from noise to data: detection, and conversion to the convention of REPA."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ def is_original_sit(state_dict: dict[str, Tensor], settings: dict[str, Any], fam
     Args:
         state_dict: published names.
         settings: the args of the file, or {}.
-        family: what the user says, "sit" or "repa"; None: by the file.
+        family: value of --family, "sit" or "repa"; None: decided by the file.
 
     Raises:
         UserError: the file does not tell and the user did not say, or both contradict each other.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 
 import pytest
@@ -162,3 +163,11 @@ def test_wrong_flags_are_one_sentence(results):
         roofline.main(["--gpus", "3"])
     with pytest.raises(FileNotFoundError, match="--published"):
         train_step.main([*TOY, "--published", str(results)])
+
+
+def test_records_hold_no_path_of_a_machine():
+    """Neither an absolute path nor one that leaves the project: nobody else has these folders."""
+    for record in (*harness.RESULTS.iterdir(), *harness.RESULTS.parents[1].glob("study/results/*.jsonl")):
+        if record.suffix in (".json", ".jsonl", ".md"):
+            text = record.read_text(encoding="utf-8")
+            assert not re.search(r"""(?:^|[\s"'=(])(?:\.\./|~/|/[A-Za-z_]\w*/)""", text), record.name

@@ -9,20 +9,9 @@ import torch
 import train
 from config import UserError
 from models.model_file import find_model, load_model, read_info, save_model
-from models.sit import SiT, SiTConfig
+from models.sit import SiT
 from models.transfer import Target, check, class_rows, transfer
-from tests.tiny import log_lines, train_flags, write_dataset
-
-CONFIG = SiTConfig(
-    depth=2,
-    hidden_size=32,
-    num_heads=2,
-    input_size=4,
-    num_classes=3,
-    class_token_dim=16,
-    align_dims=(16,),
-    align_depth=1,
-)
+from tests.tiny import CONFIG, log_lines, train_flags, write_dataset
 
 
 @pytest.fixture(scope="module")

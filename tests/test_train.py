@@ -19,7 +19,8 @@ from models.autoencoder import LatentNormalization
 from models.ema import EMA
 from models.interpolant import Interpolant
 from models.model_file import load_model
-from models.sit import SiT, SiTConfig
+from models.sit import SiT
+from tests.tiny import CONFIG
 from tests.tiny import log_lines as lines
 from tests.tiny import train_flags as flags
 from training.settings import TrainConfig
@@ -32,18 +33,7 @@ def test_twenty_steps_follow_a_plain_restatement_of_the_recipe(tools):
     """From the same weights, times, noises and label drops, 20 steps agree with the published recipe written out anew:
     per-sample loops, torch's own AdamW and clipping, the EMA parameter by parameter. Weights and EMA within 1e-5."""
     torch.manual_seed(0)
-    config = SiTConfig(
-        depth=2,
-        hidden_size=32,
-        num_heads=2,
-        input_size=4,
-        num_classes=3,
-        class_token_dim=16,
-        align_dims=(16,),
-        align_depth=1,
-        projector_dim=32,
-    )
-    network = SiT(config)
+    network = SiT(CONFIG)
     with torch.no_grad():
         for p in network.parameters():  # leave the zero initialisation, where most gradients vanish
             p.add_(torch.randn_like(p) * 0.05)
@@ -51,7 +41,7 @@ def test_twenty_steps_follow_a_plain_restatement_of_the_recipe(tools):
     adam = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8}
     objective = Objective(Interpolant("linear"), "uniform", 0.03, 0.5, cfg_prob=0.5)
     normalization = LatentNormalization((0.5,))
-    ema = EMA(network, SiT(config), decay=0.9)
+    ema = EMA(network, SiT(CONFIG), decay=0.9)
     step = TrainStep(
         network,
         objective,

@@ -16,6 +16,17 @@ from packed.format import EncoderInfo, Manifest, read_manifest, write_manifest
 from packed.writer import write_shard
 
 SIZE = 4  # latent; 8 pixels
+CONFIG = SiTConfig(  # of the network that FLAGS and `write_dataset` give
+    depth=2,
+    hidden_size=32,
+    num_heads=2,
+    input_size=SIZE,
+    num_classes=3,
+    class_token_dim=16,
+    align_dims=(16,),
+    align_depth=1,
+    projector_dim=32,
+)
 FLAGS = (
     "--model",
     "SiT-S/2",
