@@ -175,7 +175,7 @@ def _choose(file: Path, source: Path, found: list[str]) -> dict[int, str]:
     if not file.is_file():
         raise UserError(f"--classes {file}: no such file")
     number_of = {spelled(name): number for number, name in enumerate(found)}
-    count = Counter(found)
+    count = Counter(map(spelled, found))
     chosen: dict[int, str] = {}
     for line in filter(None, map(str.strip, spelled(read_text(file)).splitlines())):
         name, _, shown = line.partition("\t")

@@ -129,6 +129,14 @@ def test_tables_of_different_classes_and_of_splits(tmp_path):
 NFC, NFD = "été", unicodedata.normalize("NFD", "été")
 
 
+def test_two_named_classes_of_one_spelling(tmp_path):
+    """A table's names that differ in Unicode form only: --classes cannot tell them apart, and would drop one's images."""
+    listing = Listing("parquet", tmp_path, [""], [Item(f"t#{i}", i) for i in range(3)], ["ant", NFC, NFD])
+    (tmp_path / "classes.txt").write_text(f"ant\n{NFC}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="has several classes named 'été'; leave --classes out"):
+        build(listing, tmp_path / "classes.txt", False)
+
+
 def test_two_spellings_of_a_name(tmp_path):
     """Folders as macOS writes them (NFD), words as people type them (NFC): the same class, the same order everywhere."""
     images = {f"{name}/0.png": PICTURE for name in (NFD, "eta", "zoo")}
