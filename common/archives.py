@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from common.arrays import refuse_joined
-from common.contents import MAX_LABELS, Contents, Item
+from common.contents import MAX_LABELS, Contents, Item, is_hidden
 from common.files import read_bounded
 from common.images import is_image
 from config import UserError
@@ -116,7 +116,7 @@ def _list_members(
             continue
         if not member.isreg() or member.issparse():
             raise UserError(f"{source}: member {name!r} is a link or no regular file; refused")
-        if name.lower().endswith(".tar") and not nested:
+        if name.lower().endswith(".tar") and not nested and not is_hidden(name):
             with tarfile.open(fileobj=archive.extractfile(member), mode="r:", tarinfo=_Header) as inner:
                 inner_prefix = name[:-4] + "/"
                 found.add_folder(name[:-4])

@@ -77,7 +77,7 @@ def _list_folder(root: Path) -> Contents:
             f"{root}: {len(dead):,} link{'s lead' if dead[1:] else ' leads'} nowhere, such as {min(dead)}; restore what it "
             "pointed to, or remove it"
         )
-    archives = sorted(name for name in found.ignored if _is_archive(name))
+    archives = sorted(name for name in found.ignored if _is_archive(name) and not is_hidden(name))
     return found if found.items or not archives else _list_archives_of(found, archives)
 
 

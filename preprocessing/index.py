@@ -12,7 +12,7 @@ import numpy as np
 
 from common.arrays import read_npz
 from common.class_names import by_spelling, spelled, split_kinds
-from common.contents import Item
+from common.contents import Item, is_hidden
 from common.files import parse_json, read_text
 from config import UserError
 
@@ -247,7 +247,7 @@ def _refuse_empty_folders(listing: Listing, source: Path, folders: list[str], de
     if depth < 0:
         return
     around, known = listing.items[0].name.split("/")[:depth], set(folders)
-    tars = {name[:-4]: name for name in listing.ignored if name.lower().endswith(".tar")}
+    tars = {name[:-4]: name for name in listing.ignored if name.lower().endswith(".tar") and not is_hidden(name)}
     for name in sorted({*listing.folders, *tars}):
         parts = name.split("/")
         if name and len(parts) > depth and parts[:depth] == around and parts[depth] not in known:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.class_names import split_kinds
-from common.contents import Item
+from common.contents import Item, is_hidden
 from common.files import parse_json, read_json
 from config import UserError
 from preprocessing.index import Listing
@@ -110,7 +110,8 @@ def _table_files(folder: Path) -> list[str]:
         return [file for file in _table_files(folder.parent) if "/" not in file and _split(file) == folder.name]
     for below in ("", "data"):
         for suffix in KINDS:
-            found = sorted(f"{below}/{p.name}".removeprefix("/") for p in (folder / below).glob(f"*{suffix}"))
+            names = sorted(p.name for p in (folder / below).glob(f"*{suffix}") if not is_hidden(p.name))
+            found = [f"{below}/{name}".removeprefix("/") for name in names]
             if found:
                 return found
     return []

@@ -9,7 +9,7 @@ import pytest
 from config import UserError
 from evaluations.image_sets import open_images
 from preprocessing.sources import list_source
-from tests.packs import both_refuse, encoded, noise, write_folder, write_tar, write_zip
+from tests.packs import both_refuse, encoded, noise, write_folder, write_table, write_tar, write_zip
 
 PICTURE = encoded(noise(8, 8))
 AB = {f"{folder}/{i}.png": encoded(noise(8, 8)) for folder in "ab" for i in range(2)}
@@ -71,6 +71,21 @@ def test_labels_that_inflate(tmp_path, monkeypatch):
     assert source.stat().st_size < 20_000
     with pytest.raises(UserError, match=r"bomb\.zip: dataset\.json is larger than the 1,000,000 bytes"):
         list_source(source)
+
+
+def test_hidden_archives_are_left_out(tmp_path, capsys):
+    """macOS writes ._a.tar beside a.tar: in a folder, in a tar of tars, beside class folders, and beside tables."""
+    tars = {f"{name}.tar": write_tar(tmp_path / "x.tar", {"0.png": PICTURE}).read_bytes() for name in "ab"}
+    hidden = {f"._{name}": b"\0\5\x16\7" * 300 for name in (*tars, "n01.tar", "train-0.parquet")}
+    for source in (
+        write_folder(tmp_path / "tars", tars | hidden),
+        write_tar(tmp_path / "S.tar", tars | hidden),
+        write_folder(tmp_path / "folders", AB | hidden),
+    ):
+        index, images = list_source(source), open_images([source])
+        assert index.classes == ["a", "b"] and len(index) == len(images.labels)
+        assert "hidden or system entries: 4 (._" in capsys.readouterr().out
+    assert list_source(write_folder(write_table(tmp_path / "tables", "parquet"), hidden)).files[0][0] != "."
 
 
 def test_folders_among_the_members_of_archives(tmp_path):
