@@ -14,7 +14,8 @@ from common.arrays import read_npz
 from common.class_names import by_spelling, spelled, split_kinds
 from common.contents import Item, is_hidden
 from common.files import parse_json, read_text
-from config import UserError
+from config import MissingFile, UserError
+from packed.format import REPAIR
 
 AS_LISTED = ("parquet", "arrow", "published")  # kinds whose order is the source's; others are ordered by class and name
 MOST_CLASSES = 10**6  # numbers beyond this are not those of classes
@@ -67,14 +68,18 @@ class Index:
             head = parse_json(data["head"].tobytes(), str(path))
             names = data["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
             index = cls(names=names, labels=data["labels"], places=data["places"], **head)
+        except MissingFile as error:
+            raise MissingFile(f"{path} is missing; {REPAIR}") from error
         except (UserError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error})") from error
+            raise UserError(f"{path} is damaged ({error}); {REPAIR}") from error
         labels, places, count = index.labels, index.places, len(names)
         if (labels.shape, places.shape, labels.dtype, places.dtype) != ((count,), (count, 5), np.int64, np.int64) or (
             not 0 <= labels.min() <= labels.max() < len(index.classes)
             or not 0 <= places[:, 0].min() <= places[:, 0].max() < len(index.files)
         ):
-            raise UserError(f"{path} is damaged (a label or a place for each of {count} images does not exist)")
+            raise UserError(
+                f"{path} is damaged (a label or a place for each of {count} images does not exist); {REPAIR}"
+            )
         return index
 
 

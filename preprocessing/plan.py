@@ -182,7 +182,7 @@ def index_file(out: Path, number: int) -> Path:
 
 
 def read_parts(out: Path, plan: Plan) -> list[Index]:
-    """The list of images of each part. Raises ValueError if one is damaged."""
+    """The list of images of each part. Raises UserError if one is missing or damaged."""
     return [Index.from_file(index_file(out, part.number)) for part in plan.parts]
 
 
