@@ -5,6 +5,7 @@ They are read in pieces: stored ones in place, compressed ones as a stream.
 
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,6 +18,8 @@ from config import MissingFile, UserError
 _PIECE = 2**22  # bytes, read at once to check a member
 # What a damaged file drives zipfile and numpy into; OSError also for a seek to nowhere.
 _DAMAGE = (zipfile.BadZipFile, EOFError, struct.error, zlib.error, ValueError, RuntimeError, OSError, OverflowError)
+# What numpy's parser of headers raises; the last two for deep nesting.
+_BAD_HEADER = (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
 
 
 class Array:
@@ -147,7 +150,7 @@ def _read_header(stream: IO[bytes], size: int, name: str) -> tuple[tuple[int, ..
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
-    except (ValueError, KeyError, TypeError) as error:
+    except _BAD_HEADER as error:
         raise UserError(f"{name} is not an array of a known version ({error})") from error
     header = stream.tell()
     if dtype.hasobject:

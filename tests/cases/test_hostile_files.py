@@ -144,6 +144,17 @@ def test_array_headers_that_lie_about_the_size(tmp_path, shape):
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "text", ["{'descr': '<f4', 'shape': (3, ", "  {1\n 1L", "{'descr': ',4'}", "-" * 9000, "(" * 9000]
+)
+def test_damaged_array_headers(tmp_path, text):
+    """Whatever numpy's parser raises for them."""
+    data = np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text.encode()
+    (tmp_path / "x.npy").write_bytes(data)
+    with pytest.raises(UserError, match=r"x\.npy is not an array of a known version"):
+        arrays.read_npy(tmp_path / "x.npy")
+
+
 def test_a_model_header_of_impossible_values(tmp_path):
     """Of another type, negative or unknown: a sentence that names the file."""
     from safetensors.numpy import save_file
