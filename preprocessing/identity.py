@@ -60,7 +60,9 @@ def lies_elsewhere(parts: list[Index], packed_from: str, source: Path) -> bool:
         packed_from: the source of the newest part, resolved.
         source: what --source names now.
     """
-    places = {(part.root, *(part.files if part.kind in ARCHIVES else ())) for part in parts}
+    # The root of one archive is the folder around it. Parts of a folder of archives name only those that they came from.
+    one = [part.kind in ARCHIVES and part.root != packed_from for part in parts]
+    places = {(part.root, *(part.files if single else ())) for part, single in zip(parts, one)}
     return packed_from != str(source.resolve()) or len(places) > 1
 
 

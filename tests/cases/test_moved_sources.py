@@ -110,6 +110,25 @@ def test_a_folder_that_was_zipped_is_the_same_source(toys, tmp_path, begun):
     assert content(out) == content(whole)
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one archive", "a folder of archives"])
+def test_extended_archives_are_not_moved(toys, tmp_path, monkeypatch, capsys, several):
+    """The new archives are other files than the old ones, in the same folder: nothing is listed again."""
+    source, out = tmp_path / ("tars" if several else "images.tar"), tmp_path / "out"
+    source.mkdir() if several else None
+    for names in ("ab", "abc"):
+        for name in names if several else ():
+            write_tar(source / f"{name}.tar", {"0.png": IMAGES["c/0.png"]})
+        if not several:
+            write_tar(source, {f"{name}/0.png": IMAGES["c/0.png"] for name in names})
+        pack.main(flags(toys, out, *(("--extend",) if names == "abc" else ()), source=source))
+    monkeypatch.setattr("preprocessing.plan.list_images", None)
+    pack.main(flags(toys, out, source=source))
+    assert "packed already: 3 images" in capsys.readouterr().out
+    (out / "index-00001.npz").unlink()
+    with pytest.raises(UserError, match=r"index-00001\.npz is missing; repair it with"):
+        pack.main(flags(toys, out, source=source))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("begun", ["zip"], indirect=True)
 def test_moved_and_finished_by_two_processes(toys, tmp_path, begun):
