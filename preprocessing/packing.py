@@ -102,9 +102,7 @@ def _pack(settings: PackConfig, processes: Processes) -> None:
     networks = Networks(settings, has_moments=kind == "published", device=processes.device)
     plan = from_first(lambda: make_plan(settings, parts, networks, begun))
     index = joined(read_parts(out, plan))
-    here = from_first(
-        lambda: None if _lies_there(index, joined(parts)) else joined(parts)
-    )  # where the images are by now
+    here = from_first(lambda: _elsewhere(index, joined(parts)))
     todo = from_first(lambda: plan.unfinished(out))
 
     def announce() -> None:
@@ -124,8 +122,10 @@ def _pack(settings: PackConfig, processes: Processes) -> None:
     on_first(finish)
 
 
-def _lies_there(listed: Index, found: Index) -> bool:
-    return (listed.kind, listed.root, listed.files) == (found.kind, found.root, found.files)
+def _elsewhere(listed: Index, found: Index) -> Index | None:
+    """The images where they are by now; None if that is where they were listed."""
+    there = (listed.kind, listed.root, listed.files) == (found.kind, found.root, found.files)
+    return None if there else found
 
 
 def _list_images(settings: PackConfig, begun: Plan | None) -> list[Index]:
@@ -198,9 +198,10 @@ def _next(batches: Iterator[Crops]) -> Crops | None:
         return next(batches, None)
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        if "DataLoader" not in text:
+        lack = "shared memory" in text or "Bus error" in text
+        if "DataLoader" not in text or (text.startswith("Caught ") and not lack):  # an error inside a process is a bug
             raise
-        cause = "shared memory is full" if "shared memory" in text or "Bus error" in text else text[:200]
+        cause = "shared memory is full" if lack else text[:200]
         raise UserError(
             f"the processes that read images have failed ({cause}); the same command goes on from here, with "
             "--num-workers 0 without such processes"

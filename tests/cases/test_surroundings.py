@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
 from config import UserError
 from preprocessing import pack, packing
@@ -47,6 +48,31 @@ def test_batch_that_does_not_fit_the_shared_memory(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(UserError, match=r"have failed \(shared memory is full\); the same command goes on"):
         pack.main([*flags(toys, tmp_path / "out"), "--num-workers", "1"])
+
+
+def test_a_bug_in_a_reading_process_keeps_its_traceback():
+    """Torch passes a RuntimeError on in words of its own, which name the DataLoader as those of a killed process do."""
+
+    def batches(text, where=None):
+        try:
+            raise RuntimeError(text)
+        except RuntimeError:
+            if where is None:
+                raise
+            ExceptionWrapper(where=where).reraise()
+        yield
+
+    where = "in DataLoader worker process 0"
+    for raised in (batches("a bug", where), batches("a bug")):
+        with pytest.raises(RuntimeError, match="a bug"):
+            packing._next(raised)
+    killed = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    for raised, words in (
+        (batches(killed), r"have failed \(DataLoader worker \(pid 7\) is killed by signal: Killed\.\)"),
+        (batches("unable to allocate shared memory(shm)", where), r"have failed \(shared memory is full\)"),
+    ):
+        with pytest.raises(UserError, match=words):
+            packing._next(raised)
 
 
 @pytest.mark.slow
