@@ -14,6 +14,8 @@ from tqdm import tqdm
 from config import UserError
 
 SECONDS_BETWEEN_LINES = 30.0  # of a bar in a log file
+# The reader, the terminal or the file has ended. A full disk or quota and a pipe that is full may recover.
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ECONNRESET, errno.ENOTCONN)
 
 
 def say(text: str) -> None:
@@ -45,9 +47,7 @@ class _Console:
         try:
             action()
         except OSError as error:
-            if (
-                error.errno != errno.ENOSPC
-            ):  # for good, so that nothing meets the error again, at the exit of Python for one
+            if error.errno in _GONE:  # for good, so that nothing meets the error again, at the exit of Python for one
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:

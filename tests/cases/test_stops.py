@@ -38,9 +38,9 @@ class Gone(io.StringIO):
         return self.file
 
 
-@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC, None])
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, None])
 def test_the_console_is_gone(number, monkeypatch):
-    """A pipe without reader, a closed terminal, a log file on a full disk, streams closed at the start."""
+    """A pipe without reader, a closed terminal, a full disk, quota or pipe (may recover), no streams at all."""
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None if number is None else Gone(number))
     done = []
@@ -53,6 +53,9 @@ def test_the_console_is_gone(number, monkeypatch):
 
     reporting.run(main)
     assert done
+    if number is not None:
+        silenced = os.readlink(f"/proc/self/fd/{sys.stdout.fileno()}") == os.devnull
+        assert silenced == (number in (errno.EPIPE, errno.EIO))
 
 
 def test_an_error_without_a_console_has_its_status(monkeypatch):
