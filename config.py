@@ -297,7 +297,8 @@ def _value(field: dataclasses.Field, hint: Any, raw: Any, where: str) -> Any:
             raise ValueError
         value = Path(raw).expanduser() if kind is Path else kind(raw)
     except (ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: ~ without a home folder
-        raise UserError(f"{where}: {raw!r} is not {_IN_WORDS[kind]}") from error
+        words = f"one of {', '.join(_SWITCH)}" if kind is bool and _optional(hint) else _IN_WORDS[kind]
+        raise UserError(f"{where}: {raw!r} is not {words}") from error
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, choices))}")

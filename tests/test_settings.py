@@ -81,7 +81,7 @@ def test_a_switch_may_be_left_to_the_program(tmp_path, flags, text, value):
     assert parse(Switch, "", flags).compile is value
     assert parse(Switch, "", ["--config", recipe(tmp_path, text)]).compile is value
     assert parse(Switch, "", ["--config", recipe(tmp_path, text), "--no-compile"]).compile is False
-    with pytest.raises(UserError, match="compile: 'fast' is not true or false"):
+    with pytest.raises(UserError, match="compile: 'fast' is not one of auto, on, off"):
         parse(Switch, "", ["--compile", "fast"])
 
 
