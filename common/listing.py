@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from common.archives import list_archive
+from common.class_names import split_kinds
 from common.contents import CIRCLES, HIDDEN, MAX_LABELS, OURS, SHEETS, SPECIAL, Contents, Item, is_hidden
 from common.files import read_bounded
 from common.images import is_image
@@ -104,7 +105,7 @@ def _list_archives_of(folder: Contents, archives: list[str]) -> Contents:
     """A folder without images: each of its archives is a class, as in a folder of the 1,000 tars of ImageNet."""
     suffixes = {name.rpartition(".")[2].lower() for name in archives}
     stems = [re.split(r"[\W_]+|\d+", name.rpartition("/")[2].lower()) for name in archives]
-    splits = [name for name, words in zip(archives, stems) if {"train", "val", "test", "training"} & set(words)]
+    splits = [name for name, words in zip(archives, stems) if split_kinds(words)]
     if suffixes - {"zip", "tar"}:
         raise UserError(
             f"{folder.root}: no images, but compressed archives, such as {archives[0]}; unpack them into folders"

@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 
 from common.contents import Item
+from common.files import crc32
 from common.images import MAX_BYTES, BadImage
 
 
@@ -75,6 +76,6 @@ def _read_zip_member(descriptor: int, item: Item) -> bytes:
             data = zlib.decompressobj(-15).decompress(_read_range(descriptor, start, item.stored), item.size + 1)
         except zlib.error as error:
             raise BadImage(f"the zip is damaged ({error})") from error
-    if len(data) != item.size or zlib.crc32(data) != item.crc:  # also a bomb that inflates to more than it says
+    if len(data) != item.size or crc32(data) != item.crc:  # also a bomb that inflates to more than it says
         raise BadImage("the zip is damaged: the member is not what its directory says")
     return data
