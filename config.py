@@ -240,7 +240,7 @@ def _read_recipe(fields: Fields, hints: Mapping[str, Any], path: Path) -> dict[s
     import yaml
 
     try:
-        text = path.read_bytes()  # YAML itself tells UTF-16 from UTF-8
+        text = path.read_bytes()  # PyYAML detects UTF-16 and UTF-8
         content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error

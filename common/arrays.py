@@ -146,7 +146,7 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def _read_header(stream: IO[bytes], size: int, name: str) -> tuple[tuple[int, ...], np.dtype, Literal["C", "F"], int]:
-    """Shape, type, order and length of the header of a .npy file of `size` bytes; the stream stands at the data then."""
+    """Shape, type, order and length of the header of a .npy file of `size` bytes; the stream is then at the data."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)

@@ -66,7 +66,7 @@ def write_error(path: Path, error: OSError) -> WriteError:
     if isinstance(error, WriteError):
         return error
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WriteError(f"the disk is full at {path} ({free_space(path) / 1e9:.2g} GB free): make room")
+        return WriteError(f"the disk is full at {path} ({free_space(path) / 1e9:.2g} GB free): free some space")
     return WriteError(f"{path} cannot be written: {error.strerror or error}")
 
 
@@ -77,7 +77,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text as `replacing` does. Half characters, as in a file's name that is not UTF-8, are escaped."""
+    """Write UTF-8 text as `replacing` does. Lone surrogates, as in a file's name that is not UTF-8, are escaped."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 

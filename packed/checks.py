@@ -38,7 +38,7 @@ def read_labels(directory: Path, manifest: Manifest) -> np.ndarray:
     """The labels of all records, (count,) int64.
 
     Raises:
-        UserError: one is no class, or a file is not what was written; names the file, and the record.
+        UserError: a label is not a class, or a file is not what was written; names the file, and the record.
     """
     field, parts, first = Field.of(manifest.fields["label"]), [], 0
     for shard in manifest.shards:

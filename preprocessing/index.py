@@ -62,7 +62,7 @@ class Index:
 
     @classmethod
     def from_file(cls, path: Path) -> "Index":
-        """Read what `to_bytes` gave. Raises UserError if it is damaged."""
+        """Read what `to_bytes` gave. Raises UserError if it is missing or damaged."""
         try:
             data = read_npz(path)
             head = parse_json(data["head"].tobytes(), str(path))
@@ -216,7 +216,7 @@ def _class_folders(listing: Listing, source: Path, allow_one_class: bool) -> tup
         return ["all"] * len(names), -1
     if loose:
         raise UserError(
-            f"--source {source}: {min(loose)} lies in no class folder; expected CLASS/IMAGE (--allow-one-class takes a "
+            f"--source {source}: {min(loose)} is not in a class folder; expected CLASS/IMAGE (--allow-one-class takes a "
             "folder of images as one class)"
         )
     return [p[depth] for p in parts], depth

@@ -228,7 +228,7 @@ def _workers(wanted: int | None, batch_bytes: int) -> int:
         batch_bytes: of the crops of a batch. Each process keeps two batches ready, in shared memory.
 
     Raises:
-        UserError: so many as are wanted do not fit the shared memory that is free; by default fewer are started.
+        UserError: the wanted number of processes does not fit into the free shared memory; by default fewer are started.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = max(len(os.sched_getaffinity(0)) // local - 1, 0) if wanted is None else wanted

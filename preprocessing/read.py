@@ -139,7 +139,7 @@ def as_is(crops: Crops) -> Crops:
     """Collate function: a batch is made by the dataset already.
 
     A reading process puts it into shared memory here, where a lack of it is an error that reaches the first process; while
-    the batch is sent it would be lost, and waited for for ever.
+    the batch is sent it would be lost, and the first process would wait forever.
     """
     if get_worker_info() is not None:
         for tensor in (crops.pixels, crops.label, crops.moments):

@@ -117,7 +117,9 @@ def test_a_full_disk_is_named(run, monkeypatch, capsys):
     ):
         to(1)
     monkeypatch.setattr(torch, "save", no_space)
-    with pytest.raises(UserError, match=r"step 1 could not be saved: the disk is full at .* GB free\): make room"):
+    with pytest.raises(
+        UserError, match=r"step 1 could not be saved: the disk is full at .* GB free\): free some space"
+    ):
         to(1)
 
 

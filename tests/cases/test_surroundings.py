@@ -40,7 +40,7 @@ def test_small_shared_memory(monkeypatch, capsys):
 
 
 def test_batch_that_does_not_fit_the_shared_memory(toys, tmp_path, monkeypatch):
-    """It ends the packing with a sentence; it would be lost on its way, and waited for for ever."""
+    """It ends the packing with a sentence; it would be lost on its way, and waited for forever."""
 
     def full(tensor):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
