@@ -9,6 +9,7 @@ trained on all classes, so that only the diffusion model is new to the new ones.
 """
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from common.files import replacing, write_json, write_text
+from common.files import read_json, replacing, sha256, write_json, write_text
 from common.reporting import run, say
-from config import UserError, parse, setting
+from config import RUN, MissingFile, UserError, differences, identity, parse, setting
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,7 +31,7 @@ ARMS = ("fine-tuned", "scratch")
 
 @dataclass(frozen=True)
 class FinetuneBenchmark:
-    out: Path = setting(help="folder of runs and raw results", group="what")
+    out: Path = setting(help="folder of runs and raw results", group="what", role=RUN)
     images: Path | None = setting(None, "train/ and test/ class folders; default: scikit-learn's digits", group="what")
     vae: str | None = setting(None, "VAE; default: the quickstart's, trained on the images", group="what")
     encoder: str | None = setting(None, "encoder, likewise", group="what")
@@ -44,11 +45,11 @@ class FinetuneBenchmark:
 
     base_steps: int = setting(2000, "steps of the base model", group="how", at_least=1)
     steps: tuple[int, ...] = setting((50, 100, 200, 400, 800), "where to measure", group="how", at_least=1)
-    seeds: tuple[int, ...] = setting((0, 1, 2), "of weights, data order and noise", group="how", at_least=0)
+    seeds: tuple[int, ...] = setting((0, 1, 2), "of weights, data order and noise", group="how", at_least=0, role=RUN)
     learning_rate: float = setting(1e-3, "of fine-tuning and of training from scratch", group="how", above=0)
     samples: int = setting(300, "samples of each measurement", group="how", at_least=20)
     num_steps: int = setting(50, "SDE steps of sampling, unguided", group="how", at_least=2)
-    label: str = setting("digits", "names the result files", group="how")
+    label: str = setting("digits", "names the result files", group="how", role=RUN)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,16 +99,17 @@ def prepare(settings: FinetuneBenchmark) -> Folders:
     out, images = settings.out, settings.images or settings.out / "images"
     if settings.images is None and not (images / "test.npz").is_file():
         _run("quickstart.digits", str(images))
+    known = classes(images)
+    missing = [name for name in settings.new if name not in known]
+    if missing:
+        raise UserError(f"--new {missing[0]}: {images / 'train'} has no such class ({', '.join(known)})")
+    record(settings)
     networks = {"vae": settings.vae, "encoder": settings.encoder, "judge": settings.judge}
     for name, given in networks.items():
         if given is None:
             networks[name] = str(out / "networks" / name)
             if not (out / "networks" / name / "figures.json").is_file():
                 _run("quickstart.toy_networks", name, str(images / "train"), str(networks[name]))
-    known = sorted(path.name for path in (images / "train").iterdir() if path.is_dir())
-    missing = [name for name in settings.new if name not in known]
-    if missing:
-        raise UserError(f"--new {missing[0]}: {images / 'train'} has no such class ({', '.join(known)})")
     vae, encoder, judge = (str(name) for name in networks.values())
     folders = Folders(out / "new-train", out / "new-test", vae, encoder, judge, out / "base", out / "new")
     for part, target, count in (("train", folders.train, settings.per_class), ("test", folders.test, None)):
@@ -131,6 +133,28 @@ def prepare(settings: FinetuneBenchmark) -> Folders:
     last = settings.base_steps
     _train(settings, folders.base, "base-model", "--max-train-steps", str(last), "--checkpointing-steps", str(last))
     return folders
+
+
+def classes(images: Path) -> list[str]:
+    """Names of the class folders, in the order of their numbers."""
+    return sorted(path.name for path in (images / "train").iterdir() if path.is_dir())
+
+
+def record(settings: FinetuneBenchmark) -> None:
+    """Note in the folder what its results depend on; what is there already is never used for other settings.
+
+    Raises:
+        UserError: the folder was made with others; MissingFile where there is no recipe.
+    """
+    if not settings.recipe.is_file():
+        raise MissingFile(f"--recipe {settings.recipe}: no such file")
+    path = settings.out / "settings.json"
+    now = identity(settings) | {"recipe": f"{settings.recipe.name}, SHA-256 {sha256(settings.recipe)[:16]}"}
+    changes = differences(read_json(path), now) if path.is_file() else []
+    if changes:
+        listed = "; ".join(f"--{name.replace('_', '-')}: {was} before, {value} now" for name, was, value in changes)
+        raise UserError(f"--out {settings.out} was made with other settings ({listed}): choose another --out")
+    write_json(path, now)
 
 
 def _run(module: str, *words: str) -> None:
@@ -163,9 +187,9 @@ def trained(settings: FinetuneBenchmark, folders: Folders, arm: str, seed: int, 
         return settings.out / "runs" / "base-model"
     checkpoint = settings.out / "runs" / f"{arm}-{seed}" / "checkpoints" / f"{step:07d}"
     if not checkpoint.is_dir():
-        every = min(settings.steps)
+        every, warmup = math.gcd(*settings.steps), min(settings.steps)  # a checkpoint at each of the steps
         start = ("--init-from", str(settings.out / "runs" / "base-model")) if arm == "fine-tuned" else ()
-        rate = ("--learning-rate", str(settings.learning_rate), "--lr-warmup-steps", str(every), "--ema-warmup")
+        rate = ("--learning-rate", str(settings.learning_rate), "--lr-warmup-steps", str(warmup), "--ema-warmup")
         length = ("--max-train-steps", str(max(settings.steps)), "--checkpointing-steps", str(every))
         _train(settings, folders.new, f"{arm}-{seed}", "--seed", str(seed), *rate, *length, *start)
     return checkpoint
@@ -217,7 +241,7 @@ def judged(
     values: dict[str, object] = {"fd": distance, "nearer_to_training": near.share, "nearer_error": near.error}
     if labels is not None:
         assert found.logits is not None
-        known = sorted(path.name for path in ((settings.images or settings.out / "images") / "train").iterdir())
+        known = classes(settings.images or settings.out / "images")
         wanted = np.array([known.index(name) for name in sorted(settings.new)])[labels]
         values["accuracy"] = float((found.logits.argmax(1).cpu().numpy() == wanted).mean())
     return values

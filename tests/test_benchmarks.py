@@ -116,6 +116,10 @@ def test_ceilings_are_measured_and_shown(results):
     assert "rate" not in rows["SiT-B/2 attention, cudnn"]
     lines = ceilings.table(results)
     assert len(lines) == 3 and lines[1].startswith("copy | ") and lines[1].endswith(" TB/s")
+    record = json.loads((results / "ceilings-toy.json").read_text())
+    record["rows"][0] = {"what": "copy", "unit": "CUDA out of memory"}
+    (results / "ceilings-toy.json").write_text(json.dumps(record))
+    assert ceilings.table(results)[1] == "copy | CUDA out of memory"
     with pytest.raises(UserError, match="no results; run benchmarks"):
         ceilings.main(["--table", str(results / "nothing")])
 

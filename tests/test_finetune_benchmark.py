@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import finetune
-from config import UserError
+from config import UserError, parse
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def flags(tools, judge, tmp_path, monkeypatch):
     given = {"out": tmp_path / "out", "images": tmp_path / "images", "vae": tools["vae"], "encoder": tools["encoder"]}
     given |= {"judge": judge, "recipe": recipe, "resolution": 8, "per-class": 5, "base-steps": 2, "num-steps": 2}
     words = [word for name, value in {**given, "samples": 20, "seeds": 3}.items() for word in (f"--{name}", str(value))]
-    return [*words, "--steps", "1", "2"]
+    return [*words, "--steps", "2", "3", "4"]
 
 
 @pytest.mark.slow
@@ -36,10 +36,7 @@ def test_the_benchmark_runs_and_goes_on(flags, tmp_path, capsys):
     rows = json.loads((tmp_path / "results/finetune-digits.json").read_text())["rows"]
     assert [(row["arm"], row["step"]) for row in rows] == [
         ("base", 0),
-        ("fine-tuned", 1),
-        ("fine-tuned", 2),
-        ("scratch", 1),
-        ("scratch", 2),
+        *[(arm, step) for arm in ("fine-tuned", "scratch") for step in (2, 3, 4)],
     ]
     assert all(row["fd"] > 0 and 0 <= row["nearer_to_training"] <= 1 for row in rows)
     table = (tmp_path / "results/finetune-digits.md").read_text()
@@ -49,6 +46,24 @@ def test_the_benchmark_runs_and_goes_on(flags, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/results").iterdir()} == times
 
 
-def test_a_class_that_is_not_there(flags):
+def test_a_folder_is_never_used_for_other_settings(flags, tmp_path):
+    """But for the seeds, of which there may be more, and the names; a recipe is compared by its content."""
+
+    def record(*more):
+        finetune.record(parse(finetune.FinetuneBenchmark, "", [*flags, *more]))
+
+    record()
+    record("--seeds", "3", "4", "--label", "other")
+    with pytest.raises(UserError, match=r"out was made with other settings \(--samples: 20 before, 30 now\): choose"):
+        record("--samples", "30")
+    with (tmp_path / "tiny.yaml").open("a") as recipe:
+        recipe.write("adam-beta1: 0.5\n")
+    with pytest.raises(UserError, match=r"--recipe: tiny\.yaml, SHA-256 "):
+        record()
+
+
+def test_a_class_that_is_not_there(flags, tmp_path):
+    """Folders are classes, other files beside them are not."""
+    (tmp_path / "images/train/README").touch()
     with pytest.raises(UserError, match=r"--new z: .*train has no such class \(a, b, c, d\)"):
         finetune.main([*flags, "--new", "z"])
