@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.files import read_json
 from config import MissingFile, UserError
 from models import hub
 
@@ -84,6 +85,8 @@ def load_encoder(name: str, grid: int, *, weights: bool = True, class_token: boo
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise MissingFile(f"encoder folder {folder} has no config.json; expected timm's save_for_hf format")
+        if "architecture" not in read_json(folder / "config.json"):
+            raise UserError(f"encoder folder {folder}: its config.json names no architecture of timm")
         source = f"local-dir:{folder}"
     else:
         source = PUBLISHED.get(architecture, architecture)

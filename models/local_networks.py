@@ -45,11 +45,14 @@ def _recall(digest: str) -> str | None:
     return None
 
 
-def open_network(name: str, digest: str, file: Path, load: Callable[[str], N], flag: str) -> N:
+def open_network(
+    name: str, digest: str, file: Path, load: Callable[[str], N], flag: str, *, shared: str | None = None
+) -> N:
     """Load a network that a model file names.
 
     A local one is looked for under its name as a path, beside the model file, where the run's config.json says, and where
-    it was when something was packed with it on this machine; with a known digest it must be the same network.
+    it was when something was packed with it on this machine; with a known digest it must be the same network. A folder from
+    which it cannot be loaded is passed over.
 
     Args:
         name: of a VAE or encoder, as in the model file.
@@ -57,9 +60,11 @@ def open_network(name: str, digest: str, file: Path, load: Callable[[str], N], f
         file: the model file.
         load: from a name or path.
         flag: with which the user names another place.
+        shared: name of the folder that it has beside a shared model, None if it has none.
 
     Raises:
-        MissingFile: it is nowhere. Also what `load` raises.
+        MissingFile: it is nowhere; says why the folders that were tried are not it. Of a name that is no path, what `load`
+            raises.
     """
     if not is_local(name):
         try:
@@ -69,31 +74,35 @@ def open_network(name: str, digest: str, file: Path, load: Callable[[str], N], f
                 raise
             # a relative path on the machine that made the file looks like OWNER/NAME
             raise MissingFile(f"{error}; {flag} gives the folder that {file} means by {name!r}") from error
-    seen = set()
-    for place in _places(name, digest, file):
+    seen: dict[str, str] = {}  # place => why it is not the one
+    for place in _places(name, digest, file, shared):
         folder = Path(place.rpartition("=")[2]).expanduser()
         if place in seen or not ((folder / "config.json").is_file() or folder.is_file()):
             continue
-        seen.add(place)
-        network = load(place)
+        seen[place] = "other weights"
+        try:
+            network = load(place)
+        except UserError as error:
+            seen[place] = str(error)
+            continue
         if not digest or weights_sha256(network, by_name=True) == digest:
             return network
-    other = f" ({', '.join(sorted(seen))}: other weights)" if seen else ""
+    other = f" ({'; '.join(f'{place}: {why}' for place, why in sorted(seen.items()))})" if seen else ""
     raise MissingFile(
         f"{file} needs {portable(name)}, which is neither beside it nor known on this machine{other}: "
         f"give its folder with {flag}"
     )
 
 
-def _places(name: str, digest: str, file: Path) -> Iterator[str]:
+def _places(name: str, digest: str, file: Path, shared: str | None) -> Iterator[str]:
     kind, equals, place = name.rpartition("=")
     last = Path(place).name
     yield name
     for folder in (file.parent, *file.parents[1:3]):
         yield f"{kind}{equals}{folder / last}"
-    if not kind:
-        hub.fetch_beside(file, "vae")
-        yield str(file.parent / "vae")
+    if shared is not None:
+        hub.fetch_beside(file, shared)
+        yield str(file.parent / shared)
     with suppress(UserError, KeyError, IndexError, TypeError):
         recorded = read_json(file.parents[2] / "config.json")
         for known in (recorded["settings"]["vae"], recorded["facts"]["packed_vae"], *recorded["facts"]["encoders"]):

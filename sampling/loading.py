@@ -69,7 +69,7 @@ def load_decoder(
     """
     info, name = model.info, location or model.info.vae
     if location is None:
-        autoencoder = open_network(info.vae, info.vae_weights, model.path, load_autoencoder, "--vae")
+        autoencoder = open_network(info.vae, info.vae_weights, model.path, load_autoencoder, "--vae", shared="vae")
     else:
         autoencoder = load_autoencoder(location)
     network, trained = info.network, LatentNormalization(**info.normalization)

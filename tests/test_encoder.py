@@ -91,3 +91,6 @@ def test_missing_weights_are_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_encoder(str(tmp_path / "empty"), 2)
+    (tmp_path / "empty" / "config.json").write_text('{"latent_channels": 4}')
+    with pytest.raises(ValueError, match="names no architecture"):
+        load_encoder(str(tmp_path / "empty"), 2)

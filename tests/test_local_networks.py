@@ -31,7 +31,7 @@ def run(tmp_path, caches):
 
 def opened(file: Path):
     info = read_info(file)
-    return open_network(info.vae, info.vae_weights, file, load_autoencoder, "--vae").name
+    return open_network(info.vae, info.vae_weights, file, load_autoencoder, "--vae", shared="vae").name
 
 
 def test_a_model_file_holds_no_path(run, tmp_path):
@@ -87,6 +87,25 @@ def test_it_is_fetched_from_the_repository_of_the_model(run, tmp_path, monkeypat
     for _ in range(2):  # once is enough
         assert opened(snapshot / "model.safetensors") == str(snapshot / "vae")
     assert asked == [("owner/name", "abc", tmp_path / "hub", ["vae/*"])]
+
+
+def test_a_folder_that_cannot_be_loaded_is_passed_over(run, tmp_path):
+    """The next place has it; where none has, the message says why not. A shared model's vae is no place for an encoder."""
+    folder, vae = run
+    alone = tmp_path / "alone" / "m.safetensors"
+    shutil.copytree(vae, alone.parent / "vae")
+    shutil.copy(find_model(folder), alone)
+    (alone.parent / "small-vae").mkdir()
+    (alone.parent / "small-vae" / "config.json").write_text("{}")
+    assert opened(alone) == str(alone.parent / "vae")
+    shutil.rmtree(alone.parent / "vae")
+    with pytest.raises(MissingFile, match=r"needs \./small-vae, .*alone/small-vae: .*\): give its folder with --vae"):
+        opened(alone)
+    shutil.copytree(vae, alone.parent / "vae")
+    with pytest.raises(
+        MissingFile, match=r"needs \./encoder, which is neither beside it nor known on this machine: give"
+    ):
+        open_network("./encoder", "", alone, lambda name: pytest.fail(name), "--like")
 
 
 def test_a_damaged_record_of_the_run_is_no_error(run, tmp_path):
