@@ -15,6 +15,10 @@ from common.processes import PATIENCE
 _ORPHANED = "the end of its launcher"
 EXIT_STATUS = {"SIGINT": 130, "SIGHUP": 129, _ORPHANED: 143, "SIGTERM": 143, "SIGUSR1": 143, "max-hours": 143}
 _REASONS = tuple(EXIT_STATUS)  # the last one wins where there are several
+_LAUNCHERS = (
+    *("accelerate", "accelerate-launch", "torchrun"),
+    *("accelerate.commands.launch", "accelerate.commands.accelerate_cli", "torch.distributed.run"),
+)
 _SIGNALS = ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1")
 
 
@@ -28,7 +32,14 @@ def launcher() -> int | None:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
     except OSError:
         command = b""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ or b"accelerate" in command else None
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ or launches(command) else None
+
+
+def launches(command: bytes) -> bool:
+    """Whether a command line, as /proc has it, is that of a launcher: its program, or the script or module of its Python."""
+    first, *rest = (Path(os.fsdecode(word)).name for word in command.split(b"\0"))
+    script = next((word for word in rest if not word.startswith("-")), "")
+    return (script if first.startswith("python") else first) in _LAUNCHERS
 
 
 _LAUNCHER = launcher()  # looked up before weights are loaded, in which time it may end

@@ -98,6 +98,24 @@ def test_an_orphan_stops(monkeypatch):
     assert interrupt.launcher() is None
 
 
+@pytest.mark.parametrize(
+    ("command", "known"),
+    [
+        ("/venv/bin/python3.12 /venv/bin/accelerate launch train.py", True),
+        ("python -u -m accelerate.commands.launch train.py", True),
+        ("/usr/bin/python3 -m torch.distributed.run train.py", True),
+        ("accelerate-launch train.py", True),
+        ("python /home/accelerate/sweep.py", False),
+        ("python sweep.py --exp-name accelerate", False),
+        ("bash accelerate.sh", False),
+        ("", False),
+    ],
+)
+def test_a_launcher_is_known_by_its_program(command, known):
+    """Not by a folder or a value that has its name."""
+    assert interrupt.launches(b"".join(word.encode() + b"\0" for word in command.split())) == known
+
+
 @pytest.mark.slow
 def test_a_launcher_of_one_process_is_terminated(tools, tmp_path):
     """accelerate launch ends by SIGTERM and leaves the training alone, which saves, stops and can be resumed."""
