@@ -143,17 +143,25 @@ def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch, capsys):
     log file a line at the end of each."""
     from PIL import Image
 
+    from evaluations.features import Extractor
     from training import previews
 
-    seen = []
+    seen, allowed = [], set()
     original = previews.sample
 
     def sample(network, interpolant, labels, index, **rest):
         state = original(network, interpolant, labels, index, **rest)
         seen.append((labels.tolist(), index.tolist(), rest["seed"], state.latent))
+        allowed.add(("samples", torch.backends.cuda.matmul.allow_tf32))
         return state
 
+    def extract(self, pixels):
+        allowed.add(("features", torch.backends.cuda.matmul.allow_tf32))
+        return read(self, pixels)
+
+    read = Extractor.__call__
     monkeypatch.setattr(previews, "sample", sample)
+    monkeypatch.setattr(Extractor, "__call__", extract)
     reference = tmp_path / "reference.npz"
     np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
     train.main(
@@ -183,6 +191,7 @@ def test_previews_and_frechet_distance(tools, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path / "run/previews").iterdir()) == ["step_0000003.png", "step_0000004.png"]
     image = Image.open(tmp_path / "run/previews/step_0000003.png")
     assert image.width == 8 * (64 + 4) and image.height == 2 * (64 + 28)
+    assert allowed == {("samples", True), ("features", False)}  # TF32, where it is an NVIDIA GPU
     grids = [entry for entry in seen if len(entry[0]) == 16]
     assert grids[0][:3] == grids[1][:3] and not torch.equal(grids[0][3], grids[1][3])  # the network has moved
     measured = {line["step"]: line.get("fd") for line in lines(tmp_path)}

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from common.processes import gather_rows, rank, world
 from common.reporting import progress
-from config import UserError
 from evaluations import features
 from evaluations.collect import collect, statistics_of
 from evaluations.image_sets import open_images
@@ -60,18 +59,16 @@ class FrechetProbe:
             reference: npz, image folder or packed dataset.
             training: the same for the images trained on, with `reference` held out; None: not compared with.
             space: as for evaluate.py --features.
-            count: of samples.
+            count: of samples, at least one for each rank.
             resolution: what a folder of images of several sizes is cropped to.
 
         Raises:
-            UserError: weights or images are missing, or there are fewer images than ranks.
+            UserError: weights or images are missing, or there are fewer of these images than ranks.
         """
         self.autoencoder, self.device, self.count = autoencoder, device, count
         self.extractor = features.load(space, device=device)
         images = open_images([reference], fallback=resolution)
         self.training = self.held_out = None
-        if count < world():
-            raise UserError(f"--eval-samples {count}: fewer images than the {world()} processes that share them")
         known = (images.statistics or {}).get("pooled")
         if known is not None and training is None and self.extractor.space == "inception":
             self.reference = known
@@ -98,7 +95,7 @@ class FrechetProbe:
     ) -> Probed:
         """The Frechet distance, in every process, and on rank 0 the nearness to the training images.
 
-        Features are computed without TF32, as evaluate.py does.
+        Features are computed without TF32, as evaluate.py does; samples are made as the run's previews are.
 
         Args:
             network: is sampled from.
@@ -138,14 +135,15 @@ class FrechetProbe:
         rows: list[Tensor] = []
 
         def extract(pixels: Tensor) -> features.Features:
-            found = self.extractor(pixels)
+            with without_tf32():
+                found = self.extractor(pixels)
             if self.training is not None:
                 rows.append(found.pooled.float().cpu())
             return found
 
         # the bar shows rank 0's part of the work; the others' parts are as large
         words = f"sampling {self.count} images for the Frechet distance"
-        with progress(len(batches) * steps, unit="step", description=words, shown=rank() == 0) as bar, without_tf32():
+        with progress(len(batches) * steps, unit="step", description=words, shown=rank() == 0) as bar:
             distance = frechet_distance(self.reference, statistics_of(sampled(bar), extract))
         if self.training is None or self.held_out is None:
             return Probed(distance, None)

@@ -6,8 +6,8 @@ from training.settings import TrainConfig
 
 
 def learning_rate(settings: TrainConfig, step: int) -> float:
-    """The learning rate of a step: linear warm-up, then constant (published), or a cosine that falls to 0 at the last step
-    (Loshchilov & Hutter 2017, without restarts).
+    """The learning rate of a step: linear warm-up, then constant (published), or a cosine that would reach 0 after the last
+    step (Loshchilov & Hutter 2017, without restarts).
 
     Args:
         settings: of the run.

@@ -94,7 +94,9 @@ class TrainConfig:
     )
     learning_rate: float = _optimisation(1e-4, "of AdamW, after the warm-up", also=("lr",), above=0, below=math.inf)
     lr_schedule: str = _optimisation(
-        "constant", "learning rate after the warm-up: constant, or cosine to 0 at the last step", choices=SCHEDULES
+        "constant",
+        "learning rate after the warm-up: constant, or a cosine that would reach 0 after the last step",
+        choices=SCHEDULES,
     )
     lr_warmup_steps: int = _optimisation(
         0, "steps in which the learning rate grows linearly to its value", also=("warmup", "warmup_steps"), at_least=0
