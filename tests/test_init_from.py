@@ -28,6 +28,7 @@ def start(data, out, source, *extra, **more):
 
 def test_the_run_starts_from_the_source(tools, source, tmp_path, capsys):
     """At a learning rate of almost nothing the run's weights and EMA are the source's EMA; steps count from 0."""
+    (tmp_path / "run/checkpoints/0000100.bak").mkdir(parents=True)  # no checkpoint: the run has not begun
     start(tools["data"], tmp_path, source, "--learning-rate", "1e-30", steps=1)
     assert "3 of 3 classes by name, 0 fresh" in capsys.readouterr().out
     before, after = load_model(source), load_model(tmp_path / "run")
@@ -39,12 +40,13 @@ def test_the_run_starts_from_the_source(tools, source, tmp_path, capsys):
 
 
 def test_a_resumed_run_does_not_need_its_source(tools, source, tmp_path):
-    """The source may be gone by then; the model file still names its digest."""
+    """The source may be gone by then, for the dry run too; the model file still names its digest."""
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(find_model(source).read_bytes())
     start(tools["data"], tmp_path, copy, steps=1)
     digest = load_model(copy).sha256
     copy.unlink()
+    start(tools["data"], tmp_path, copy, "--dry-run", steps=2)
     start(tools["data"], tmp_path, copy, steps=2)
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2]
     assert read_info(find_model(tmp_path / "run")).notes["initialised_from"] == digest

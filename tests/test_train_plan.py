@@ -165,6 +165,24 @@ def test_impossible_micro_batches_are_one_sentence(flags, words):
         train.main(["--dry-run", "--assume", "imagenet256", "--gpu", "H200", *flags])
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--batch-size", "4"), "batch size 4 must be divisible by 8 processes$"),
+        (("--batch-size", "4", "--micro-batch", "auto"), "batch size 4 must be divisible by 8 processes$"),
+        (("--batch-size", "12", "--micro-batch", "2"), "batch size 12 must be divisible by 8 processes$"),
+        (
+            ("--eval-every", "2", "--eval-samples", "7", "--eval-reference", "x"),
+            "--eval-samples 7: fewer images than the 8",
+        ),
+    ],
+)
+def test_what_processes_cannot_share_is_one_sentence(flags, words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match=words):
+        train.main(["--dry-run", "--assume", "imagenet256", "--gpu", "H200", *flags])
+
+
 def test_a_run_is_compared_with_the_gpu_it_found(tools, monkeypatch):
     """By its own name and memory, of which the data sheet's name is a part; an unknown GPU gets no prediction of time."""
     settings = parse(TrainConfig, "", flags(tools["data"], Path("runs"), "--mixed-precision", "auto"))

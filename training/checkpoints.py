@@ -196,7 +196,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """
     for leftover in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_DELETED}*")]:
         _remove_own_files(leftover)
-    candidates = _by_step(folder).values()
+    candidates = by_step(folder).values()
     for checkpoint in candidates:
         if foreign := _foreign(checkpoint):
             warn(f"checkpoint {checkpoint} {foreign}: it is never deleted, and not counted by --keep-last")
@@ -213,9 +213,9 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _by_step(folder: Path) -> dict[int, Path]:
+def by_step(folder: Path) -> dict[int, Path]:
     """The checkpoint folders of a run by their names, oldest first, intact or not."""
-    found = (path for path in folder.glob("[0-9]" * 7 + "*") if path.name.isdigit() and path.is_dir())
+    found = (path for path in folder.glob("[0-9]" * 7 + "*") if path.name.isdecimal() and path.is_dir())
     return {int(path.name): path for path in sorted(found, key=lambda path: int(path.name))}
 
 
@@ -230,7 +230,7 @@ def rotate(folder: Path, keep_last: int, keep_every: int, saved: int, before: in
         saved: step of the checkpoint that was just saved, which always stays.
         before: step of the newest intact one before it; what is newer was passed over when the run was resumed.
     """
-    checkpoints = {step: path for step, path in _by_step(folder).items() if not _foreign(path)}
+    checkpoints = {step: path for step, path in by_step(folder).items() if not _foreign(path)}
     for step in [step for step in checkpoints if keep_last and step > before and step != saved]:
         try:
             verify(checkpoints[step])

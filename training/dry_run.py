@@ -49,6 +49,7 @@ def dry_run(settings: TrainConfig) -> str:
     if settings.assume is None:
         manifest = read_manifest(settings.data_dir)
     plan, world = make_plan(settings, manifest), int(os.environ.get("WORLD_SIZE", 1))
+    check_shares(settings, world)
     if settings.assume is None:
         PackedDataset(settings.data_dir, plan.fields)  # finds missing files and impossible labels
     plan.class_means(settings.data_dir)  # there is none where the dataset is assumed
@@ -59,6 +60,16 @@ def dry_run(settings: TrainConfig) -> str:
     return _lines(Forecast(settings, plan, world, precision, gpus, name, memory).rows())
 
 
+def check_shares(settings: TrainConfig, world: int) -> None:
+    """Raise UserError where so many processes cannot share the images of a step, or the samples of the Frechet probe."""
+    if settings.batch_size % world:
+        raise UserError(f"batch size {settings.batch_size} must be divisible by {world} processes")
+    if settings.eval_every and settings.eval_samples < world:
+        raise UserError(
+            f"--eval-samples {settings.eval_samples}: fewer images than the {world} processes that share them"
+        )
+
+
 def with_micro_batches(
     settings: TrainConfig, plan: Plan, world: int, precision: str, memory: float | None
 ) -> TrainConfig:
@@ -67,7 +78,7 @@ def with_micro_batches(
     Args:
         settings: as given.
         plan: made of them.
-        world: processes.
+        world: processes, whose number divides the batch size.
         precision: "fp32", "fp16", "bf16" or "auto".
         memory: bytes of each GPU; None: not known, or a CPU, whose memory is not counted.
 

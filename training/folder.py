@@ -11,6 +11,7 @@ from common.files import read_json, write_json
 from common.reporting import say
 from config import UserError, as_dict, differences, identity
 from models.model_file import MODEL_FILE, read_info, read_state
+from training.checkpoints import by_step
 from training.settings import TrainConfig
 
 CONFIG = "config.json"
@@ -73,14 +74,14 @@ def _former(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     None before the first checkpoint: there is nothing to continue. Of the facts a checkpoint has only the model's, the
     others are taken to be those of today. Raises UserError where config.json is damaged.
     """
-    path, checkpoints = folder / CONFIG, sorted(folder.glob("checkpoints/[0-9]*"), reverse=True)
+    path, checkpoints = folder / CONFIG, list(by_step(folder / "checkpoints").values())
     if checkpoints and path.is_file():
         try:
             former = read_json(path)
             return dict(former["settings"]), {"network": former["facts"]["network"], **former["facts"]}
         except (UserError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); restore it or choose another --exp-name") from error
-    for checkpoint in checkpoints:
+    for checkpoint in reversed(checkpoints):
         with suppress(UserError):
             settings, info = read_state(checkpoint).settings, read_info(checkpoint / MODEL_FILE)
             say(f"{path} is missing: the settings are compared with those of {checkpoint}")

@@ -10,6 +10,7 @@ from models.model_file import ModelInfo, load_model, read_info, verify_model
 from models.obtain import obtain
 from models.sit import SiT
 from models.transfer import Target
+from training import checkpoints
 from training.plan import Plan
 from training.settings import TrainConfig
 
@@ -25,12 +26,15 @@ class Source:
 
 
 def open_source(settings: TrainConfig, plan: Plan) -> Source | None:
-    """The model of --init-from, compared with what the run trains; None where none is given. Weights are not loaded.
+    """The model of --init-from, compared with what the run trains. Weights are not loaded.
+
+    None where none is given, and where the run has checkpoints: it goes on from those, and the model may be gone.
 
     Raises:
         UserError: it cannot be had, or means something else than the run's network.
     """
-    if settings.init_from is None:
+    folder = settings.output_dir / (settings.exp_name or "") / "checkpoints"
+    if settings.init_from is None or checkpoints.by_step(folder):
         return None
     path = obtain(settings.init_from)
     source = Source(path, str(settings.init_from), read_info(path), verify_model(path) or sha256(path))

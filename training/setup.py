@@ -22,7 +22,7 @@ from models.model_file import blank_network
 from models.sit import SiT
 from packed.format import read_manifest
 from training import checkpoints, trackers
-from training.dry_run import start_text, with_micro_batches
+from training.dry_run import check_shares, start_text, with_micro_batches
 from training.folder import record_settings
 from training.initial import Source, open_source, take_weights
 from training.interrupt import Interrupt
@@ -53,6 +53,7 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
     assert data_dir is not None and name is not None
     on_first(lambda: trackers.check(settings.report_to))
     plan = make_plan(settings, read_manifest(data_dir))
+    check_shares(settings, processes.world)
     settings = with_micro_batches(settings, plan, processes.world, processes.precision, gpu_memory(processes.device))
     dataset = PackedDataset(data_dir, plan.fields)
     micro_batches = settings.gradient_accumulation_steps
@@ -66,8 +67,7 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
     )
     class_means = plan.class_means(data_dir)
     folder = settings.output_dir / name
-    begun = any(folder.glob("checkpoints/[0-9]*"))
-    source = from_first(lambda: None if begun else open_source(settings, plan))
+    source = from_first(lambda: open_source(settings, plan))
     with ExitStack() as stack:
         lock = claim(folder, "run.lock", "wait for it, or choose another --exp-name")
         stack.enter_context(closing(lock))
