@@ -56,7 +56,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     """10,000,000 comes after 9,999,999, whatever their names; the one just saved stays, also where there are later ones."""
     for step in (9_999_998, 9_999_999, 10_000_000):
         (tmp_path / f"{step:07d}").mkdir()
-    assert list(checkpoints._by_step(tmp_path)) == [9_999_998, 9_999_999, 10_000_000]
+    assert list(checkpoints.by_step(tmp_path)) == [9_999_998, 9_999_999, 10_000_000]
     checkpoints.rotate(tmp_path, 1, 0, saved=9_999_999, before=10_000_000)
     assert names(tmp_path) == ["10000000", "9999999"]
 
