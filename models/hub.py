@@ -3,8 +3,10 @@
 import os
 import re
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from config import MissingFile, UserError
@@ -65,6 +67,33 @@ def download(name: str) -> Path:
     if not names:
         raise MissingFile(f"{repo} on {_host()} holds no weights ({', '.join(_WEIGHTS)})")
     raise UserError(f"{repo} holds several weights files, name one: {', '.join(f'{repo}/{file}' for file in names)}")
+
+
+def snapshot(name: str, patterns: Sequence[str], **options: Any) -> Path:
+    """Files of a repository, from the cache or downloaded into it.
+
+    Args:
+        name: OWNER/NAME.
+        patterns: which files.
+        options: revision, token, cache_dir, ... of huggingface_hub's snapshot_download.
+
+    Returns:
+        Their folder.
+
+    Raises:
+        UserError: the name is not that of a repository.
+        MissingFile: the files cannot be had; one sentence with the cause.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not is_name(name) or name.count("/") != 1:
+        raise UserError(f"{', '.join(options)}: only for a repository on {_host()}, OWNER/NAME, which {name} is not")
+    go_offline_if_unreachable()
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
+    except Exception as error:  # of many libraries: connections, HTTP, files
+        reason = cause(error, name, f"`hf download {name} --local-dir DIR` and give the folder")
+        raise MissingFile(f"{name} cannot be downloaded: {reason}") from error
 
 
 def _weights(repo: str) -> list[str]:

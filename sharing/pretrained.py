@@ -18,6 +18,7 @@ from huggingface_hub import ModelHubMixin
 
 from common.provenance import weights_sha256
 from config import UserError
+from models import hub
 from models.acceleration import DTYPES
 from models.autoencoder import Autoencoder
 from models.interpolant import Interpolant
@@ -104,7 +105,7 @@ class PretrainedSiT(ModelHubMixin):
             for label in labels
         ]
         sampler = Sampler(
-            self.network.requires_grad_(False),
+            self.network,
             Interpolant(info.path),
             solver_of(chosen),
             guidance_of(chosen),
@@ -146,10 +147,6 @@ class PretrainedSiT(ModelHubMixin):
             UserError: it cannot be had or is something else.
         """
         if download:
-            from huggingface_hub import snapshot_download
-
-            wanted = [SHARED_FILE, "vae/*"]
-            pretrained_model_name_or_path = snapshot_download(
-                str(pretrained_model_name_or_path), allow_patterns=wanted, **download
-            )
+            name = str(pretrained_model_name_or_path)
+            pretrained_model_name_or_path = hub.snapshot(name, [SHARED_FILE, "vae/*"], **download)
         return cls(load_model(obtain(pretrained_model_name_or_path)))

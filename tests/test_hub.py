@@ -11,6 +11,7 @@ import torch
 from evaluations.features import load as load_features
 from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
+from models.hub import snapshot
 from models.obtain import locate, obtain
 from tests.tiny import PUBLISHED_ARGS, published_weights, sit_weights
 
@@ -131,6 +132,10 @@ def test_causes_are_distinguished(monkeypatch, kind, words):
         monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: ["a.pt", "README.md", "b.safetensors"])
         with pytest.raises(FileNotFoundError, match=r"weights that are there: a.pt, b.safetensors$"):
             obtain("Martinser/REG/last.pt")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match=words.replace("{}", "Martinser/REG")) as caught:
+        snapshot("Martinser/REG", ["*.pt"], token="x")
+    assert str(caught.value).startswith("Martinser/REG cannot be downloaded: ")
 
 
 def test_a_repository_without_weights(monkeypatch):

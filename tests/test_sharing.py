@@ -70,6 +70,14 @@ def test_what_the_library_refuses(model):
         loaded.sample(["eagle"])
     with pytest.raises(UserError, match="no setting 'steps', it takes mode, solver"):
         loaded.sample(["ant"], steps=3)
+    loaded.network.requires_grad_(True)
+    loaded.sample(["ant"], num_steps=2)
+    assert all(parameter.requires_grad for parameter in loaded.network.parameters())
+    for name in (str(model[0] / "m"), "OWNER/NAME/model.safetensors", "nowhere"):
+        with pytest.raises(
+            UserError, match=rf"^revision: only for a repository on \S+, OWNER/NAME, which {name} is not"
+        ):
+            PretrainedSiT.from_pretrained(name, revision="v1")
     with pytest.raises(UserError, match="nowhere"):
         PretrainedSiT.from_pretrained(model[0] / "nowhere")
 
