@@ -69,8 +69,8 @@ def main() -> None:
     if len({row.name for row in rows}) < len(rows):
         for path, row in zip(settings.results, rows, strict=True):
             row.name = str(path)
-    if len(rows) % settings.seeds:
-        raise UserError(f"--seeds {settings.seeds}: {len(rows)} results are not so many for each method")
+    if len(rows) % (n := settings.seeds):
+        raise UserError(f"--seeds {n}: {len(rows)} results cannot be divided into groups of {n}")
     if settings.floor is not None:
         add_ratios(rows, load(settings.floor))
     differing = differences(rows, settings.across)
