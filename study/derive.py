@@ -10,6 +10,7 @@ import torch
 from common.files import sha256
 from common.provenance import weights_sha256
 from common.reporting import run, say
+from config import UserError
 from dataset import PackedDataset
 from packed.format import EncoderInfo, write_manifest
 from packed.writer import write_shard
@@ -37,19 +38,25 @@ def derive(
             in the sequence that carries nothing but its noise.
         scale: factor of the class token; 0 divides all tokens by their root mean square.
         encoder: folder of another encoder, whose tokens of the stored pixels take the place of all; pixels are left out.
+
+    Raises:
+        UserError: another encoder is to read pixels that the dataset does not hold.
     """
     data = PackedDataset(source)
     manifest = data.manifest
     arrays = {
         name: np.concatenate([data.records(k, name) for k in range(len(manifest.shards))]) for name in manifest.fields
     }
-    tokens = arrays["patch_tokens.0"].astype(np.float32).mean(1) if token == "mean" else arrays["class_token.0"]
-    tokens = tokens.astype(np.float32)
     if encoder is not None:
+        if "pixels" not in arrays:
+            raise UserError(f"{source} holds no pixels, which --encoder reads: pack it with --pixels")
         teacher, pixels = load_teacher(str(encoder), GRID), torch.from_numpy(arrays.pop("pixels")).permute(0, 3, 1, 2)
         parts = [teacher(part) for part in pixels.split(100)]
-        tokens = torch.cat([part.class_token for part in parts]).numpy()
-        arrays["patch_tokens.0"] = torch.cat([part.patch_tokens for part in parts]).numpy().astype(np.float16)
+        for name, read in zip(TOKENS, zip(*parts)):
+            arrays[name] = torch.cat(read).numpy()
+        arrays["patch_tokens.0"] = arrays["patch_tokens.0"].astype(np.float16)
+    tokens = arrays["patch_tokens.0"].astype(np.float32).mean(1) if token == "mean" else arrays["class_token.0"]
+    tokens = tokens.astype(np.float32)
     if token == "empty":
         tokens = np.zeros_like(tokens)
     else:
