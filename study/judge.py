@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.processes import gather_rows, rank, world
+from common.processes import gather_rows, in_turn, rank, world
 from dataset import PackedDataset
 from evaluations import features
 from evaluations.coherence import token_metrics
@@ -82,7 +82,7 @@ def draw(
 
 
 class Judge:
-    """Feature networks with the features of the training images."""
+    """Feature networks with the features of the training images; all ranks make it, rank 0 alone judges."""
 
     def __init__(self, train: Path, spaces: tuple[str, ...], device: torch.device, batch: int) -> None:
         """Load the networks and read the training images.
@@ -94,8 +94,11 @@ class Judge:
             batch: images at a time.
         """
         self.device, self.batch = device, batch
-        self.spaces = [features.load(spec, device=device) for spec in spaces]
+        self.spaces = in_turn(lambda: [features.load(spec, device=device) for spec in spaces])
         images = open_images([train])
+        classes = 0 if images.labels is None else len(np.unique(images.labels))
+        named = [space.space for space in self.spaces if space.classes == classes > 0]
+        self.classifier = named[0] if named else None  # others have no classes, or those of other images
         self.train = {s.space: collect(images, s, batch_size=batch).pooled for s in self.spaces}
         self.statistics = {name: compute_statistics(rows) for name, rows in self.train.items()}
 
@@ -105,17 +108,17 @@ class Judge:
         return {space.space: space.digest[:16] for space in self.spaces}
 
     def images(self, pixels: Tensor, label: Tensor | None) -> dict[str, float]:
-        """Distances to the training images in each space, and the accuracy of labels by the first network.
+        """Distances to the training images in each space, and the accuracy of labels by the network that has these classes.
 
         Args:
             pixels: (N, 3, H, W) uint8.
             label: (N,) int64; None: not to be measured.
         """
         found = {}
-        for number, space in enumerate(self.spaces):
+        for space in self.spaces:
             parts = [space(part) for part in pixels.split(self.batch)]  # moved to the device by the space
             pooled = torch.cat([part.pooled.float().cpu() for part in parts])
-            if label is not None and number == 0:
+            if label is not None and space.space == self.classifier:
                 named = torch.cat([part.logits.argmax(1).cpu() for part in parts if part.logits is not None])
                 found["class_accuracy"] = (named == label).double().mean().item()
             found[f"fd_{space.space}"] = frechet_distance(self.statistics[space.space], compute_statistics(pooled))
