@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from common.files import make_folder, write_error
-from common.processes import on_first
+from common.processes import on_first, share
 from common.reporting import say
 from config import UserError
 
@@ -23,9 +23,29 @@ _NO_LOCKS = (
 _HELD: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
 
 
+class InUse(UserError):
+    """Another program has the lock."""
+
+
 def claim(folder: Path, name: str, advice: str) -> "FolderLock":
     """Lock a folder for all ranks of this program; all of them call it. See FolderLock."""
     return on_first(lambda: FolderLock(folder, name, advice)) or FolderLock(folder, name, advice, joins=True)
+
+
+def claim_if_free(folder: Path, name: str, advice: str) -> "FolderLock | None":
+    """As `claim`, but None on all ranks, with a message, while another program has the lock."""
+
+    def attempt() -> FolderLock | None:
+        try:
+            return FolderLock(folder, name, advice)
+        except InUse as error:
+            say(str(error))
+            return None
+
+    lock = on_first(attempt)
+    if not share(lock is not None):
+        return None
+    return lock or FolderLock(folder, name, advice, joins=True)
 
 
 class FolderLock:
@@ -45,7 +65,8 @@ class FolderLock:
             joins: another rank of this program has taken the lock, share it.
 
         Raises:
-            UserError: names the holder, or the file that cannot be written.
+            InUse: names the holder.
+            UserError: names the file that cannot be written.
         """
         self._path = folder / name
         self._stream: TextIO | None = None
@@ -55,7 +76,7 @@ class FolderLock:
             try:
                 self._stream = _locked(self._path, joins)
             except BlockingIOError as error:
-                raise UserError(f"{folder} is in use by {_text(self._path)}; {advice}") from error
+                raise InUse(f"{folder} is in use by {_text(self._path)}; {advice}") from error
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
@@ -123,7 +144,7 @@ def _marked(path: Path, joins: bool, advice: str) -> Path:
     try:
         marker.touch(exist_ok=False)
     except FileExistsError as error:
-        raise UserError(f"{path.parent} is in use by {_text(marker)}; {advice}") from error
+        raise InUse(f"{path.parent} is in use by {_text(marker)}; {advice}") from error
     marker.write_text(_this_process(), encoding="utf-8")
     if joins:
         return marker
@@ -134,7 +155,7 @@ def _marked(path: Path, joins: bool, advice: str) -> Path:
             continue
         holder, elsewhere = _text(other), f" (if it has ended, remove {other})" * (there != host)
         marker.unlink()
-        raise UserError(f"{path.parent} is in use by {holder}{elsewhere}; {advice}")
+        raise InUse(f"{path.parent} is in use by {holder}{elsewhere}; {advice}")
     say(
         f"warning: the file system of {path.parent} has no locks; the file {marker.name} says that the folder is in use"
     )

@@ -5,13 +5,11 @@ rows, several seeds, a curve for each. See docs/reproduction.md.
 """
 
 import sys
-from pathlib import Path
 
 from common.reporting import run
 from config import UserError, parse
-from study.settings import LEVELS, ReportConfig, StudyConfig
+from study.settings import LEVELS, RECIPES, ReportConfig, StudyConfig
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "study"
 EXAMPLES = ("python -m study digits --only unlabelled reg", "python -m study report")
 
 
@@ -27,7 +25,7 @@ def main() -> None:
     elif word.startswith("-"):
         rest = [word, *rest]
     else:
-        raise UserError(f"{word!r} is no level of the study: give {', '.join(LEVELS)}, or report")
+        raise UserError(f"{word!r} is not a level of the study: give {', '.join(LEVELS)}, or report")
     settings = parse(StudyConfig, __doc__ or "", rest, examples=EXAMPLES)
     from study.run import study
 

@@ -28,6 +28,7 @@ TOKENS = {  # class tokens of a data word such as unlabelled:token-mean => flags
     "token-x2": ("--scale", "2"),
     "token-rms": ("--scale", "0"),
 }
+RAW, EMA = "raw", "ema"  # the weights that are judged; raw ones at the last step alone
 NO_TEACHER = "none"  # the word of a row that reads no token of any encoder
 
 
@@ -75,6 +76,14 @@ def runs(settings: StudyConfig) -> list[Spec]:
     return list(dict.fromkeys(spec for line in settings.runs for spec in _read(line)))
 
 
+def judgements(spec: Spec, settings: StudyConfig) -> list[tuple[int, str]]:
+    """(step, weights) of what a run is judged by, the weights with the words of the guidance."""
+    last = settings.steps[-1]
+    if spec.guided:
+        return [(last, f"{EMA} guided {words}") for words in settings.guidance]
+    return [*((step, EMA) for step in settings.steps), (last, RAW)]
+
+
 def _read(line: str) -> Iterator[Spec]:
     words, guided = line.removesuffix(" guided").split(), line.endswith(" guided")
     base, _, token = words[0].partition(":")
@@ -88,5 +97,5 @@ def _read(line: str) -> Iterator[Spec]:
     for seed in map(int, seeds.split(",")):
         for row in rows.split(","):
             if row.split("+")[0] not in ROWS:
-                raise UserError(f"runs: {line!r}: {row!r} is no row of the ablation ({', '.join(ROWS)})")
+                raise UserError(f"runs: {line!r}: {row!r} is not a row of the ablation ({', '.join(ROWS)})")
             yield Spec(data, NO_TEACHER if row.split("+")[0] == "sit" else teacher, row, seed, guided)

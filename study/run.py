@@ -12,52 +12,75 @@ from typing import Any
 import torch
 
 from common.files import fingerprint
-from common.lock import FolderLock
+from common.lock import claim_if_free
 from common.pictures import write_png
-from common.processes import on_first
+from common.processes import Processes, from_first, in_turn, on_first, share
 from common.provenance import processor, versions
 from common.reporting import say
 from config import RESULT, UserError, as_dict, parse
-from models.autoencoder import load_autoencoder
+from evaluations.image_sets import open_images
+from models.autoencoder import Autoencoder, load_autoencoder
 from models.cost import cost
 from models.guidance import Guidance
 from models.sit import SiT
+from packed.format import read_manifest
 from quickstart.stages import Runner
 from study.judge import Judge, Samples, Teacher, draw, floors, oracle
 from study.ledger import Ledger
 from study.levels import Level
-from study.plan import NO_TEACHER, Spec, runs
-from study.settings import StudyConfig
+from study.plan import EMA, NO_TEACHER, RAW, Spec, judgements, runs
+from study.settings import StudyConfig, recipe
 from training import checkpoints
 from training.run import Run
 from training.settings import TrainConfig
 from training.setup import prepare
 
 PICTURES = 20  # samples of seed 0 that are kept as a picture, ten in a row
-RAW, EMA = "raw", "ema"  # the weights that are judged; raw ones at the last step alone
 
 
 class Study:
-    """A level's networks, judges and raw results, each loaded when it is first needed."""
+    """A level's networks, judges and raw results, each loaded when it is first needed.
 
-    def __init__(self, settings: StudyConfig) -> None:
+    Ranks train and sample together; rank 0 alone prepares, judges and writes.
+    """
+
+    def __init__(self, settings: StudyConfig, device: torch.device | str = "cpu") -> None:
         self.settings = settings
         self.out = settings.out / settings.level
         self.level = Level(self.out, settings)
         self.ledger = Ledger(settings.results / f"{settings.level}.jsonl")
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline"}
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "WORLD_SIZE": "1"}
+        self.device = torch.device(device)
         self.runner = Runner(self.out, environment)
         self.train_settings = cache(self._train_settings)
         self.judge = cache(self._judge)
         self.teacher = cache(self._teacher)
-        self.autoencoder = cache(lambda name: load_autoencoder(name).to(self.device))
+        self.autoencoder = cache(self._autoencoder)
+        self.changed = cache(self._changed)
 
     def _judge(self) -> Judge:
         return Judge(self.level.train_images, self.level.spaces, self.device, 100)
 
     def _teacher(self, dataset: Path) -> Teacher:
         return Teacher(dataset, self.device, 100)
+
+    def _autoencoder(self, name: str) -> Autoencoder:
+        return in_turn(lambda: load_autoencoder(name)).to(self.device)
+
+    def _changed(self) -> dict[str, Any]:
+        """Images, networks and spaces that are not those of the level's recipe; files by what they hold."""
+        settings, own = self.settings, recipe(self.settings.level)
+        names = [
+            f.name for f in dataclasses.fields(own) if (f.metadata["group"], f.metadata["role"]) == ("images", RESULT)
+        ]
+        changed = {name: getattr(settings, name) for name in names if getattr(settings, name) != getattr(own, name)}
+        if "packed" in changed:
+            changed["packed"] = fingerprint(read_manifest(changed["packed"]).shards)
+        for name in {"train_images", "held_out"} & changed.keys():
+            changed[name] = open_images([changed[name]]).digest()
+        if "spaces" in changed:
+            changed["spaces"] = [Path(space).name for space in changed["spaces"]]
+        return changed
 
     def _train_settings(self, spec: Spec) -> TrainConfig:
         """The settings of train.py for one run."""
@@ -77,8 +100,8 @@ class Study:
         return parse(TrainConfig, "a run of the study", [*words, *spec.flags])
 
     def key(self, spec: Spec, step: int, weights: str = EMA) -> str:
-        """Digest of all that a judgement depends on; settings at their defaults are left out, so that new ones of train.py
-        do not change it, and paths, so that the study may be moved."""
+        """Digest of all that a judgement depends on; settings at their defaults, and images as in the level's recipe, are
+        left out, so that new ones do not change it, and paths, so that the study may be moved."""
         train = self.train_settings(spec)
         changed = {
             field.name: value
@@ -87,25 +110,33 @@ class Study:
         }
         run = {"data": spec.data, "teacher": spec.teacher, "train": changed, "step": step, "weights": weights}
         judged = {"level": self.settings.level, "samples": self.settings.samples, "solver": self.settings.solver_steps}
-        return fingerprint([run, judged])[:16]
+        images = {name: value for name, value in self.changed().items() if name != "held_out"}  # that is the floors'
+        return fingerprint([run, judged, *([images] if images else [])])[:16]
 
     def wanted(self, spec: Spec) -> dict[tuple[int, str], str]:
         """(step, weights) of the judgements that a run is to give, with their keys."""
-        judged = [(step, EMA) for step in self.settings.steps] + [(self.settings.steps[-1], RAW)]
-        if spec.guided:
-            judged = [(self.settings.steps[-1], f"{EMA} guided {words}") for words in self.settings.guidance]
-        return {one: self.key(spec, *one) for one in judged}
+        return {one: self.key(spec, *one) for one in judgements(spec, self.settings)}
 
     def run(self, spec: Spec) -> None:
-        """Train one run from its newest checkpoint on, and judge it wherever the raw results lack it."""
-        self.level.prepare(spec, self.runner)
+        """Train one run from its newest checkpoint on, and judge it wherever the raw results lack it, unless another program
+        does."""
+        on_first(lambda: self.level.prepare(spec, self.runner))
         folder = self.out / "runs" / spec.name
-        with closing(FolderLock(self.out / "locks", f"{spec.name}.lock", "it is left out here")):
-            wanted, done = self.wanted(spec), self.ledger.keys()
-            first = min(step for (step, _), key in wanted.items() if key not in done)
-            newest = checkpoints.newest(folder / "checkpoints", say)
-            if newest is not None and int(newest.name) > first:  # trained before, judged otherwise: start again
-                shutil.rmtree(folder)
+        lock = claim_if_free(self.out / "locks", f"{spec.name}.lock", f"{spec.name} is left out here")
+        if lock is None:
+            return
+        with closing(lock):
+            wanted, done = self.wanted(spec), from_first(self.ledger.keys)
+            missing = [step for (step, _), key in wanted.items() if key not in done]
+            if not missing:  # another program has finished it in the meantime
+                return
+
+            def clear() -> None:
+                newest = checkpoints.newest(folder / "checkpoints", say)
+                if newest is not None and int(newest.name) > min(missing):
+                    shutil.rmtree(folder)  # trained before, judged otherwise: start again
+
+            on_first(clear)
             with prepare(self.train_settings(spec)) as run:
                 trained, resumed = 0.0, run.step  # processor seconds; a resumed run's are those of its later steps
                 for step in self.settings.steps:
@@ -121,22 +152,23 @@ class Study:
                         if at == step and key not in done:
                             parts = run.train_step
                             network = parts.network if weights == RAW else parts.ema.average
-                            seconds = trained * run.step / max(run.step - resumed, 1)
+                            taken = run.step - resumed  # without any of its steps their cost is not known
+                            seconds = trained * run.step / taken if taken else None
                             self.judged(spec, run, network.eval(), weights, key, seconds)
                     run.train_step.network.train()
 
     @torch.no_grad()
-    def judged(self, spec: Spec, run: Run, network: SiT, weights: str, key: str, trained: float) -> None:
+    def judged(self, spec: Spec, run: Run, network: SiT, weights: str, key: str, trained: float | None) -> None:
         """Sample a network, judge the samples and append the line."""
         started, info = time.process_time(), run.plan.model_info(run.step, spec.seed)
-        autoencoder = self.autoencoder(run.plan.vae)
+        judge, autoencoder = self.judge(), self.autoencoder(run.plan.vae)
         count, batch, steps = self.settings.samples, self.settings.batch_size, self.settings.solver_steps
         guidance = guidance_of(weights)
         samples = draw(network, autoencoder, count, path=info.path, steps=steps, batch=batch, guidance=guidance)
 
         def append() -> None:
             label = samples.label if spec.labelled else None
-            metrics = self.judge().images(samples.pixels, label)
+            metrics = judge.images(samples.pixels, label)
             teacher = self.teacher(self.level.dataset(spec))
             metrics |= teacher.tokens_of(samples) | teacher.layers(network, info)
             line = {
@@ -168,19 +200,22 @@ class Study:
 
     def floors(self, spec: Spec) -> None:
         """What real images reach in the judges' spaces, and the teacher's own tokens of them: lines of their own."""
-        self.level.prepare(spec, self.runner)
+        on_first(lambda: self.level.prepare(spec, self.runner))
+        judge, autoencoder = self.judge(), self.autoencoder(read_manifest(self.level.dataset(spec)).vae["name"])
+        on_first(lambda: self._floors(spec, judge, autoencoder))
+
+    def _floors(self, spec: Spec, judge: Judge, autoencoder: Autoencoder) -> None:
         held_out, dataset = self.level.held_out, self.level.dataset(spec)
         head = {"level": self.settings.level, "teacher": spec.teacher, "data": spec.data}
         done = self.ledger.keys()
 
         def append(row: str, measured: Callable[[], dict[str, float]], **names: str) -> None:
-            key = fingerprint([head["level"], row, names])[:16]
+            key = fingerprint([head["level"], row, names, *([self.changed()] if self.changed() else [])])[:16]
             if key not in done:
                 line = {"key": key, "row": row, **names, "metrics": measured(), "machine": machine()}
                 self.ledger.append({**line, "networks": self.digests(spec)})
 
-        vae = self.teacher(dataset).data.manifest.vae["name"]
-        real = cache(lambda: floors(self.judge(), self.autoencoder(vae), held_out))
+        real = cache(lambda: floors(judge, autoencoder, held_out))
         for row in ("held-out", "reconstructions"):
             append(row, lambda row=row: real()[row])  # type: ignore[misc]
         if spec.teacher != NO_TEACHER:
@@ -235,24 +270,18 @@ def selected(settings: StudyConfig) -> list[Spec]:
 
 def study(settings: StudyConfig) -> None:
     """All runs of a level that the raw results lack, in their order."""
-    work = Study(settings)
+    work = Study(settings, Processes().device)
     started, specs = time.monotonic(), selected(settings)
-    done = work.ledger.keys()
+    done = from_first(work.ledger.keys)
     missing = {spec: sum(key not in done for key in work.wanted(spec).values()) for spec in specs}
     say(f"{len(specs)} runs, {sum(not count for count in missing.values())} of them finished; {work.ledger.path}")
     for spec in specs:
         if settings.dry_run:
             say(f"{spec.name}{' guided' * spec.guided}: {missing[spec]} of {len(work.wanted(spec))} judgements missing")
             continue
-        if settings.max_hours and time.monotonic() - started > 3600 * settings.max_hours:
+        if settings.max_hours and share(time.monotonic() - started > 3600 * settings.max_hours):
             say(f"stopped after {settings.max_hours:g} hours; the same command goes on")
             return
-        if work.ledger.keys().issuperset(work.wanted(spec).values()):
-            continue
-        try:
+        if not from_first(work.ledger.keys).issuperset(work.wanted(spec).values()):
             work.floors(spec)
             work.run(spec)
-        except UserError as error:
-            if "in use by" not in str(error):
-                raise
-            say(f"{spec.name}: {error}")

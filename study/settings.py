@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import RUN, setting
+from config import RUN, parse, setting
 
 LEVELS = ("digits", "mnist", "eurosat", "imagenet")
+RECIPES = Path(__file__).parents[1] / "recipes" / "study"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,18 +14,18 @@ class StudyConfig:
     """One level of the study: images, networks, the runs in their order, and how their samples are judged."""
 
     level: str = setting(help="which images", group="study", choices=LEVELS)
-    resolution: int = setting(help="of the images, in pixels", group="images", above=0, role=RUN)
-    vae_steps: int = setting(400, "steps of the small VAE", group="images", above=0, role=RUN)
+    resolution: int = setting(help="of the images, in pixels", group="images", above=0)
+    vae_steps: int = setting(400, "steps of the small VAE", group="images", above=0)
     source: Path | None = setting(
         None, "folder of LEVEL-train.zip and LEVEL-test.zip; default: torchvision downloads", group="images", role=RUN
     )
     packed: Path | None = setting(
-        None, "packed dataset of the user's, in the place of images and small networks", group="images", role=RUN
+        None, "packed dataset of the user's, in the place of images and small networks", group="images"
     )
-    train_images: Path | None = setting(None, "with --packed: images to judge against", group="images", role=RUN)
-    held_out: Path | None = setting(None, "with --packed: images that were held out", group="images", role=RUN)
+    train_images: Path | None = setting(None, "with --packed: images to judge against", group="images")
+    held_out: Path | None = setting(None, "with --packed: images that were held out", group="images")
     spaces: tuple[str, ...] = setting(
-        (), "with --packed: feature spaces of the judges, as of evaluate.py", group="images", role=RUN
+        (), "with --packed: feature spaces of the judges, as of evaluate.py", group="images"
     )
     train: Path = setting(help="recipe of train.py that all rows share", group="training")
     steps: tuple[int, ...] = setting(help="optimiser steps after which a run is judged", group="training", above=0)
@@ -49,6 +50,11 @@ class StudyConfig:
     dry_run: bool = setting(False, "list the runs and what is finished, and stop", group="machine", role=RUN)
     out: Path = setting(Path("runs/study"), "images, networks and runs; may be deleted", group="machine", role=RUN)
     results: Path = setting(Path("study/results"), "raw results, LEVEL.jsonl", group="machine", role=RUN)
+
+
+def recipe(level: str, *flags: str) -> StudyConfig:
+    """The settings of a level as its recipe gives them, and flags."""
+    return parse(StudyConfig, "", ["--config", str(RECIPES / f"{level}.yaml"), *flags])
 
 
 @dataclass(frozen=True)
