@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from evaluations.seeds import sign
+from evaluations.seeds import LEAST, sign
 from study.plan import NO_TEACHER
 
-LOWER, HIGHER, SPREAD, UNKNOWN = "lower", "higher", "within the spread", "not measured"
+LOWER, HIGHER, SPREAD, UNKNOWN = "lower", "higher", "within the spread", "too few seeds"
 
 
 class Row(NamedTuple):
@@ -53,11 +53,15 @@ class Curves:
         """The steps at which any seed of a row was judged."""
         return sorted({step for steps in self.runs.get(row, {}).values() for step in steps})
 
+    def shared(self, row: Row, other: Row, step: int, metric: str) -> list[int]:
+        """The seeds of which both rows have a metric."""
+        return sorted(self.at(row, step, metric).keys() & self.at(other, step, metric).keys())
+
     def verdict(self, row: Row, other: Row, step: int, metric: str) -> str:
         """Whether the metric of a row is lower or higher than that of another one, over the seeds that both have."""
         a, b = self.at(row, step, metric), self.at(other, step, metric)
-        shared = sorted(a.keys() & b.keys())
-        if not shared:
+        shared = self.shared(row, other, step, metric)
+        if len(shared) < LEAST:
             return UNKNOWN
         return {-1: LOWER, 0: SPREAD, 1: HIGHER}[sign([a[s] for s in shared], [b[s] for s in shared])]
 

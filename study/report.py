@@ -8,15 +8,13 @@ import numpy as np
 
 from common.files import write_text
 from common.reporting import say
-from config import parse
 from evaluations.results import as_markdown
-from evaluations.seeds import LEAST, mean_of
+from evaluations.seeds import mean_of
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, Row
 from study.figures import draw_curves, draw_samples
 from study.ledger import Ledger
-from study.plan import DATA, NO_TEACHER, TITLES, runs
-from study.run import EMA, RAW, Study
-from study.settings import LEVELS, ReportConfig, StudyConfig
+from study.plan import DATA, EMA, NO_TEACHER, RAW, TITLES, judgements, runs
+from study.settings import LEVELS, ReportConfig, StudyConfig, recipe
 
 ROOT = Path(__file__).parents[1]
 PAIRS = (("reg", "sit"), ("repa", "sit"), ("reg", "repa"))
@@ -27,6 +25,7 @@ PAPER = {
     "token-patch": 15.5,
     "reg": 15.2,
 }  # B/2, 400K steps, unguided, FID-50K
+AGREEMENT = {LOWER: "agrees", HIGHER: "the opposite", SPREAD: "not seen: within the spread", UNKNOWN: UNKNOWN}
 IN_WORDS = {"unlabelled": "without labels", "labelled": "with labels"}
 
 
@@ -64,21 +63,21 @@ class Page:
         return [row for row in found if row in self.curves.runs]
 
     def claims(self) -> Iterable[str]:
-        """A sentence for each teacher and pair of rows: where one is ahead in both spaces."""
+        """A sentence for each teacher and pair of rows: where one is ahead in all spaces."""
         for data in DATA:
             for teacher in self.teachers(data):
                 for name, other in PAIRS:
                     row, base = (self.curves.row(data, teacher, one) for one in (name, other))
-                    verdicts = {step: self.verdict(row, base, step) for step in self.steps}
-                    verdicts = {step: verdict for step, verdict in verdicts.items() if verdict != UNKNOWN}
+                    shared = {s: len(self.curves.shared(row, base, s, self.spaces[0].key)) for s in self.steps}
+                    verdicts = {step: self.verdict(row, base, step) for step, seeds in shared.items() if seeds}
                     if not verdicts:
                         continue
-                    seeds = len(self.curves.at(row, next(iter(verdicts)), self.spaces[0].key))
+                    known = [step for step, verdict in verdicts.items() if verdict != UNKNOWN]
+                    counts = sorted({shared[step] for step in known or verdicts})
+                    seeds = f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} seed{'s' * (counts[-1] != 1)}"
                     where = f"{self.settings.level.capitalize()} {IN_WORDS[data]}, {teacher} teacher"
-                    plural = "s" * (seeds != 1)
-                    pair = f"{TITLES[name]} against {TITLES[other]} ({seeds} seed{plural})"
-                    known = in_words(verdicts) if seeds >= LEAST else "too few seeds to say"
-                    yield f"- {where}, {pair}: {known}."
+                    pair = f"{TITLES[name]} against {TITLES[other]} ({seeds})"
+                    yield f"- {where}, {pair}: {in_words(verdicts) if known else 'too few seeds to say'}."
 
     def verdict(self, row: Row, base: Row, step: int) -> str:
         """The verdict if all spaces agree on it; else that nothing is known beyond the spread."""
@@ -127,7 +126,7 @@ class Page:
             if row.row not in PAPER or base is None or not values:
                 continue
             verdict = self.verdict(row, base, step) if row != base else ""
-            agrees = {LOWER: "agrees", HIGHER: "the opposite", SPREAD: "not seen: within the spread"}.get(verdict, "")
+            agrees = AGREEMENT.get(verdict, "")
             ratio = float(np.mean(values)) / self.floors["held-out"][space.key]
             body.append([label(row), f"{PAPER[row.row]:.1f}", mean_of(values).text(2), f"{ratio:.1f}", agrees])
         return [["row", "paper, FID at 400K", f"here, FD {space.title} at {step}", "FDr", "lower than SiT"], *body]
@@ -149,7 +148,7 @@ class Page:
                 cells = [mean_of(v).text(3) if v else "" for v in values]
                 body.append([f"{IN_WORDS[row.data]}, {row.teacher}, {label(row)}", *cells])
         for line in self.lines:
-            if line["row"] == "oracle token":
+            if line["row"] == "oracle token" and line["data"] in DATA:
                 name = f"{IN_WORDS[line['data']]}, {line['teacher']}, held-out images' own tokens"
                 body.append([name, "", "", "1", "", "1", f"{line['metrics']['token_fd']:.3f}"])
         return [["after the last step", *keys.values()], *body]
@@ -170,23 +169,26 @@ class Page:
         for line in self.lines:
             _, _, words = line.get("weights", "").partition(" guided ")
             if words:
-                found.setdefault((f"{IN_WORDS[line['data']]}, {line['row']}", *words.split()), []).append(
-                    line["metrics"]
-                )
-        keys = ("class_accuracy", *(space.key for space in self.spaces))
-        body = [[*name, *(mean_of([m[key] for m in values]).text(2) for key in keys)] for name, values in found.items()]
+                row = Row(line["data"], line["teacher"], line["row"])
+                name = f"{IN_WORDS.get(row.data, row.data)}, {label(row)}"
+                found.setdefault((name, *words.split()), []).append(line["metrics"])
+        keys, body = ("class_accuracy", *(space.key for space in self.spaces)), []
+        for names, metrics in found.items():
+            columns = [[one[key] for one in metrics if key in one] for key in keys]
+            body.append([*names, *(mean_of(values).text(2) if values else "" for values in columns)])
         return [["row", "scale", "of the token", "interval to", *keys], *body]
 
     def missing(self) -> tuple[list[list[str]], float]:
         """Runs of the recipe that are not finished, and the processor hours that they will take."""
-        study, done = Study(self.settings), {line["key"] for line in self.lines}
+        names = ("data", "teacher", "row", "seed", "step", "weights")
+        done = {tuple(line[name] for name in names) for line in self.lines if "step" in line}
         costs = [line["cpu_seconds"] for line in self.lines if line.get("weights") == EMA]
         judging = float(np.mean([cost["judging"] for cost in costs])) if costs else 0.0
-        training = max((cost["training"] for cost in costs), default=0.0)
+        training = max((cost["training"] for cost in costs if cost["training"] is not None), default=0.0)
         count: dict[tuple[str, str, str], list[int]] = {}
         for spec in runs(self.settings):
-            keys = study.wanted(spec).values()
-            if not done.issuperset(keys):
+            run = (spec.data, spec.teacher, spec.row, spec.seed)
+            if not done.issuperset((*run, *judged) for judged in judgements(spec, self.settings)):
                 row = spec.row + " guided" * spec.guided
                 count.setdefault((spec.data, spec.teacher, row), []).append(spec.seed)
         hours = sum(map(len, count.values())) * (training + judging * (len(self.settings.steps) + 1)) / 3600
@@ -204,7 +206,8 @@ class Page:
                 continue
             named = [(label(row), row) for row in rows]
             panels = [(f"{IN_WORDS[data]}: FD {space.title}", space.key, named) for space in self.spaces]
-            if data == "labelled":
+            named_classes = any(self.curves.at(row, step, "class_accuracy") for row in rows for step in self.steps)
+            if named_classes:
                 panels.append(("with labels: class accuracy", "class_accuracy", named))
             panels.append((f"{IN_WORDS[data]}: CKNNA with the teacher", "cknna", named))
             file = self.images / f"study-{level}-{data}.png"
@@ -214,7 +217,7 @@ class Page:
                 parts.append(as_markdown(self.table(rows, space.key, 2, f"FD {space.title}")))
                 mind = space.key.replace("fd_", "mind_")
                 parts.append(as_markdown(self.table(rows, mind, 2, f"MIND {space.title}")))
-            if data == "labelled":
+            if named_classes:
                 parts.append(as_markdown(self.table(rows, "class_accuracy", 3, "class accuracy")))
             for teacher in self.teachers(data):
                 own = self.rows(data, teacher)
@@ -285,23 +288,19 @@ def label(row: Row) -> str:
 
 
 def in_words(verdicts: dict[int, str]) -> str:
-    """`lower in both spaces after 500, 750 steps; elsewhere within the spread of the seeds`."""
+    """`lower in all feature spaces after 500, 750 steps; elsewhere within the spread of the seeds`."""
     parts = []
     for verdict in (LOWER, HIGHER):
         steps = [f"{step:,}" for step, found in verdicts.items() if found == verdict]
         if steps:
-            parts.append(f"{verdict} in both spaces after {', '.join(steps)} steps")
+            parts.append(f"{verdict} in all feature spaces after {', '.join(steps)} steps")
     inside = [f"{step:,}" for step, found in verdicts.items() if found == SPREAD]
     if inside:
-        parts.append(
-            f"within the spread of the seeds, or different in one space alone, after {', '.join(inside)} steps"
-        )
+        parts.append(f"within the spread of the seeds, or not in all feature spaces, after {', '.join(inside)} steps")
+    few = [f"{step:,}" for step, found in verdicts.items() if found == UNKNOWN]
+    if few:
+        parts.append(f"{UNKNOWN} after {', '.join(few)} steps")
     return "; ".join(parts)
-
-
-def recipe(level: str, *flags: str) -> StudyConfig:
-    """The settings of a level."""
-    return parse(StudyConfig, "", ["--config", str(ROOT / "recipes" / "study" / f"{level}.yaml"), *flags])
 
 
 def report(settings: ReportConfig) -> None:

@@ -2,9 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass, replace
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,44 +14,25 @@ import torch
 
 import study.derive
 import study.images
+from common.lock import FolderLock
 from config import UserError, parse
 from dataset import PackedDataset
 from models.guidance import Guidance
-from packed.format import read_class_means, read_manifest, write_manifest
+from packed.format import read_class_means
 from study import lite
 from study import run as running
-from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, first_pass
+from study.judge import Judge
 from study.ledger import Ledger
-from study.levels import Level
-from study.plan import NO_TEACHER, ROWS, TOKENS, Spec, runs
-from study.report import report
-from study.run import EMA, RAW, Study, guidance_of, selected
-from study.settings import LEVELS, ReportConfig, StudyConfig
+from study.plan import EMA, NO_TEACHER, RAW, ROWS, TOKENS, Spec, runs
+from study.run import Study, guidance_of, selected
+from study.settings import LEVELS, recipe
 from tests import tiny, toy_images
+from tests.toy_study import Toy, settings, toy_settings
 from training.assumed import assumed_manifest
 from training.plan import make_plan
 from training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-FLAGS = (
-    "--resolution",
-    "8",
-    "--level",
-    "digits",
-    "--train",
-    "recipes/digits.yaml",
-    "--ema-decay",
-    "0.9",
-    "--samples",
-    "40",
-    "--headline",
-    "2",
-)
-
-
-def settings(tmp_path, *extra, steps=("2", "4"), lines=("unlabelled supervised sit,reg 0",)):
-    places = ("--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"))
-    return parse(StudyConfig, "", [*FLAGS, *places, "--steps", *steps, "--runs", *lines, *extra])
 
 
 def test_runs_are_in_order_and_once(tmp_path):
@@ -141,6 +123,21 @@ def test_a_convolutional_teacher(tmp_path):
     assert found.manifest.encoders[0].name == str(folder) and "pixels" not in found.manifest.fields
     for ours, direct in zip((found[range(20)].class_token[0], found[range(20)].patch_tokens[0]), tokens):
         torch.testing.assert_close(ours.float(), direct, rtol=2e-3, atol=2e-2)
+    with pytest.raises(UserError, match="out holds no pixels, which --encoder reads: pack it with --pixels"):
+        study.derive.derive(tmp_path / "out", tmp_path / "none", encoder=folder)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_mean_is_that_of_the_encoder_that_reads(tmp_path):
+    """--encoder with --token mean: the mean of the patch tokens that this encoder gives."""
+    source = tiny.write_dataset(tmp_path / "source", pixels=True)
+    encoder = tiny.write_encoder(tmp_path / "encoder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study.derive, "GRID", 2)
+        study.derive.derive(source, tmp_path / "out", encoder=encoder, token="mean")
+    found = PackedDataset(tmp_path / "out")[range(20)]
+    means = found.patch_tokens[0].float().mean(1)
+    torch.testing.assert_close(found.class_token[0].float(), means, rtol=1e-3, atol=1e-3)
 
 
 def test_the_key_is_of_what_was_run_alone(tmp_path):
@@ -155,48 +152,26 @@ def test_the_key_is_of_what_was_run_alone(tmp_path):
         others.append(Study(settings(tmp_path)).key(Spec("unlabelled", "supervised", row, seed), 2))
     for flags in (("--samples", "41"), ("--solver-steps", "2"), ("--ema-decay", "0.5")):
         others.append(Study(settings(tmp_path, *flags)).key(spec, 2))
+    images = tmp_path / "images.npz"
+    np.savez(images, arr_0=toy_images.pixels(4, 8))
+    packed = tiny.write_dataset(tmp_path / "packed")
+    for flags in (
+        ("--resolution", "16"),
+        ("--vae-steps", "7"),
+        ("--spaces", "timm:resnet18"),
+        ("--train-images", str(images)),
+        ("--packed", str(packed)),
+    ):
+        others.append(Study(settings(tmp_path, *flags)).key(spec, 2))
     assert len({key, *others}) == 1 + len(others)
-
-
-@dataclass(frozen=True)
-class Toy(Level):
-    """Random images and networks in the place of the digits."""
-
-    @property
-    def spaces(self):
-        return (f"timm:{self.network('judge')}",)
-
-    def accuracy(self, teacher):
-        return {"linear_accuracy": 0.5}
-
-    def prepare(self, spec, runner):
-        if self.train_images.exists():
-            return
-        self.train_images.parent.mkdir(parents=True)
-        for file, count in ((self.train_images, 30), (self.held_out, 12)):
-            np.savez(file, arr_0=toy_images.pixels(count, 8), arr_1=np.arange(count) % 3)
-        toy_images.save_vit(self.network("judge"))
-        vae, encoder = tiny.write_vae(self.network("vae")), tiny.write_encoder(self.network("supervised"))
-        for data in ("labelled", "unlabelled"):
-            folder = tiny.write_dataset(self.out / "packed" / f"{data}-supervised", vae=vae)
-            manifest = read_manifest(folder)
-            write_manifest(folder, replace(manifest, encoders=[replace(manifest.encoders[0], name=str(encoder))]))
+    assert key == Study(settings(tmp_path, "--held-out", str(images))).key(spec, 2)  # samples are not judged by them
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A recipe of a tiny network, and the toy level."""
-    (tmp_path / "train.yaml").write_text(
-        "\n".join(f"{flag[2:]}: {value}" for flag, value in zip(tiny.FLAGS[::2], tiny.FLAGS[1::2]))
-    )
+    """Settings of the toy level."""
     monkeypatch.setattr(running, "Level", Toy)
-
-    def made(*extra, **changes):
-        flags = ("--train", str(tmp_path / "train.yaml"), "--solver-steps", "1", "--samples", "20", *extra)
-        lines = ("labelled supervised sit,reg 0", "labelled supervised reg 0 guided")
-        return settings(tmp_path, *flags, "--guidance", "2 1 0.8", lines=lines, **changes)
-
-    return made
+    return lambda *extra: toy_settings(tmp_path, *extra)
 
 
 def test_a_level_from_end_to_end(toy, monkeypatch, capsys):
@@ -231,6 +206,8 @@ def test_a_level_from_end_to_end(toy, monkeypatch, capsys):
     reg = lines[-1]["metrics"]
     assert reg.keys() >= {"fd_judge", "mind_judge", "class_accuracy", "token_cosine", "token_fd", "cknna"}
     assert "token_fd" not in lines[0]["metrics"] and lines[0]["teacher"] == NO_TEACHER
+    costs = [x["cpu_seconds"]["training"] for x in lines if x["row"] == "reg"]
+    assert costs[0] > 0 and costs[1:] == [None] * 3  # resumed where they are judged
     assert guidance_of(lines[-1]["weights"]) == Guidance(2, 1, high=0.8) and guidance_of(RAW).off
     before = ledger.path.read_text()
     running.study(toy())
@@ -241,53 +218,57 @@ def test_a_level_from_end_to_end(toy, monkeypatch, capsys):
     assert {x["key"]: x["metrics"] for x in lines} == again
 
 
-def test_the_page_is_what_the_raw_results_give(tmp_path):
-    """docs/reproduction.md holds no number that its own command does not write."""
-    page = tmp_path / "reproduction.md"
-    report(ReportConfig(page=page))
-    assert page.read_text() == (ROOT / "docs" / "reproduction.md").read_text(), "run `python -m study report`"
-    for picture in tmp_path.glob("images/*"):
-        assert (ROOT / "docs" / "images" / picture.name).is_file()
+def test_a_run_that_another_program_has_is_left_out(toy, tmp_path, capsys):
+    """One that it trains now, and one that it finished between the look at the results and the lock."""
+    work = Study(toy())
+    spec = runs(work.settings)[0]
+    with closing(FolderLock(work.out / "locks", f"{spec.name}.lock", "")):
+        work.run(spec)
+    assert f"in use by process {os.getpid()}" in (said := capsys.readouterr().out)
+    assert f"{spec.name} is left out here" in said
+    for key in work.wanted(spec).values():
+        work.ledger.append({"key": key})
+    work.run(spec)
+    assert not (work.out / "runs").exists()
 
 
-def lines_of(values, row="reg", data="unlabelled", teacher="supervised", steps=(100, 200, 400)):
-    """Raw results: one list of FDs over the steps for each seed."""
-    head = {"data": data, "teacher": teacher, "row": row, "weights": EMA, "train_flops_per_image": 10}
-    return [
-        {**head, "seed": seed, "step": step, "metrics": {"fd_judge": value}}
-        for seed, curve in enumerate(values)
-        for step, value in zip(steps, curve)
-    ]
+@pytest.mark.parametrize(("classes", "named"), [(3, True), (5, False), (0, False)])
+def test_classes_are_named_by_a_network_that_has_them(tmp_path, classes, named):
+    """By none of ImageNet's, and by none without a head."""
+    np.savez(tmp_path / "train.npz", arr_0=toy_images.pixels(20, 8), arr_1=np.arange(20) % 3)
+    network = toy_images.save_vit(tmp_path / "network", classes=classes)
+    judge = Judge(tmp_path / "train.npz", (f"timm:{network}",), torch.device("cpu"), 10)
+    pixels = torch.from_numpy(toy_images.pixels(12, 8, seed=1)).permute(0, 3, 1, 2)
+    metrics = judge.images(pixels, torch.arange(12) % 3)
+    assert ("class_accuracy" in metrics) == named and "fd_network" in metrics
 
 
-def test_when_a_value_is_reached():
-    """EP@k on a curve that is linear in log(step) is exact between checkpoints; rising curves are the same upside down."""
-    steps, curve = [100, 300, 900], lambda step: 20 - 3 * np.log(step)
-    values = [curve(step) for step in steps]
-    for step in (150, 300, 899):
-        assert first_pass(steps, values, curve(step)) == pytest.approx(step)
-        assert first_pass(steps, [-v for v in values], -curve(step), larger=True) == pytest.approx(step)
-    assert first_pass(steps, values, curve(950)) is None and first_pass(steps, values, curve(50)) == 100
-
-
-def test_curves_compare_the_seeds_that_both_have():
-    """A row without a teacher stands beside each; a difference counts if no value of one reaches those of the other."""
-    sit = lines_of([[9, 8, 5], [9.5, 7, 4], [8.8, 7.5, 5]], "sit", teacher=NO_TEACHER)
-    curves = Curves(
-        [*sit, *lines_of([[9, 6, 4.5], [9.2, 6.5, 4.4], [9, 6.2, 4.2]]), {"row": "held-out", "metrics": {}}], EMA
-    )
-    plain, reg = curves.row("unlabelled", "supervised", "sit"), curves.row("unlabelled", "supervised", "reg")
-    assert plain.teacher == NO_TEACHER and curves.steps(reg) == [100, 200, 400]
-    verdicts = [curves.verdict(reg, plain, step, "fd_judge") for step in (100, 200, 400, 800)]
-    assert verdicts == [SPREAD, LOWER, SPREAD, UNKNOWN] and curves.verdict(plain, reg, 200, "fd_judge") == HIGHER
-    assert curves.at(plain, 200, "fd_judge") == {0: 8, 1: 7, 2: 7.5}
-    passed = curves.passes(reg, "fd_judge", 6.5)
-    assert passed[1] == pytest.approx(200) and 100 < passed[0] < 200
+@pytest.mark.slow
+def test_two_ranks_give_the_lines_of_one(tmp_path, monkeypatch):
+    """torchrun with two gloo processes: the same keys and, but for the arithmetic, numbers; both leave a held run out."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(running, "Level", Toy)
+    running.study(one := toy_settings(tmp_path / "one", "--only", "reg"))
+    work = Study(toy_settings(tmp_path / "two"))
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "tests.toy_study", str(tmp_path / "two")]
+    with closing(FolderLock(work.out / "locks", f"{runs(work.settings)[0].name}.lock", "")):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sit-seed0 is left out here" in done.stdout
+    expected, found = ({x["key"]: x["metrics"] for x in w.ledger.lines()} for w in (Study(one), work))
+    assert expected.keys() == found.keys()
+    assert len(found) == len(work.ledger.lines())
+    for key, metrics in found.items():
+        distances = {name: value for name, value in metrics.items() if name.startswith("fd_")}
+        assert distances == pytest.approx({name: expected[key][name] for name in distances}, rel=0.02)
 
 
 def test_rows_are_the_recipes_of_the_paper():
     """On ImageNet the flags of a row turn REG's recipe into that of SiT, REPA and the token alone; all of them plan."""
-    level = parse(StudyConfig, "", ["--config", str(ROOT / "recipes/study/imagenet.yaml")])
+    level = recipe("imagenet")
 
     def planned(*flags):
         settings = parse(TrainConfig, "", [*flags, "--dry-run", "--assume", "imagenet256"])
@@ -304,12 +285,11 @@ def test_rows_are_the_recipes_of_the_paper():
 @pytest.mark.parametrize("name", LEVELS)
 def test_recipes_can_be_read(name, tmp_path):
     """Every run of every level has settings of train.py, a folder of its own, and one key for each judgement."""
-    level = parse(
-        StudyConfig, "", ["--config", str(ROOT / "recipes" / "study" / f"{name}.yaml"), "--out", str(tmp_path)]
-    )
+    level = recipe(name, "--out", str(tmp_path), "--results", str(ROOT / "study" / "results"))
     work, specs = Study(level), runs(level)
     assert level.headline in level.steps and list(level.steps) == sorted(level.steps)
     keys = [key for spec in specs for key in work.wanted(spec).values()]
+    assert {line["key"] for line in work.ledger.lines() if "step" in line} <= set(keys)
     assert len(set(keys)) == len(keys) and len({(spec.name, spec.guided) for spec in specs}) == len(specs)
     assert work.train_settings(specs[0]).max_train_steps == level.steps[-1]
 
