@@ -277,7 +277,8 @@ def find_model(path: Path) -> Path:
     for name in (MODEL_FILE, SHARED_FILE):
         if (path / name).is_file():
             return path / name
-    candidates = sorted(file for file in path.glob(f"checkpoints/*/{MODEL_FILE}") if file.parent.name.isdigit())
+    found = (file for file in path.glob(f"checkpoints/*/{MODEL_FILE}") if file.parent.name.isdecimal())
+    candidates = sorted(found, key=lambda file: int(file.parent.name))
     if not candidates:
         held = sorted(str(file) for file in path.glob("*.pt"))
         raise MissingFile(

@@ -127,3 +127,10 @@ def test_wrong_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=f"(?s){words}"):
             read_info(tmp_path / name)
             load_model(tmp_path / name)
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_largest_step(tmp_path):
+    for name in ("9999999", "10000000", "0000005", "best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "ema.safetensors").touch()
+    assert find_model(tmp_path).parent.name == "10000000"
