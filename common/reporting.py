@@ -59,12 +59,16 @@ def run(main: Callable[[], None], less_memory: str = "take smaller batches") -> 
 
     The same error of several ranks is reported by the first of them, an error of one rank alone with its number. Any other
     exception is a bug and keeps its traceback. What then breaks on the other ranks, whose peer has left, is not reported.
-    A console that is gone never ends the program.
+    A console that is gone never ends the program. Where the locale's names of files are not in UTF-8, as records hold them,
+    Python is started again in its UTF-8 mode.
 
     Args:
         main: the program.
         less_memory: what to do where the GPU's memory does not suffice; the end of the sentence.
     """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.stdout, sys.stderr = cast(TextIO, _Console(sys.stdout)), cast(TextIO, _Console(sys.stderr))
     try:
         _within_memory(main, less_memory)

@@ -175,8 +175,8 @@ def flip(path, place):
     path.write_bytes(data)
 
 
-def torchrun(world, arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(world, arguments, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(_torchrun(world, arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -15,7 +15,7 @@ from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
 from packed.format import read_class_means, read_manifest
 from preprocessing import pack
-from tests.packs import SHARED, content, flags, flip, noise, records, torchrun, write_published
+from tests.packs import IMAGES, SHARED, content, flags, flip, noise, records, torchrun, write_folder, write_published
 from tests.tiny import write_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,10 +142,14 @@ def test_workers_and_batches_in_flight_change_nothing(toys, tmp_path):
 
 
 def test_two_processes_write_the_same_bytes(toys, tmp_path):
-    """torchrun with two processes, started as a script: every file is the same."""
-    done = torchrun(2, flags(toys, tmp_path / "out"))
+    """torchrun with two processes, started as a script where the locale knows ASCII alone: every file is the same."""
+    source = write_folder(tmp_path / "images", {name.replace("c/", "é/"): data for name, data in IMAGES.items()})
+    pack.main(flags(toys, tmp_path / "one", source=source))
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = torchrun(2, flags(toys, tmp_path / "out", source=source), **locale)
     assert done.returncode == 0, done.stderr
-    assert content(tmp_path / "out") == content(toys / "packed")
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+    assert read_manifest(tmp_path / "out").classes[2] == "é"
 
 
 @pytest.mark.slow
