@@ -1,5 +1,6 @@
 """Two gloo ranks: what they exchange, and that an error of any of them is reported once."""
 
+import datetime
 import re
 import subprocess
 import sys
@@ -57,6 +58,19 @@ def test_a_process_alone_exchanges_with_itself():
     assert processes.share(3) == 3 and processes.gather(3) == [3] and processes.on_first(lambda: 3) == 3
     assert processes.in_turn(lambda: None) is None
     assert (processes.rank(), processes.world()) == (0, 1)
+
+
+def test_the_patience_of_a_group(monkeypatch):
+    """gloo's and NCCL's own 10 minutes are less than a download or the encoding of a shard takes."""
+    from training import launch
+
+    given = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: None)
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda backend, *, timeout: given.append(timeout))
+    processes.Processes("cpu")
+    launch.Processes("fp32")
+    assert given == [processes.PATIENCE, launch._PATIENCE] and min(given) > 3 * datetime.timedelta(minutes=10)
 
 
 def test_a_missing_gpu_is_named(monkeypatch):
