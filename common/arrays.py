@@ -13,6 +13,7 @@ from typing import IO, Literal
 
 import numpy as np
 
+from common.files import ReadError
 from config import MissingFile, UserError
 
 _PIECE = 2**22  # bytes, read at once to check a member
@@ -92,7 +93,7 @@ def members(path: Path) -> dict[str, Array]:
     """Arrays of an npz by name, none of them read.
 
     Raises:
-        UserError: a member is not a plain .npy array, or the file is damaged.
+        UserError: a member is not a plain .npy array, or the file is damaged; ReadError without permission to read it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -108,8 +109,10 @@ def members(path: Path) -> dict[str, Array]:
                         member
                     ).close()  # compares the name with the one beside the data: a lost suffix is damage
             return found
-    except (UserError, PermissionError):
+    except UserError:
         raise
+    except PermissionError as error:
+        raise ReadError(path, error) from error
     except FileNotFoundError as error:
         raise MissingFile(f"{path} does not exist") from error
     except _DAMAGE as error:
@@ -142,7 +145,7 @@ def read_npy(path: Path) -> np.ndarray:
             shape, dtype, order, _ = _read_header(stream, path.stat().st_size, str(path))
             return np.fromfile(stream, dtype).reshape(shape, order=order)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise ReadError(path, error) from error
 
 
 def _read_header(stream: IO[bytes], size: int, name: str) -> tuple[tuple[int, ...], np.dtype, Literal["C", "F"], int]:

@@ -29,12 +29,20 @@ class WriteError(UserError, OSError):
     """The disk is full, read-only or broken; the message names the file. Programs that can go on catch it as OSError."""
 
 
+class ReadError(UserError):
+    """A file that is there cannot be read: no permission, a broken disk; the message names the file and the cause."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        """Say what the operating system answered."""
+        super().__init__(f"{path} cannot be read ({error.strerror or error})")
+
+
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Write a file so that `path` is the old one or the new one, whole, also after a power cut; or a folder that is new.
 
-    Yields a temporary path beside it. When the block ends well that file is flushed to the disk and takes the name `path`;
-    otherwise it is deleted.
+    Yields a temporary path beside it; a folder of that name, which a kill has left, is deleted first. When the block ends
+    well that file is flushed to the disk and takes the name `path`; otherwise it is deleted.
 
     Args:
         path: the file.
@@ -46,6 +54,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
         make_folder(path.parent)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         yield temporary
         sync(temporary)
         temporary.replace(path)
@@ -82,8 +92,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Text that a person wrote, in UTF-8 or UTF-16, with or without a byte order mark, or else in Latin-1."""
-    content = path.read_bytes()
+    """Text that a person wrote, in UTF-8 or UTF-16, with or without a byte order mark, or else in Latin-1.
+
+    Raises:
+        ReadError: the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ReadError(path, error) from error
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", "replace")
     if content[1:2] == b"\0":
@@ -120,7 +137,7 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
     """The content of a JSON file of at most `limit` bytes.
 
     Raises:
-        UserError: it is not JSON, too large or unreadable; MissingFile where there is no file.
+        UserError: it is not JSON or too large; MissingFile where there is no file, ReadError where it cannot be read.
     """
     if not path.is_file():
         raise MissingFile(f"{path} is missing")
@@ -128,7 +145,7 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
         with path.open("rb") as stream:
             return parse_json(read_bounded(stream, limit, str(path)), str(path))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise ReadError(path, error) from error
 
 
 def parse_json(content: bytes | str, name: str) -> Any:
@@ -153,7 +170,7 @@ def read_sealed(path: Path, advice: str, *, optional: bool = False) -> dict[str,
         optional: a file without a checksum is accepted too.
 
     Raises:
-        UserError: it is not what was written; MissingFile where there is no file.
+        UserError: it is not what was written; MissingFile where there is no file, ReadError where it cannot be read.
     """
     try:
         content = read_json(path)
@@ -163,6 +180,8 @@ def read_sealed(path: Path, advice: str, *, optional: bool = False) -> dict[str,
             raise UserError("edited, or a bit of it has changed: its checksum does not match")
     except MissingFile as error:
         raise MissingFile(f"{error}; {advice}") from error
+    except ReadError:  # it may be whole
+        raise
     except KeyError as error:
         raise UserError(f"{path} is damaged (it has no checksum); {advice}") from error
     except (UserError, RecursionError) as error:
@@ -229,12 +248,13 @@ def delete_folder(folder: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, on the disk, if they are missing."""
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder and its parents, on the disk, if they are missing; returns those that were, the deepest first."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
         sync(made.parent)
+    return missing
 
 
 def sha256(path: Path) -> str:
@@ -253,10 +273,14 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def existing(path: Path) -> Path:
+    """`path`, or the deepest folder above it that there is."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
 def free_space(folder: Path) -> int:
     """Free bytes on the disk where `folder` is or will be."""
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing(folder)).free
 
 
 def check_space(flag: str, folder: Path, needed: int, hint: str = "name a folder on another disk") -> int:

@@ -6,6 +6,7 @@ of its tensors.
 """
 
 import argparse
+import errno
 import math
 import pickle
 import re
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.files import replacing
+from common.files import ReadError, replacing
 from config import MissingFile, UserError
 from models.autoencoder import LatentNormalization
 from models.hub import first_line
@@ -135,6 +136,8 @@ def _content(path: Path) -> Any:
             f"{path} is refused: it holds more than tensors and settings (it asks for {reason[1]})"
         ) from error
     except (RuntimeError, EOFError, LookupError, OSError, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a seek to nowhere is damage
+            raise ReadError(path, error) from error
         what = f"{type(error).__name__}: {first_line(error).split('. ')[0]}"
         raise UserError(f"{path} is damaged or not a checkpoint ({what})") from error
 

@@ -13,7 +13,7 @@ import numpy as np
 from common.arrays import read_npz
 from common.class_names import by_spelling, spelled, split_kinds
 from common.contents import Item, is_hidden
-from common.files import parse_json, read_text
+from common.files import ReadError, parse_json, read_text
 from config import MissingFile, UserError
 from packed.format import REPAIR
 
@@ -171,18 +171,26 @@ def _numbered(source: Path, numbers: list[int], items: list[Item], names: list[s
     return names or [str(number) for number in range(max(numbers) + 1)]
 
 
+def class_list(file: Path) -> str:
+    """The text of the file of --classes. Raises UserError if it cannot be had."""
+    if not file.is_file():
+        raise UserError(f"--classes {file}: {'is not a file' if file.exists() else 'no such file'}")
+    try:
+        return read_text(file)
+    except ReadError as error:
+        raise UserError(f"--classes {error}") from error
+
+
 def _choose(file: Path, source: Path, found: list[str]) -> dict[int, str]:
     """The classes of --classes, in the order of their labels: number among those found => name to show.
 
     A line holds the name of a class, and a name to show after a tab or, if the line is not a class's name, after the first
     space (as in LOC_synset_mapping.txt).
     """
-    if not file.is_file():
-        raise UserError(f"--classes {file}: no such file")
     number_of = {spelled(name): number for number, name in enumerate(found)}
     count = Counter(map(spelled, found))
     chosen: dict[int, str] = {}
-    for line in filter(None, map(str.strip, spelled(read_text(file)).splitlines())):
+    for line in filter(None, map(str.strip, spelled(class_list(file)).splitlines())):
         name, _, shown = line.partition("\t")
         if name not in number_of:
             name, _, shown = line.partition(" ")

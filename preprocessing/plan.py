@@ -17,7 +17,7 @@ from packed.format import MANIFEST, REPAIR, Field, check_fields, read_entry, rea
 from preprocessing.encode import Networks
 from preprocessing.extend import merged_classes, new_images, remaining
 from preprocessing.identity import forms, lies_elsewhere, located
-from preprocessing.index import Index
+from preprocessing.index import Index, class_list
 from preprocessing.settings import PackConfig
 from preprocessing.sources import list_images
 
@@ -138,8 +138,8 @@ def read_plan(out: Path) -> Plan:
 
 def recorded(settings: PackConfig) -> dict[str, Any]:
     """The settings that decide what is written, which must not change between the parts of one dataset."""
-    if settings.classes is not None and not settings.classes.is_file():
-        raise UserError(f"--classes {settings.classes}: no such file")
+    if settings.classes is not None:
+        class_list(settings.classes)
     return {
         **identity(settings),
         "source": str(settings.images.resolve()),

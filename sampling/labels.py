@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.arrays import members, read_npy
 from common.class_names import class_number
-from common.files import parse_json, read_text
+from common.files import ReadError, parse_json, read_text
 from common.presets import spread_labels
 from config import MissingFile, UserError
 from models import philox
@@ -123,6 +123,8 @@ def _read_label_file(path: Path, num_classes: int, names: Sequence[str]) -> np.n
         else:
             text = read_text(path)
             labels = np.array(parse_json(text, str(path)) if path.suffix == ".json" else [int(w) for w in text.split()])
+    except ReadError as error:
+        raise UserError(f"--labels {error}") from error
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"--labels {path}: not a list of class numbers ({error})") from error
     if labels.ndim != 1 or len(labels) == 0 or not np.issubdtype(labels.dtype, np.integer):

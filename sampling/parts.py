@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from common.arrays import members
-from common.files import WriteError, delete_folder, read_json, replacing, write_json
+from common.files import ReadError, WriteError, delete_folder, read_json, replacing, write_json
 from common.lock import FolderLock
 from config import UserError, differences
 
@@ -98,6 +98,8 @@ class Parts:
             path = self._path(part)
             try:
                 rows = members(path)[name].all()
+            except ReadError:  # it may be whole
+                raise
             except (UserError, KeyError) as error:
                 path.unlink()
                 raise UserError(f"{path} was damaged and has been removed; run the same command again") from error

@@ -1,5 +1,7 @@
 """Where a program is run: what lies in the current folder, and what the machine grants."""
 
+import errno
+import io
 import os
 import subprocess
 import sys
@@ -8,8 +10,11 @@ import pytest
 import torch
 from torch._utils import ExceptionWrapper
 
+from common.files import read_sealed
 from config import UserError
+from models.published import read_published
 from preprocessing import pack, packing
+from sampling.labels import read_labels
 from tests.packs import ROOT, encoded, flags, noise, write_folder
 
 
@@ -97,3 +102,43 @@ def test_shared_memory_that_is_full(toys, tmp_path):
     if done.returncode in (1, 77) and "Error" not in done.stderr:
         pytest.skip(f"needs the right to mount: {done.stderr.strip()[-100:]}")
     assert done.returncode == 2 and "have failed (shared memory is full)" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_a_user_without_a_home(measurement, tmp_path):
+    """A number that no account has, and no environment, as in a container: measured without a cache, with one warning."""
+    asked = measurement()
+    command = ["unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "-i", "OMP_NUM_THREADS=1"]
+    command += [f"PATH={os.environ['PATH']}", sys.executable, "evaluations/evaluate.py", "--device", "cpu"]
+    command += ["--samples", str(asked.samples[0]), "--reference", str(asked.reference[0])]
+    command += ["--features", *asked.features, "--out", str(asked.out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if done.returncode == 1 and "Error" not in done.stderr:
+        pytest.skip(f"needs the right to name another user: {done.stderr.strip()[-100:]}")
+    assert done.returncode == 0 and asked.out.is_file(), done.stderr
+    assert done.stdout.count("--cache-dir names another folder") == 1, done.stdout
+
+
+def test_files_without_permission(toys, tmp_path, monkeypatch):
+    """One sentence with the cause, which calls nothing damaged and repairs nothing."""
+    refused = tmp_path / "file"
+    refused.write_bytes(b"PK")
+
+    def refuse(file, *arguments, **more):
+        if str(file) == str(refused):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return real_open(file, *arguments, **more)
+
+    real_open = io.open
+    monkeypatch.setattr("io.open", refuse)  # of pathlib
+    sentence = f"{refused} cannot be read (Permission denied)"
+    for read, flag in (
+        (lambda: pack.main(flags(toys, tmp_path / "out", "--classes", str(refused))), "--classes "),
+        (lambda: read_labels([str(refused)], (), 3, (), 8), "--labels "),
+        (lambda: read_sealed(refused, "repair"), ""),
+        (lambda: read_published(refused), ""),
+    ):
+        with pytest.raises(UserError) as raised:
+            read()
+        assert str(raised.value) == flag + sentence
+    assert not (tmp_path / "out").exists()
