@@ -4,6 +4,7 @@ python convert.py --source last.pt --out reg-xl2.safetensors
 python convert.py --to published --source runs/reg-b2 --out reg-b2.pt
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +49,16 @@ EXAMPLES = (
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ConvertConfig, "Convert published checkpoints to model files and back.", argv, examples=EXAMPLES)
+    from common.lock import claim_file
     from models.obtain import describe, locate, obtain
     from models.published import Given, export_published, import_published
 
-    if settings.to == "published":
-        info = export_published(obtain(settings.source), settings.out)
-    else:
-        given = {name: getattr(settings, name) for name in Given.__dataclass_fields__}
-        info = import_published(locate(settings.source).path, settings.out, settings.weights, Given(**given))
+    with closing(claim_file(settings.out)):
+        if settings.to == "published":
+            info = export_published(obtain(settings.source), settings.out)
+        else:
+            given = {name: getattr(settings, name) for name in Given.__dataclass_fields__}
+            info = import_published(locate(settings.source).path, settings.out, settings.weights, Given(**given))
     say(f"{settings.out}: {describe(info)}")
 
 

@@ -48,6 +48,11 @@ def claim_if_free(folder: Path, name: str, advice: str) -> "FolderLock | None":
     return lock or FolderLock(folder, name, advice, joins=True)
 
 
+def claim_file(out: Path) -> "FolderLock":
+    """Lock the file or folder that --out names, by a file beside it, for all ranks of this program."""
+    return claim(out.parent, f".{out.name}.lock", "wait for it, or give another --out")
+
+
 class FolderLock:
     """A shared flock on a file of the folder: only who could have it alone may begin, and the other ranks join.
 
@@ -59,7 +64,7 @@ class FolderLock:
         """Take the lock.
 
         Args:
-            folder: made if it is missing.
+            folder: made if it is missing; removed at the end if it is still empty then.
             name: of the lock file.
             advice: what to do when another process holds it, half a sentence.
             joins: another rank of this program has taken the lock, share it.
@@ -71,8 +76,9 @@ class FolderLock:
         self._path = folder / name
         self._stream: TextIO | None = None
         self._marker: Path | None = None
+        self._made: list[Path] = []
         try:
-            make_folder(folder)
+            self._made = make_folder(folder)
             try:
                 self._stream = _locked(self._path, joins)
             except BlockingIOError as error:
@@ -89,7 +95,7 @@ class FolderLock:
         _HELD.add(self)
 
     def close(self) -> None:
-        """Release this process's share; the last one removes the file."""
+        """Release this process's share; the last one removes the file, and the folders that were made for nothing else."""
         if self._marker is not None:
             self._marker.unlink(missing_ok=True)
         if self._stream is not None:
@@ -97,7 +103,11 @@ class FolderLock:
                 fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._path.unlink()
             self._stream.close()
+        with suppress(OSError):  # not empty
+            for folder in self._made:
+                folder.rmdir()
         self._stream = self._marker = None
+        self._made = []
 
     def forget(self) -> None:
         """In a forked child, which may outlive the rank: leave the lock to the parent."""

@@ -8,6 +8,8 @@ class token with the encoder's class token; also the denoised class token with t
 if not __package__:  # run as a file
     __import__("script")  # starts it again as a module
 
+from contextlib import closing
+
 from common.reporting import run, say
 from config import parse
 from evaluations.settings import CknnaConfig
@@ -20,17 +22,24 @@ EXAMPLES = (
 
 def main() -> None:
     settings = parse(CknnaConfig, "CKNNA between the layers of a network and its encoder.", examples=EXAMPLES)
+    from common.lock import claim_file
+    from evaluations.results import check_writable
+
+    check_writable(settings.out)
+    with closing(claim_file(settings.out)):
+        _measure(settings)
+
+
+def _measure(settings: CknnaConfig) -> None:
     import torch
 
     from common.files import write_json
     from common.processes import Processes
     from dataset import PackedDataset
     from evaluations.layers import measure, plot, read_targets
-    from evaluations.results import check_writable
     from models.model_file import load_model
     from models.obtain import obtain
 
-    check_writable(settings.out)
     device = Processes(settings.device).device
     checkpoint = obtain(settings.checkpoint)
     model = load_model(checkpoint, device)

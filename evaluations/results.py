@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.files import read_json, write_text
+from common.files import existing, read_json, write_text
 from config import UserError
 from evaluations.registry import COLUMNS, Column, Metric
 from evaluations.sidecars import sampler_cells
@@ -43,18 +43,17 @@ class Results:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a results file before the work begins.
+    """Look, before the work begins, whether a results file can be written; nothing is made.
 
     Raises:
         UserError: the file could not be written.
     """
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; give a file, such as {path / 'results.json'}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be made ({error.strerror}); give another --out") from error
-    if not os.access(path.parent, os.W_OK):
+    there = existing(path.parent)
+    if not there.is_dir():
+        raise UserError(f"{path.parent} cannot be made ({there} is a file); give another --out")
+    if not os.access(there, os.W_OK):
         raise UserError(f"results cannot be written to {path.parent} (it is read-only); give another --out")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from common.files import check_space, free_space
+from common.files import check_space, existing, free_space
 from common.lock import FolderLock, claim
 from common.processes import Processes, from_first, gather, on_first
 from common.reporting import progress, say
@@ -80,11 +80,10 @@ def _claim(out: Path) -> FolderLock:
 
 
 def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: the folder cannot be made ({error.strerror})") from error
-    if not os.access(out, os.W_OK):
+    there = existing(out)  # nothing is made yet: a refused start leaves no folder
+    if not there.is_dir():
+        raise UserError(f"--out {out}: the folder cannot be made ({there} is a file)")
+    if not os.access(there, os.W_OK):
         raise UserError(f"--out {out}: the folder is read-only; give another --out")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import check_space, read_json
+from common.files import WriteError, check_space, read_json
 from common.pictures import write_png
 from common.processes import Processes, gather, on_first, share
 from common.reporting import progress, say
@@ -67,7 +67,7 @@ def _begin(settings: SampleConfig, process: Processes, parts: Parts) -> tuple[Jo
     Raises:
         UserError: the folder belongs to another job or to other settings, or the disk is too small.
     """
-    if parts.folder.is_dir():
+    with suppress(WriteError):  # a folder that is complete may be read-only; `begin` reports it for others
         parts.claim()  # refused before anything is loaded
     _refuse_other_solver(settings, parts)
     guide = settings.guide_checkpoint

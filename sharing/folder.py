@@ -1,10 +1,12 @@
 """The folders that sharing.export writes: whole or not at all."""
 
 import json
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 from common.files import replacing, sync
+from common.lock import claim_file
 from models.acceleration import DTYPES
 from models.autoencoder import Autoencoder
 from models.model_file import Model, load_model
@@ -24,20 +26,23 @@ def export(settings: ExportConfig) -> str:
     """Write the folder that the settings describe; returns what it is, in words.
 
     Raises:
-        UserError: the model or its VAE cannot be had, a results file cannot be read, or the disk fails.
+        UserError: the model or its VAE cannot be had, a results file cannot be read, another program writes this folder,
+            or the disk fails.
     """
-    out, model = settings.out, load_model(obtain(settings.checkpoint))
-    pretrained = PretrainedSiT(model, load_decoder(model, settings.vae, "cpu") if settings.vae else None)
-    with replacing(out) as temporary:
-        temporary.mkdir()
-        if settings.format == "diffusers":
-            write_pipeline(temporary, model, pretrained.autoencoder, settings.dtype)
-        else:
-            pretrained.write(temporary, settings.dtype)
-        (temporary / "README.md").write_text(model_card(temporary, model.info, settings), encoding="utf-8")
-        for file in temporary.rglob("*"):
-            sync(file)
-    return f"{out}: {describe(model.info)}; {settings.format} folder in {settings.dtype} with README.md"
+    out = settings.out
+    with closing(claim_file(out)):
+        model = load_model(obtain(settings.checkpoint))
+        pretrained = PretrainedSiT(model, load_decoder(model, settings.vae, "cpu") if settings.vae else None)
+        with replacing(out) as temporary:
+            temporary.mkdir()
+            if settings.format == "diffusers":
+                write_pipeline(temporary, model, pretrained.autoencoder, settings.dtype)
+            else:
+                pretrained.write(temporary, settings.dtype)
+            (temporary / "README.md").write_text(model_card(temporary, model.info, settings), encoding="utf-8")
+            for file in temporary.rglob("*"):
+                sync(file)
+        return f"{out}: {describe(model.info)}; {settings.format} folder in {settings.dtype} with README.md"
 
 
 def write_pipeline(out: Path, model: Model, autoencoder: Autoencoder, dtype: str) -> None:

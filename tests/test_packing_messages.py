@@ -86,16 +86,18 @@ def test_full_disk(toys, tmp_path, monkeypatch):
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--source", "nowhere"), "--source nowhere: no such file"),
         (("--classes", "nowhere"), "--classes nowhere: no such file"),
+        (("--classes", "tests"), "--classes tests: is not a file"),
         (("--max-pixels", "60"), "more than --max-pixels 60"),
     ],
 )
 def test_mistakes_in_flags(toys, tmp_path, monkeypatch, more, message):
-    """Each mistake is one sentence that names the flag."""
+    """Each mistake is one sentence that names the flag, and no empty folder is left behind."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises((UserError, FileNotFoundError, ValueError), match=message):
-        pack.main(flags(toys, tmp_path / "out", *more))
+        pack.main(flags(toys, tmp_path / "new" / "out", *more))
+    assert not (tmp_path / "new").exists() or list((tmp_path / "new" / "out").iterdir())
 
 
 def test_what_is_said_before_and_during(toys, tmp_path, capsys, monkeypatch):
@@ -134,7 +136,7 @@ def test_forecast():
 def test_folders_without_permission(toys, tmp_path, monkeypatch):
     """A source that cannot be read and an --out that cannot be written are one sentence, and nothing is written."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out .*file/out: the folder cannot be made \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"--out .*file/out: the folder cannot be made \(.*/file is a file\)"):
         pack.main(flags(toys, tmp_path / "file" / "out"))
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda path, mode: False)
@@ -151,7 +153,7 @@ def test_folders_without_permission(toys, tmp_path, monkeypatch):
         patch.setattr("os.scandir", refuse)
         with pytest.raises(UserError, match=r"--source .*images: .*bees cannot be read \(Permission denied\)"):
             pack.main(flags(toys, tmp_path / "out"))
-    assert not content(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,9 @@ def test_an_export_is_whole_or_absent(model, tmp_path):
         with pytest.raises(UserError, match=words):
             flags = ["--out", str(tmp_path / name), "--results", str(tmp_path / "r.json")]
             export.main(["--checkpoint", str(model[0] / "m"), *flags])
+    (tmp_path / "new.tmp" / "vae").mkdir(parents=True)  # a kill has left it
+    export.main(["--checkpoint", str(model[0] / "m"), "--out", str(tmp_path / "new")])
+    shutil.rmtree(tmp_path / "new")
     write_model(tmp_path, "lost", CONFIG, vae="/nowhere/old-vae")
     with pytest.raises(UserError, match=r"^\S+lost needs \./old-vae, which is neither beside it nor known"):
         export.main(["--checkpoint", str(tmp_path / "lost"), "--out", str(tmp_path / "new")])

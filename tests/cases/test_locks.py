@@ -145,6 +145,40 @@ def test_evaluation_locks_its_results(measurement, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
+def test_every_program_with_an_out_locks_it(tmp_path, monkeypatch):
+    """convert, export, CKNNA and a first generation are refused before they load anything, and leave no folder."""
+    import sys
+
+    import convert
+    import generate
+    from evaluations import cknna
+    from sharing import export
+
+    def load(*_: object) -> None:
+        raise AssertionError("loaded before the lock was asked for")
+
+    for place in ("sharing.folder.obtain", "sampling.run.obtain", "models.obtain.obtain", "models.obtain.locate"):
+        monkeypatch.setattr(place, load)
+    out = tmp_path / "new" / "out"
+    common = ["--checkpoint", "x", "--out", str(out)]
+    programs = {
+        "convert": lambda: convert.main(["--source", "x", "--out", str(out)]),
+        "back": lambda: convert.main(["--source", "x", "--out", str(out), "--to", "published"]),
+        "export": lambda: export.main(common),
+        "cknna": cknna.main,
+        "generate": lambda: generate.main(common),
+    }
+    monkeypatch.setattr(sys, "argv", ["cknna.py", *common, "--dataset", "x"])
+    for name, program in programs.items():
+        held = FolderLock(out / "parts", "lock", "") if name == "generate" else locks.claim_file(out)
+        with pytest.raises(UserError, match=r"in use by process .*; wait for i.*, or give another --out"):
+            program()
+        held.close()
+        with pytest.raises(AssertionError, match="loaded before"):  # the lock is asked for, and goes
+            program()
+        assert not list(tmp_path.iterdir()), name
+
+
 def test_parts_that_overlap(tmp_path):
     """Two jobs of different batch sizes wrote into one folder: each sample is read once."""
     from sampling.parts import Parts
