@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.lock import claim
+from common.lock import claim_file
 from common.processes import Processes, in_turn, on_first
 from common.provenance import versions
 from common.reporting import say
@@ -23,27 +23,33 @@ from evaluations.reference import EMPTY, read_reference
 from evaluations.registry import CLASSIFIER, INCEPTION, TOKENS, Inputs, compute, places, rows_wanted
 from evaluations.results import Results, check_writable, markdown
 from evaluations.settings import EvaluateConfig
+from evaluations.sidecars import check_digest
 from models.acceleration import DTYPES, allow_tf32
-from models.hub import go_offline_if_unreachable
+from models.hub import first_line, go_offline_if_unreachable
 
 
 def measure(settings: EvaluateConfig) -> Results | None:
     """Measure all that the settings ask for, print it and write it to `settings.out`; None on ranks other than 0.
 
     Raises:
-        UserError: something cannot be measured. What was measured before it is printed and written all the same.
+        UserError: something cannot be measured.
+
+    Whatever ends it, also Ctrl-C, what was measured before is printed and written all the same.
     """
     run = _Measurement(settings)
     steps: list[Callable[[], None]] = [partial(run.feature_space, spec) for spec in settings.features]
     steps += [partial(run.classifier, settings.classifier)] if settings.classifier is not None else []
     steps += [run.class_tokens] if run.tokens is not None else []
-    with closing(claim(run.out.parent, f".{run.out.name}.lock", "wait for it, or give another --out")):
+    with closing(claim_file(run.out)):
         for step in steps:
             try:
                 step()
-            except UserError as error:
+            except BaseException as error:
                 if run.results.metrics:
-                    run.finish(f"not everything was measured: {error}")
+                    try:
+                        run.finish(f"not everything was measured: {first_line(error)}")
+                    except (UserError, OSError) as second:  # a full disk, for one: the first error is the one to report
+                        say(f"warning: {second}")
                 raise
         return run.finish()
 
@@ -157,6 +163,7 @@ class _Measurement:
         try:
             say("checksums of the images, for results.json")
             results.protocol["samples_sha256"] = samples.digest()
+            results.warnings += check_digest(samples.sidecar, samples.name, samples.digest())
             results.protocol["reference_sha256"] = None if reference is None else reference.digest()
             results.save(self.out)
         finally:

@@ -37,6 +37,15 @@ def check_recorded(path: Path) -> None:
         check_digests(path.parent, {path.name: files[path.name]})
 
 
+def check_digest(sidecar: Mapping[str, Any] | None, name: str, digest: str) -> list[str]:
+    """A warning where a file, whose SHA-256 is `digest`, is not the one that its sidecar describes."""
+    files = (sidecar or {}).get("files")
+    recorded = files.get(name) if isinstance(files, dict) else None
+    if not isinstance(recorded, dict) or recorded.get("sha256", digest) == digest:
+        return []
+    return [f"{name} has changed since the JSON beside it was written (its SHA-256 differs)"]
+
+
 def common_sidecar(sidecars: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """What all sidecars agree on; a key on which they differ becomes "mixed"."""
     keys = sorted(set().union(*sidecars))

@@ -154,6 +154,31 @@ def test_what_fails_later_does_not_take_the_first_results_along(measurement, tmp
         measure.measure(measurement(class_tokens=tmp_path / "tokens.npy"))
 
 
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), MemoryError("none left"), OSError(errno.EIO, "broken disk")])
+def test_whatever_ends_it_the_first_results_are_kept(measurement, tmp_path, monkeypatch, capsys, cause):
+    """Ctrl-C, no memory, a broken disk in the second step; a disk that is full at that moment does not replace the cause."""
+    monkeypatch.setattr(measure._Measurement, "classifier", lambda *_: _raise(cause))
+    for full in (False, True):
+        if full:
+            monkeypatch.setattr("evaluations.results.write_text", lambda *_: _raise(WriteError("the disk is full")))
+        with pytest.raises(type(cause)) as raised:
+            measure.measure(measurement(classifier="judge"))
+        printed = capsys.readouterr().out
+        assert raised.value is cause and "FD judge" in printed and ("warning: the disk is full" in printed) == full
+    assert "not everything was measured" in load(tmp_path / "results.json").warnings[-1]
+
+
+def test_samples_beside_the_record_of_others(measurement, tmp_path):
+    """The npz is whole, but not the one that the JSON beside it describes: the results say so."""
+    from common.files import digests
+
+    sidecar = tmp_path / "s.json"
+    for content, warned in (({"s.npz": {"bytes": 1, "sha256": "0"}}, True), (None, False)):
+        asked = measurement()
+        sidecar.write_text(json.dumps({"steps": 250, "files": content or digests(tmp_path, ["s.npz"])}))
+        assert any("s.npz has changed since" in text for text in measure.measure(asked).warnings) == warned
+
+
 def _raise(error):
     raise error
 
