@@ -57,7 +57,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         yield temporary
-        sync(temporary)
+        for place in (*temporary.rglob("*"), temporary):  # a folder's own entry does not bring its files to the disk
+            sync(place)
         temporary.replace(path)
         sync(path.parent)
     except UserError:  # a missing input, which is an OSError too, is not about `path`

@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from common.files import replacing, sync
+from common.files import replacing
 from common.lock import claim_file
 from models.acceleration import DTYPES
 from models.autoencoder import Autoencoder
@@ -40,8 +40,6 @@ def export(settings: ExportConfig) -> str:
             else:
                 pretrained.write(temporary, settings.dtype)
             (temporary / "README.md").write_text(model_card(temporary, model.info, settings), encoding="utf-8")
-            for file in temporary.rglob("*"):
-                sync(file)
         return f"{out}: {describe(model.info)}; {settings.format} folder in {settings.dtype} with README.md"
 
 

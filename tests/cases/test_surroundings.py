@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._utils import ExceptionWrapper
 
+from common import files
 from common.files import read_sealed
 from config import UserError
 from models.published import read_published
@@ -53,6 +54,21 @@ def test_batch_that_does_not_fit_the_shared_memory(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(UserError, match=r"have failed \(shared memory is full\); the same command goes on"):
         pack.main([*flags(toys, tmp_path / "out"), "--num-workers", "1"])
+
+
+def test_all_of_a_new_folder_is_flushed_before_its_rename(tmp_path, monkeypatch):
+    """After a power cut it is there with its files, not as a folder of empty ones."""
+    flushed, real = [], files.sync
+
+    def sync(path):
+        flushed.append((path.name, (tmp_path / "out").exists()))
+        real(path)
+
+    monkeypatch.setattr(files, "sync", sync)
+    with files.replacing(tmp_path / "out") as temporary:
+        write_folder(temporary, {"a.json": b"1", "b/c.npy": b"2"})
+    before = sorted(name for name, renamed in flushed if not renamed)
+    assert before == ["a.json", "b", "c.npy", "out.tmp"] and flushed[-1] == (tmp_path.name, True)
 
 
 def test_a_bug_in_a_reading_process_keeps_its_traceback():
