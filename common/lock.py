@@ -127,7 +127,13 @@ os.register_at_fork(after_in_child=_forget_all)
 def _locked(path: Path, joins: bool) -> TextIO:
     """The open lock file, locked. Raises BlockingIOError if another program has it."""
     while True:
-        stream = path.open("a+", encoding="utf-8")
+        try:
+            stream = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                raise
+            make_folder(path.parent)  # its last holder has removed it since it was made
+            continue
         try:
             fcntl.flock(stream, (fcntl.LOCK_SH if joins else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):  # its last holder may have removed it since it was opened

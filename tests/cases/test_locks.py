@@ -145,6 +145,23 @@ def test_evaluation_locks_its_results(measurement, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
+def test_a_folder_that_its_last_holder_removes(tmp_path, monkeypatch):
+    """Just before the lock file is opened in it: it is made again."""
+    real = locks.make_folder
+
+    def make(folder: Path) -> list[Path]:
+        monkeypatch.setattr(locks, "make_folder", real)
+        made = real(folder)
+        folder.rmdir()
+        return made
+
+    monkeypatch.setattr(locks, "make_folder", make)
+    lock = take(tmp_path / "new")
+    assert (tmp_path / "new" / "run.lock").is_file()
+    lock.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_program_with_an_out_locks_it(tmp_path, monkeypatch):
     """convert, export, CKNNA and a first generation are refused before they load anything, and leave no folder."""
     import sys
