@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 
 from common.provenance import weights_sha256
-from config import UserError
+from config import UserError, parse
 from models import hub
 from models.acceleration import DTYPES
 from models.autoencoder import Autoencoder
@@ -31,11 +31,15 @@ from models.state import State
 from sampling.labels import class_label
 from sampling.loading import load_decoder
 from sampling.sampler import Sampler, guidance_of, solver_of
-from sampling.settings import SampleConfig, resolved
+from sampling.settings import SampleConfig, check, resolved
 from sharing.card import model_card
 from sharing.settings import ExportConfig
 
-_SAMPLING = tuple(field.name for field in fields(SampleConfig) if field.metadata["group"] in ("solver", "guidance"))
+_SAMPLING = tuple(
+    field.name
+    for field in fields(SampleConfig)
+    if field.metadata["group"] in ("solver", "guidance") and field.name != "guide_checkpoint"
+)
 
 
 class PretrainedSiT(ModelHubMixin):
@@ -78,7 +82,12 @@ class PretrainedSiT(ModelHubMixin):
         return self
 
     def sample(
-        self, labels: Sequence[str | int], *, seed: int = 0, progress: Progress | None = None, **settings: Any
+        self,
+        labels: Sequence[str | int],
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **settings: str | int | float | None,
     ) -> State:
         """Sample one latent, and class token, for each label: sample i of `generate.py --seed --labels`.
 
@@ -89,15 +98,16 @@ class PretrainedSiT(ModelHubMixin):
             settings: of solver and guidance, by the names of generate.py's flags: num_steps, mode, cfg_scale, ...
 
         Raises:
-            UserError: a label is not a class of the model, or a setting does not exist.
+            UserError: a label is not a class of the model; a setting does not exist, or its value is not allowed.
         """
         unknown = sorted(settings.keys() - set(_SAMPLING))
         if unknown:
             raise UserError(f"sample() has no setting {unknown[0]!r}, it takes {', '.join(_SAMPLING)}")
         info, device = self.info, next(self.network.parameters()).device
-        if settings.pop("guide_checkpoint", None):
-            raise UserError("sample() takes no guide_checkpoint; autoguidance is generate.py's")
-        chosen = resolved(SampleConfig(Path(), Path(), seed=seed, **settings), null_class=info.cfg_prob > 0)
+        flags = [_flag(name, value) for name, value in settings.items() if value is not None]
+        asked = parse(SampleConfig, "", ["--checkpoint=.", "--out=.", f"--seed={seed}", *flags])
+        check(asked)
+        chosen = resolved(asked, null_class=info.cfg_prob > 0)
         numbers = [
             class_label(
                 f"number:{label}" if isinstance(label, int) else label, info.network.num_classes, info.classes, "labels"
@@ -150,3 +160,11 @@ class PretrainedSiT(ModelHubMixin):
             name = str(pretrained_model_name_or_path)
             pretrained_model_name_or_path = hub.snapshot(name, [SHARED_FILE, "vae/*"], **download)
         return cls(load_model(obtain(pretrained_model_name_or_path)))
+
+
+def _flag(name: str, value: str | int | float) -> str:
+    """A setting as generate.py's command line has it, whose checks then apply."""
+    word = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{word}" if value else f"--no-{word}"
+    return f"--{word}={value}"

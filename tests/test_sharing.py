@@ -70,6 +70,10 @@ def test_what_the_library_refuses(model):
         loaded.sample(["eagle"])
     with pytest.raises(UserError, match="no setting 'steps', it takes mode, solver"):
         loaded.sample(["ant"], steps=3)
+    with pytest.raises(UserError, match="num-steps"):
+        loaded.sample(["ant"], num_steps=0)
+    with pytest.raises(UserError, match="mode"):
+        loaded.sample(["ant"], mode="dde")
     loaded.network.requires_grad_(True)
     loaded.sample(["ant"], num_steps=2)
     assert all(parameter.requires_grad for parameter in loaded.network.parameters())
