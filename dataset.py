@@ -11,7 +11,7 @@ shard k is row i of each of its files. Fields:
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +137,7 @@ class PackedDataset(Dataset):
         return Batch(
             moments=get.get("moments"),
             label=get.get("label"),
-            index=torch.from_numpy(indices),
+            index=torch.from_numpy(indices).pin_memory() if pin_memory else torch.from_numpy(indices),
             pixels=get.get("pixels"),
             class_token=tuple(get[f"class_token.{k}"] for k in encoders if f"class_token.{k}" in get),
             patch_tokens=tuple(get[f"patch_tokens.{k}"] for k in encoders if f"patch_tokens.{k}" in get),
@@ -190,47 +190,80 @@ def _torch_dtype(dtype: np.dtype) -> torch.dtype:
 
 
 def read_ahead(
-    dataset: PackedDataset, order: Iterable[np.ndarray], *, threads: int = 2, depth: int = 4, pin_memory: bool = False
+    dataset: PackedDataset,
+    order: Iterable[np.ndarray],
+    *,
+    threads: int = 2,
+    depth: int = 4,
+    device: torch.device | str = "cpu",
 ) -> Generator[Batch, None, None]:
-    """Read batches by threads before they are needed.
+    """Read batches by threads before they are needed, onto a device.
 
     Threads, not processes: copying and waiting for the disk release the interpreter lock, while a batch of another process
-    is copied twice more.
+    is copied twice more. To a GPU they copy from pinned memory on a stream of their own, while the steps before compute.
 
     Args:
         dataset: to read.
         order: record numbers of each batch.
         threads: that read; 0: each batch is read when it is asked for.
-        depth: batches read ahead at most.
-        pin_memory: as of `PackedDataset.read`.
+        depth: batches ahead at most, on the device.
+        device: of the batches.
 
     Returns:
-        The batches, in the given order.
+        The batches, in the given order, for use on the stream that is current when they are taken.
     """
+    device = torch.device(device)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch(indices: np.ndarray) -> tuple[Batch, torch.cuda.Event | None]:
+        batch = dataset.read(indices, pin_memory=stream is not None)
+        if stream is None:
+            return batch, None
+        with torch.cuda.stream(stream):
+            return _each(batch, lambda x: x.to(device, non_blocking=True)), stream.record_event()
+
     if threads == 0:
         for indices in order:
-            yield dataset.read(indices, pin_memory=pin_memory)
+            yield _arrived(*fetch(indices), device)
         return
     orders = iter(order)
-    waiting: deque[Future[Batch | None]] = deque()
+    waiting: deque[Future[tuple[Batch, torch.cuda.Event | None] | None]] = deque()
     with ThreadPoolExecutor(1) as orderer, ThreadPoolExecutor(threads) as readers:
 
-        def read(indices: Future[np.ndarray | None]) -> Batch | None:
+        def read(indices: Future[np.ndarray | None]) -> tuple[Batch, torch.cuda.Event | None] | None:
             found = indices.result()
-            return None if found is None else dataset.read(found, pin_memory=pin_memory)
+            return None if found is None else fetch(found)
 
         try:
             while True:
                 # the order of an epoch takes a second at ImageNet's size: not in this thread
                 while len(waiting) < depth:
                     waiting.append(readers.submit(read, orderer.submit(next, orders, None)))
-                batch = waiting.popleft().result()
-                if batch is None:
+                fetched = waiting.popleft().result()
+                if fetched is None:
                     return
-                yield batch
+                yield _arrived(*fetched, device)
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event | None, device: torch.device) -> Batch:
+    """The batch, for the current stream, which waits for the copy; the host does not."""
+    if copied is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        _each(batch, lambda x: x.record_stream(current))  # not used again for a copy before this stream is done with it
+    return batch
+
+
+def _each(batch: Batch, change: Callable[[Tensor], Any]) -> Batch:
+    """`change` of each tensor of a batch."""
+
+    def one(x: Any) -> Any:
+        return tuple(map(one, x)) if isinstance(x, tuple) else None if x is None else change(x)
+
+    return Batch(*map(one, batch))
 
 
 class StepSampler(Sampler):

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import simulated
 from config import UserError
 from tests.test_architecture import ROOT
-from tests.tiny import train_flags, write_vae
+from tests.tiny import train_flags, write_dataset, write_vae
 from tests.toy_model import CONFIG, write_model
 from tests.toy_model import flags as sample_flags
 
@@ -65,6 +65,44 @@ def test_a_step_never_waits_and_copies_nothing_from_the_host(device):
         _, launches, products, waits, pageable = line.split()
         assert 0 < int(products) < int(launches) < 1200 and int(waits) == int(pageable) == 0, line
     assert 0.001 < float(memory.split()[1]) < 1
+
+
+FEED = """
+import time
+import numpy as np
+import torch
+from torch.cuda import _sanitizer
+from dataset import PackedDataset, read_ahead
+dataset, order, tensors = PackedDataset(sys.argv[1]), [np.arange(4) + i for i in range(12)], 5
+torch.cuda.set_sync_debug_mode("error")
+simulated.reset()
+stream, begin = read_ahead(dataset, order, threads=2, device="cuda"), time.monotonic()
+next(stream)
+while simulated.counts().launches < 4 * tensors and time.monotonic() < begin + 60:  # this thread only looks on
+    time.sleep(0.01)
+print(simulated.counts().launches // tensors, end=" ")
+assert sum(1 for _ in stream) == 11
+found = simulated.by_name()
+assert found["copy:cudaMemcpyAsync pinned->dev"] == simulated.counts(found).launches == 12 * tensors, found
+# an event of the host's allocator for each tensor copied, one for each batch, and one for each tensor that is let go
+print(found["event:record"] - 12 * (tensors + 1), found["event:wait"], simulated.counts(found).synchronisations)
+_sanitizer.enable_cuda_sanitizer()  # of torch: raises where two streams touch a tensor in no certain order
+for waits in (True, False):
+    try:
+        for batch in read_ahead(dataset, order[:2], threads=0, device="cuda"):
+            batch.moments.float().sum() + batch.class_token[0].sum()
+        print("ordered")
+    except _sanitizer.CUDASanitizerErrors:
+        print("a race")
+    torch.cuda.Stream.wait_event = lambda *a: None
+"""
+
+
+def test_batches_are_copied_ahead_on_a_stream_of_their_own(device, tmp_path):
+    """Four batches are on their way before the second is asked for. The step's stream waits for each by an event, the host
+    never, and its use of each tensor is recorded, so that no later copy overwrites it; without the event it is a race."""
+    said = on_device(device, FEED, str(write_dataset(tmp_path / "data"))).splitlines()
+    assert said == [f"4 {12 * 5} 12 0", "ordered", "a race"]
 
 
 PROGRAMS = """

@@ -8,11 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import harness
 from benchmarks.train_variants import OurStep, encoded_ahead
-from dataset import Batch
+from dataset import Batch, PackedDataset, StepSampler, read_ahead
 from models import acceleration
 from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
 from models.sit import SiTConfig, preset
 from packed.format import MOMENTS_STD_SCALE
+from tests.tiny import write_dataset
 from training.tracking import Window
 
 SIX_BLOCKS = SiTConfig(
@@ -233,6 +234,30 @@ def test_flash_attention_is_taken_on_the_gpu(precision):
     taken = [n for n in watch.names if "flash_attention" in n or "cudnn_attention" in n]
     assert len(taken) == 2 * XL_BLOCKS.depth
     assert "aten::_softmax" not in watch.names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("threads", [0, 2])
+def test_batches_copied_ahead_equal_those_copied_on_demand(threads, tmp_path):
+    """Over 20 steps the losses are bit for bit those of plain copies, and when a step has ended its batch still holds its
+    records, though the device is behind with its work, and the host has let go of the batch."""
+    dataset = PackedDataset(write_dataset(tmp_path / "data", dims=(32,), count=4096))
+    order = [StepSampler(len(dataset), 1024, seed=0).indices(step, 0) for step in range(20)]
+    ours = OurStep(replace(SIX_BLOCKS, num_classes=3), 1024, "cuda")
+
+    def losses(batch: Batch) -> torch.Tensor:
+        return torch.stack(ours.step.loss(batch, ours.positions)[0][:3]).detach()
+
+    found, held = [], []
+    for batch in read_ahead(dataset, order, threads=threads, device="cuda"):
+        torch.cuda._sleep(20_000_000)  # cycles
+        found.append(losses(batch))
+        held.append(batch.patch_tokens[0].clone())
+    for indices, one, tokens in zip(order, found, held, strict=True):
+        read = dataset.read(indices)
+        assert torch.equal(tokens.cpu(), read.patch_tokens[0])
+        tensors = [x.cuda() for x in (read.moments, read.label, read.index, read.class_token[0], read.patch_tokens[0])]
+        assert torch.equal(one, losses(Batch(*tensors[:3], None, (tensors[3],), (tensors[4],))))
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ from training.plan import Plan
 from training.probe import FrechetProbe
 from training.schedule import learning_rate
 from training.settings import TrainConfig
-from training.step import TrainStep, to_device
+from training.step import TrainStep
 from training.tracking import Stopwatch, Tracker, Window, averages, peak_memory
 
 SUMMARY = (
@@ -46,7 +46,7 @@ class Run:
     """The parts of a run, made by training/setup.py.
 
     Attributes:
-        batches: micro-batches of this rank, in order, on the CPU.
+        batches: micro-batches of this rank, in order, on the device.
         positions: (n,) int64 on the device for each micro-batch of a step: where its records are in the global batch.
         step: optimiser steps taken.
         saved_step: how many of them are in the newest checkpoint.
@@ -80,7 +80,7 @@ class Run:
     def advance(self) -> None:
         """Take one optimiser step."""
         with self.stopwatch.step():
-            batches = [(to_device(next(self.batches), self.processes.device), p) for p in self.positions]
+            batches = [(next(self.batches), p) for p in self.positions]
         result = self.train_step(self.step, batches)
         self.window.add(self.step, result, torch.cat(self.positions))
         self.step += 1

@@ -77,8 +77,7 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
         autoencoder, probe = _load_viewers(settings, plan, processes)
         train_step, window, step = _build(settings, plan, source, processes, folder / "checkpoints")
         sampler.start_step = step
-        pin = processes.device.type == "cuda"
-        reader = read_ahead(dataset, sampler, threads=settings.num_workers, pin_memory=pin)
+        reader = read_ahead(dataset, sampler, threads=settings.num_workers, device=processes.device)
         bar = progress(
             settings.max_train_steps, unit="step", description="training", initial=step, shown=processes.first
         )

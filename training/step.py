@@ -5,7 +5,7 @@ Needs torch alone, so that benchmarks and tests drive it without a launcher.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -201,14 +201,3 @@ def targets_of(config: SiTConfig, class_tokens: tuple[Tensor, ...], patch_tokens
         return Targets(None, tuple(patch_tokens))
     teachers = [torch.cat([c.unsqueeze(1), p], dim=1) for c, p in zip(class_tokens, patch_tokens)]
     return Targets(class_token, tuple(teachers))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch, asynchronously from pinned memory."""
-
-    def move(x: Any) -> Any:
-        if isinstance(x, tuple | list):
-            return tuple(map(move, x))
-        return None if x is None else x.to(device, non_blocking=True)
-
-    return Batch(*map(move, batch))
