@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rates = harness.spread([work / s / 1e12 for s in seconds.values])
         rows.append({"what": name, "unit": unit, "rate": rates, "ms": 1e3 * seconds.median})
     path = harness.write("ceilings", settings.label, {"dtype": str(dtype)}, rows, device=device)
-    print(path.with_name("ceilings.md").read_text(encoding="utf-8"))
+    print(harness.table(path))
 
 
 Calls = dict[

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(", ".join(f"{column} {_text(value)}" for column, value in rows[-1].items()), flush=True)
     if settings.label:
         kept = {"encoder": settings.encoder, "precision": settings.precision, "depth": settings.depth}
-        print(harness.write("count", settings.label, kept, rows).with_name("count.md").read_text(encoding="utf-8"))
+        print(harness.table(harness.write("count", settings.label, kept, rows)))
     print(f"launches {rows[-1]['launches']}")
 
 

@@ -113,7 +113,7 @@ def main() -> None:
         rows,
         device=settings.device,
     )
-    print(path.with_name("evaluate.md").read_text(encoding="utf-8"), end="")
+    print(harness.table(path))
 
 
 def features(settings: EvaluateBenchmark) -> tuple[Any, Any]:

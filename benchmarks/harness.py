@@ -240,23 +240,27 @@ def write(
 
 def _write_markdown(benchmark: str, folder: Path) -> None:
     """Rebuild the table of a benchmark from all its JSON files."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{benchmark}-*.json"))]
-    records = [record for record in records if record["benchmark"] == benchmark]
-    lines = [f"# {benchmark}", "", f"`python -m benchmarks.{benchmark} --help` says how to measure again.", ""]
-    for record in records:
-        e = record["environment"]
-        columns = list(dict.fromkeys(column for row in record["rows"] for column in row))
-        settings = ", ".join(f"{k} {v}" for k, v in record["settings"].items() if v not in (None, "", False))
-        lines += [f"## {record['label']}", ""]
-        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in record["rows"]]
-        lines += [
-            "",
-            f"{e['device']}, {e['threads']} threads, torch {e['versions']['torch']}, timm {e['versions']['timm']}, "
-            f"commit {e['commit']}, {e['date']}. Settings: {settings}.",
-            "",
-        ]
-    write_text(folder / f"{benchmark}.md", "\n".join(lines).rstrip() + "\n")
+    paths = sorted(folder.glob(f"{benchmark}-*.json"))
+    tables = [table(path) for path in paths if json.loads(path.read_text(encoding="utf-8"))["benchmark"] == benchmark]
+    head = f"# {benchmark}\n\n`python -m benchmarks.{benchmark} --help` says how to measure again.\n\n"
+    write_text(folder / f"{benchmark}.md", head + "\n".join(tables))
+
+
+def table(path: Path) -> str:
+    """The section of BENCHMARK.md about one JSON file."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    e = record["environment"]
+    columns = list(dict.fromkeys(column for row in record["rows"] for column in row))
+    settings = ", ".join(f"{k} {v}" for k, v in record["settings"].items() if v not in (None, "", False))
+    lines = [f"## {record['label']}", ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in record["rows"]]
+    lines += [
+        "",
+        f"{e['device']}, {e['threads']} threads, torch {e['versions']['torch']}, timm {e['versions']['timm']}, "
+        f"commit {e['commit']}, {e['date']}. Settings: {settings}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(value: Any) -> str:

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows,
         device=device,
     )
-    print(path.with_name("overhead.md").read_text(encoding="utf-8"))
+    print(harness.table(path))
 
 
 def forward_pass(config: "SiTConfig", settings: OverheadBenchmark, device: str, precision: str) -> Callable[[], Any]:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     known |= {"samples": settings.batch_size, "steps": settings.steps, "guidance": GUIDANCE_SCALE}
     path = harness.write("repa", settings.label, known, rows)
-    print(path.with_name("repa.md").read_text(encoding="utf-8"))
+    print(harness.table(path))
 
 
 def compare(settings: RepaBenchmark) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         {"gpu": settings.gpu, "gpus": settings.gpus, "dollars per GPU hour": rent, "encoder": settings.encoder},
         rows,
     )
-    print(path.with_name("roofline.md").read_text(encoding="utf-8"))
+    print(harness.table(path))
 
 
 def rows_of(settings: Roofline) -> list[Row]:

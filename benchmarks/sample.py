@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=device,
         details={"noise ms per step": 1e3 * noise.median / settings.steps},
     )
-    print(path.with_name("sample.md").read_text(encoding="utf-8"))
+    print(harness.table(path))
 
 
 class Bench:

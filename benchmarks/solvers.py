@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=device,
     )
     plot(measured, path.with_suffix(".png"))
-    print(path.with_name("solvers.md").read_text(encoding="utf-8"))
+    print(harness.table(path))
     print(
         f"cheapest within {TOLERANCE - 1:.0%} of the published SDE: {best.name}, {best.nfe:g} evaluations, "
         f"FD {best.mean:.4g} against {measured[0].mean:.4g}"

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=device,
         details={"ms by part of our step": parts, "kernels": kernels},
     )
-    print(path.with_name("train_step.md").read_text(encoding="utf-8"))
+    print(harness.table(path))
     for batch, table in parts.items():
         print(f"our step at batch {batch}, ms: " + ", ".join(f"{k} {v:.3g}" for k, v in table.items()))
 
