@@ -148,7 +148,7 @@ def count(build: Build, names: int = 0) -> Counted:
     import torch
     from torch._inductor import config as inductor
 
-    from benchmarks.train_step import free
+    from benchmarks.turns import free
 
     with inductor.patch(benchmark_kernel=True):  # its kernels then know their bytes
         step = build()

@@ -1,4 +1,4 @@
-"""One training step, ours and the published code's, in turn in one process on the same weights' shapes and the same data.
+"""One training step, ours and the published code's, in one process on the same weights' shapes and the same data.
 
     python -m benchmarks.train_step --published PATH --model SiT-XL/2 --batch-size 256 --encoder dinov2-vit-b --compile
 
@@ -7,17 +7,16 @@ loss and EMA and torch's default AdamW: once as shipped (fp16 with a loss scaler
 at its best (bf16, nothing read back). A batch that does not fit is halved, for that variant alone; images/s are compared.
 """
 
-import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from common.reporting import run
-from config import parse, setting
+from config import UserError, parse, setting
 
 if TYPE_CHECKING:
+    from benchmarks.turns import Builders
     from models.sit import SiTConfig
 
 
@@ -33,6 +32,7 @@ class TrainStepBenchmark:
     encoder: str = setting("cached", "cached: tokens are given; or what runs in the step: dinov2-vit-b", group="what")
     precision: str = setting("auto", "ours", group="how", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "also measure ours with its regions compiled", group="how")
+    only: tuple[str, ...] = setting((), "measure these variants alone, by their names in the table", group="how")
     stream: bool = setting(False, "also measure ours with the next batch encoded on a side stream (CUDA)", group="how")
     gradient_checkpointing: bool = setting(False, "ours recomputes its blocks", group="how")
     parts: bool = setting(False, "also say where the time of our step goes", group="how")
@@ -44,42 +44,12 @@ class TrainStepBenchmark:
     label: str = setting("run", "names the result files", group="how")
 
 
-class Variant(NamedTuple):
-    """A training step that is timed, the images it takes, and the seconds of its first run, compilation included."""
-
-    step: Callable[[], Any]
-    batch: int
-    first: float
-
-
-class Alone(NamedTuple):
-    """What a variant needs by itself: its batch, the seconds of its first step, and the peak GiB of its second."""
-
-    batch: int
-    first: float
-    peak: float
-
-
-class Measured(NamedTuple):
-    """A variant's row. speed: images per second over the published code's. peak: GiB, None on the CPU."""
-
-    batch: int
-    milliseconds: Any
-    images: Any
-    speed: Any
-    operations: int
-    first: float
-    peak: float | None
-
-
-Builders = dict[str, Callable[[int], Callable[[], Any]]]  # name => (batch size => a function that takes one step)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(TrainStepBenchmark, (__doc__ or "").splitlines()[0], argv)
     import torch
 
     from benchmarks import harness, published
+    from benchmarks.turns import compare, free
     from models import acceleration
     from models.cost import cost, encoder_macs
     from models.sit import preset
@@ -99,13 +69,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     builders = builders_of(settings, config, device, precision)
     ceiling = harness.matmul_ceiling(device, acceleration.DTYPES.get(precision, torch.float32)) if cuda else None
     model = settings.model if config == preset(settings.model) else f"{config.depth} x {config.hidden_size}"
-    rows, parts, kernels = [], {}, {}
+    rows: list[dict[str, Any]] = []
+    parts: dict[int, Any] = {}
+    kernels: dict[int, Any] = {}
+    described = {
+        "encoder": settings.encoder,
+        "latent": config.input_size,
+        "precision": precision,
+        "clock": settings.clock,
+        "rounds": settings.rounds,
+        "published commit": commit,
+        "gradient checkpointing": settings.gradient_checkpointing,
+        "ceiling TFLOP/s": ceiling and round(ceiling, 1),
+        "training GFLOP per image": round(flops / 1e9, 2),
+    }
+
+    def write() -> Path:
+        """What is measured so far: whatever ends the program leaves it."""
+        details = {"ms by part of our step": parts, "kernels": kernels}
+        return harness.write("train_step", settings.label, described, rows, device=device, details=details)
+
+    failed = 0
     for batch in settings.batch_size:
-        for name, measured in compare(builders, batch, settings, device).items():
-            rows.append(
-                {
-                    "model": model,
-                    "variant": name,
+        for name, measured in compare(builders, batch, device, settings.rounds, settings.warmup, settings.clock):
+            row: dict[str, Any] = {"model": model, "variant": name}
+            if isinstance(measured, Exception):
+                failed += 1
+                row |= {"batch": batch, "failed": f"{type(measured).__name__}: {measured}".splitlines()[0][:200]}
+            else:
+                row |= {
                     "batch": measured.batch,
                     "ms per step": measured.milliseconds,
                     "images/s": measured.images,
@@ -115,36 +107,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "first step s": measured.first,
                     "peak GiB": measured.peak,
                 }
-            )
+            rows.append(row)
+            print(", ".join(f"{column} {value}" for column, value in row.items() if value is not None), flush=True)
+            write()
         if settings.profile:
             kernels[batch] = profile(list(builders.values())[-1], batch, device)
+            write()
         if settings.parts:
             parts[batch] = parts_of_step(settings, config, batch, device, precision)
             free()
-    path = harness.write(
-        "train_step",
-        settings.label,
-        {
-            "encoder": settings.encoder,
-            "latent": config.input_size,
-            "precision": precision,
-            "clock": settings.clock,
-            "rounds": settings.rounds,
-            "published commit": commit,
-            "gradient checkpointing": settings.gradient_checkpointing,
-            "ceiling TFLOP/s": ceiling and round(ceiling, 1),
-            "training GFLOP per image": round(flops / 1e9, 2),
-        },
-        rows,
-        device=device,
-        details={"ms by part of our step": parts, "kernels": kernels},
-    )
-    print(harness.table(path))
+    print(harness.table(write()))
     for batch, table in parts.items():
         print(f"our step at batch {batch}, ms: " + ", ".join(f"{k} {v:.3g}" for k, v in table.items()))
+    if failed:
+        raise UserError(f"{failed} of {len(rows)} variants failed: their errors are above")
 
 
-def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, precision: str) -> Builders:
+def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, precision: str) -> "Builders":
     """What is compared."""
     from benchmarks.train_variants import OurStep, encoded_ahead, published_step
 
@@ -176,93 +155,17 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
         builders["ours, compiled"] = lambda n: ours(n, True)
     if settings.stream and cuda and settings.encoder != "cached":
         builders["ours, encoder on a stream"] = lambda n: encoded_ahead(ours(n, settings.compile))
-    return builders
-
-
-def compare(builders: Builders, batch: int, settings: TrainStepBenchmark, device: str) -> dict[str, Measured]:
-    """Time all variants, each in turn with the published code if there is one."""
-    from benchmarks import harness
-
-    cuda = device.startswith("cuda")
-    single = {name: alone(build, batch, device) for name, build in builders.items()} if cuda else {}
-    found: dict[str, Measured] = {}
-    for names in groups_of(list(builders), cuda):
-        variants = {name: start(builders[name], single[name].batch if cuda else batch, device) for name in names}
-        timings = harness.alternate(
-            {name: v.step for name, v in variants.items()},
-            rounds=settings.rounds,
-            warmup=settings.warmup,
-            device=device,
-            clock=settings.clock,
-        )
-        for name, variant in variants.items():
-            speed = None
-            if settings.published:
-                scale = variant.batch / variants["published"].batch
-                speed = harness.spread([scale * r for r in harness.ratio(timings["published"], timings[name]).values])
-            measured = Measured(
-                variant.batch,
-                harness.spread([1e3 * s for s in timings[name].values]),
-                harness.spread([variant.batch / s for s in timings[name].values]),
-                speed,
-                harness.count_operations(variant.step),
-                single[name].first if cuda else variant.first,
-                single[name].peak if cuda else None,
-            )
-            found.setdefault(name, measured)
-        del variants, variant
-        free()
-    return found
-
-
-def groups_of(names: list[str], cuda: bool) -> list[list[str]]:
-    """Which variants take turns: on a GPU, whose memory does not hold all of them at once, each with the published code."""
-    if not cuda:
-        return [names]
-    if "published" not in names:
-        return [[name] for name in names]
-    return [["published", name] for name in names if name != "published"]
-
-
-def start(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Variant:
-    """Build a variant and take its first step; a batch that does not fit is halved."""
-    import torch
-
-    from benchmarks.harness import synchronize
-
-    while True:
-        step: Callable[[], Any] | None = None
-        try:
-            step = build(n)
-            synchronize(device)
-            began = time.perf_counter()
-            step()
-            synchronize(device)
-            return Variant(step, n, time.perf_counter() - began)
-        except torch.OutOfMemoryError:
-            if n == 1:
-                raise
-        del step
-        n //= 2
-        free()
-
-
-def alone(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> Alone:
-    """First step and peak memory with nothing else on the device, at the largest batch up to n that fits."""
-    from benchmarks.harness import peak_memory
-
-    variant = start(build, n, device)
-    memory = peak_memory(variant.step, device)
-    assert memory is not None
-    found = Alone(variant.batch, variant.first, memory.peak)
-    del variant
-    free()
-    return found
+    unknown = set(settings.only) - set(builders)
+    if unknown:
+        raise UserError(f"--only {min(unknown)}: these settings measure {'; '.join(builders)}")
+    return {name: build for name, build in builders.items() if not settings.only or name in settings.only}
 
 
 def profile(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> list[dict[str, Any]]:
     """The 60 kernels (on a CPU: operations) that take the most of one step, with calls and milliseconds."""
     import torch
+
+    from benchmarks.turns import free, start
 
     variant = start(build, n, device)
     variant.step()
@@ -324,15 +227,6 @@ def parts_of_step(
         "EMA": ms["EMA"],
         "whole step": ms["all"],
     }
-
-
-def free() -> None:
-    """Give the allocator's memory back to the device."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
