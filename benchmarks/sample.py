@@ -60,32 +60,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         variants[f"ours, {dtype}"] = bench.ours(dtype, compiled=False)
         if settings.compile:
             variants[f"ours, {dtype}, compiled"] = bench.ours(dtype, compiled=True)
-    agreement, deviations = bench.deviations(variants) if settings.deviation else (None, {})
     memory = {name: harness.peak_memory(function, device) for name, function in variants.items()}
     timings = harness.alternate(variants, rounds=settings.rounds, warmup=0, device=device, clock=settings.clock)
-    rows = []
-    for name, seconds in timings.items():
-        full = [settings.full_steps / settings.steps * s for s in seconds.values]
-        peak = memory[name]
-        rows.append(
-            {
-                "model": settings.model,
-                "variant": name,
-                "batch": settings.batch_size,
-                "ms per step": harness.spread([1e3 * s / settings.steps for s in seconds.values]),
-                f"images/s at {settings.full_steps} steps": harness.spread([settings.batch_size / s for s in full]),
-                "times published": harness.ratio(timings["published"], seconds) if settings.published else None,
-                "max deviation": deviations.get(name, (None, None))[0],
-                "rms deviation": deviations.get(name, (None, None))[1],
-                "GiB above all weights": peak and peak.peak - peak.resident,
-            }
-        )
     noise = harness.alternate({"noise": bench.draw_noise}, rounds=5, device=device, clock=settings.clock)["noise"]
-    share = noise.median / timings[f"ours, {settings.dtypes[-1]}"].median
-    path = harness.write(
-        "sample",
-        settings.label,
-        {
+
+    def write(agreement: float | None, deviations: Mapping[str, tuple[float, float]]) -> Path:
+        rows = []
+        for name, seconds in timings.items():
+            full = [settings.full_steps / settings.steps * s for s in seconds.values]
+            peak = memory[name]
+            rows.append(
+                {
+                    "model": settings.model,
+                    "variant": name,
+                    "batch": settings.batch_size,
+                    "ms per step": harness.spread([1e3 * s / settings.steps for s in seconds.values]),
+                    f"images/s at {settings.full_steps} steps": harness.spread([settings.batch_size / s for s in full]),
+                    "times published": harness.ratio(timings["published"], seconds) if settings.published else None,
+                    "max deviation": deviations.get(name, (None, None))[0],
+                    "rms deviation": deviations.get(name, (None, None))[1],
+                    "GiB above all weights": peak and peak.peak - peak.resident,
+                }
+            )
+        described = {
             "latent": settings.input_size,
             "steps": settings.steps,
             "cfg scale": settings.cfg_scale,
@@ -94,14 +91,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             "clock": settings.clock,
             "published commit": commit,
             "depth": settings.depth,
-            "noise share per step": f"{share:.2%}",
+            "noise share per step": f"{noise.median / list(timings.values())[-1].median:.2%}",
             "max deviation of ours in plain float32": None if agreement is None else f"{agreement:.1e}",
-        },
-        rows,
-        device=device,
-        details={"noise ms per step": 1e3 * noise.median / settings.steps},
-    )
-    print(harness.table(path))
+        }
+        details = {"noise ms per step": 1e3 * noise.median / settings.steps}
+        return harness.write("sample", settings.label, described, rows, device=device, details=details)
+
+    path = write(None, {})  # whatever ends the program leaves it
+    print(harness.table(path), flush=True)
+    if settings.deviation:
+        print(harness.table(write(*bench.deviations(variants))))
 
 
 class Bench:
@@ -118,7 +117,8 @@ class Bench:
         config = harness.sized(preset(settings.model, input_size=settings.input_size), depth=settings.depth)
         self.config = config
         torch.manual_seed(0)
-        network = SiT(config)
+        with torch.device(device):
+            network = SiT(config)
         with torch.no_grad():  # the zero-initialised outputs would make every velocity 0
             for parameter in network.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
@@ -147,6 +147,7 @@ class Bench:
 
     def ours(self, dtype: str, *, compiled: bool) -> Callable[..., Any]:
         """What generate.py runs between the noise and the VAE."""
+        import torch
 
         from models import acceleration
         from models.guidance import Guidance
@@ -156,10 +157,11 @@ class Bench:
         from sampling.loading import prepare
         from sampling.sampler import Sampler
 
-        network = SiT(self.config)
+        with torch.device(self.device):
+            network = SiT(self.config)
         network.load_state_dict(self.weights)
         sampler = Sampler(
-            prepare(network.to(self.device), dtype, compiled=compiled),
+            prepare(network, dtype, compiled=compiled),
             Interpolant(),
             Solver("sde", "euler", self.settings.steps),
             Guidance(self.settings.cfg_scale, None, 0.0, self.settings.guidance_high),
@@ -173,13 +175,14 @@ class Bench:
 
     def theirs(self, *, fused: bool) -> "Theirs":
         """The published sampler, with its own network and random numbers."""
+        import torch
+
         from benchmarks import published
 
-        network = self.modules["models/sit"].SiT(**published.network_arguments(self.config, fused=fused))
+        with torch.device(self.device):
+            network = self.modules["models/sit"].SiT(**published.network_arguments(self.config, fused=fused))
         network.load_state_dict(self.their_weights)
-        network.to(self.device).eval()
-
-        return Theirs(self, network)
+        return Theirs(self, network.eval())
 
     def run_published(self, network: Any, latents: Any, tokens: Any) -> Any:
         """Its latents, float64; it does not return the class token."""
