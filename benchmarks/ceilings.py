@@ -28,6 +28,14 @@ class Ceilings:
     table: Path | None = setting(None, "folder of results to print a table of, instead of measuring", group="what")
 
 
+NUMBERS = (
+    "share of ceiling",
+    "max deviation",
+    "first step s",
+    "peak GiB",
+)  # columns that the table shows beside spreads
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(Ceilings, (__doc__ or "").splitlines()[0], argv)
     if settings.table is not None:
@@ -48,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         rates = harness.spread([work / s / 1e12 for s in seconds.values])
         rows.append({"what": name, "unit": unit, "rate": rates, "ms": 1e3 * seconds.median})
+        if len(rows) % 9 == 0:
+            harness.write("ceilings", settings.label, {"dtype": str(dtype)}, rows, device=device)
     path = harness.write("ceilings", settings.label, {"dtype": str(dtype)}, rows, device=device)
     print(harness.table(path))
 
@@ -98,7 +108,7 @@ def calls(settings: Ceilings, device: str, dtype: Any) -> Calls:
 
 
 def table(folder: Path) -> list[str]:
-    """At most 15 lines of the results in a folder.
+    """A line for each variant that the results in a folder tell of; of the ceilings the first two.
 
     Raises:
         UserError: there are none.
@@ -118,9 +128,10 @@ def table(folder: Path) -> list[str]:
             else:
                 shown = [record["label"].removeprefix("gpu-"), *map(str, list(row.values())[:3])]
                 shown += [f"{name} {value['median']:.4g}" for name, value in row.items() if isinstance(value, dict)]
-                shown += [f"peak GiB {row['peak GiB']:.1f}"] if row.get("peak GiB") else []
+                shown += [f"{name} {row[name]:.3g}" for name in NUMBERS if row.get(name)]
+                shown += [row["failed"]] if "failed" in row else []
             lines.append(" | ".join(shown))
-    return lines[:15]
+    return lines
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu-all.sh [PART...]              parts: tests train memory overhead sample data evaluate (default: all)
 #   PUBLISHED=path/to/REG bash benchmarks/gpu-all.sh  also the published code, side by side (a clone at 021ea2e)
-#   PYTHON=python3  MODELS="SiT-XL/2 SiT-B/2"  BATCH=256  ROUNDS=9  RESULTS=folder (a copy of the results goes there)
+#   PYTHON=python3  MODELS="SiT-XL/2 SiT-B/2"  BATCH=256  ROUNDS=9  RESULTS=folder (in place of benchmarks/results)
 #
 # A part that fails does not stop the others; the exit status says whether one did.
 set -uo pipefail
@@ -64,7 +64,6 @@ for part in "$@"; do
         *) echo "error: unknown part $part; see the head of benchmarks/gpu-all.sh" >&2; exit 2 ;;
     esac
 done
-if [ -n "${RESULTS:-}" ]; then mkdir -p "$RESULTS" && cp benchmarks/results/* "$RESULTS"/; fi
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2
     exit 1

@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# What a machine with one GPU can tell in ten minutes, on an image with torch, timm, accelerate, pytest, numpy and tqdm.
+# What a machine with one GPU can tell in seven minutes, on an image with torch, timm, accelerate, pytest, numpy and tqdm.
 #
-#   bash benchmarks/gpu.sh                  parts: ceilings tests cached online small profile sample
-#   PUBLISHED=path/to/REG bash benchmarks/gpu.sh    the published code beside ours (a clone at 021ea2e)
+#   bash benchmarks/gpu.sh [PART...]        parts: smoke ceilings tests cached online small sample (default: all)
+#   PUBLISHED=path/to/REG bash benchmarks/gpu.sh    the published code beside ours (a copy of 021ea2e)
 #   PYTHON=python3  COMMIT=hash (where there is no .git)  OUT=folder (default: gpu-results)
 #
-# After each part OUT and OUT.tar hold all results so far; a part that fails or takes too long does not stop the others. The
-# last 15 lines are a table of what was measured. benchmarks/gpu-all.sh measures everything, in half an hour and more.
+# After each part OUT holds log.txt, table.md (what was measured, a line each) and results.tar (the records and whole logs); a
+# part that fails or takes too long leaves what it has measured, and does not stop the others. Exit status 2: nothing can be
+# measured here; 1: a part failed. benchmarks/gpu-all.sh measures everything, in half an hour and more.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"
 out="${OUT:-gpu-results}"
 published=(); if [ -n "${PUBLISHED:-}" ]; then published=(--published "$PUBLISHED"); fi
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" PYTHONUNBUFFERED=1
+RESULTS="$(mktemp -d)" # where the benchmarks write
+export RESULTS
+trap 'rm -r "$RESULTS"' EXIT
 
 gib="$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory >> 30)')" || {
     echo "error: torch sees no CUDA device" >&2
@@ -20,26 +24,75 @@ gib="$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).tot
 }
 large=128; if [ "$gib" -gt 100 ]; then large=256; fi
 mkdir -p "$out"
+: > "$out/log.txt"
 failed=()
-part() { # name, seconds, command...
-    local start=$SECONDS
-    echo "== $1"
-    timeout "$2" "${@:3}" 2>&1 | tee "$out/$1.log" || failed+=("$1")
-    echo "== $1: $((SECONDS - start)) s"
-    cp benchmarks/results/*-gpu-*.json "$out"/ 2> /dev/null
-    tar -cf "$out.tar" "$out"
+say() { echo "$*" | tee -a "$out/log.txt"; }
+part() { # name, seconds, command...: all of its output into a log, the end of it on the screen
+    local name="$1" start=$SECONDS status
+    say "== $name (at most $2 s)"
+    timeout -k 5 "$2" "${@:3}" > "$RESULTS/$name.log" 2>&1
+    status=$?
+    if [ $status -ne 0 ]; then failed+=("$name"); fi
+    tail -n "$([ $status -eq 0 ] && echo 12 || echo 25)" "$RESULTS/$name.log" | cut -c 1-240 | tee -a "$out/log.txt"
+    say "== $name: exit status $status, $((SECONDS - start)) s, $(nvidia-smi --query-gpu=clocks.sm,power.draw,temperature.gpu --format=csv,noheader 2> /dev/null | head -n 1)"
+    keep
+    return $status
 }
-step() { echo "$python" -m benchmarks.train_step --device cuda --compile "${published[@]}" --rounds 5; }
+keep() {
+    "$python" -m benchmarks.ceilings --table "$RESULTS" > "$out/table.md" 2> /dev/null
+    tar -cf "$out/results.part" -C "$RESULTS" . && mv "$out/results.part" "$out/results.tar"
+}
+step() { # name, seconds, flags...
+    part "$1" "$2" "$python" -m benchmarks.train_step --device cuda --compile "${published[@]}" --warmup 3 --rounds 4 "${@:3}"
+}
 
-part ceilings 40 "$python" -m benchmarks.ceilings --label gpu-ceilings
-# shellcheck disable=SC2046  # words of a command
-part tests 110 "$python" -m pytest -q -m gpu $(grep -l "mark.gpu" tests/test_*.py)
-part cached 170 $(step) --model SiT-XL/2 --batch-size "$large" --profile --label gpu-xl2-cached
-part online 90 $(step) --model SiT-XL/2 --batch-size "$((large / 2))" --encoder dinov2-vit-b --label gpu-xl2-online
-part small 110 $(step) --model SiT-B/2 --batch-size 256 32 --label gpu-b2-cached
-part sample 60 "$python" -m benchmarks.sample --device cuda --model SiT-XL/2 --batch-size 64 --compile --rounds 3 \
-    "${published[@]}" --label gpu-xl2
-if [ ${#failed[@]} -gt 0 ]; then printf 'failed or cut off: %s\n' "${failed[@]}" >&2; fi
-"$python" -m benchmarks.ceilings --table "$out" | tee "$out/table.md"
-tar -cf "$out.tar" "$out"
-[ ${#failed[@]} -eq 0 ]
+# Torch compiles for the first time; the graphs of 32 images are kept for the part "small". Cut off, it has not failed.
+smoke() {
+    step smoke 45 --model SiT-B/2 --depth 2 --batch-size 32 --label smoke
+    local status=$?
+    rm -f "$RESULTS"/*-smoke.json
+    if [ $status -ne 0 ] && [ $status -ne 124 ] || grep -q "runs uncompiled" "$RESULTS/smoke.log"; then
+        echo "error: a small step does not run here as it should: see above" >&2
+        exit 2
+    fi
+}
+ceilings() { part ceilings 20 "$python" -m benchmarks.ceilings --label gpu-ceilings; }
+tests() { # a process for each file, at once: most of the time is compilation, on one core each
+    # shellcheck disable=SC2016  # of the shell that runs them
+    part tests 75 bash -c '
+        for file in $(grep -l "mark.gpu" tests/test_*.py); do
+            "$0" -m pytest -q -m gpu --durations 3 "$file" > "$RESULTS/$(basename "$file").log" 2>&1 &
+            running+=("$! $file")
+        done
+        for one in "${running[@]}"; do
+            read -r pid file <<< "$one"
+            wait "$pid"; status=$?
+            if [ $status -ne 0 ]; then failed=1; grep -E "^(E  |FAILED|ERROR)" "$RESULTS/$(basename "$file").log" | head -n 12; fi
+            echo "$file: exit status $status, $(tail -n 1 "$RESULTS/$(basename "$file").log")"
+        done
+        exit "${failed:-0}"' "$python"
+    if [ $? -eq 124 ]; then tail -n 3 "$RESULTS"/test_*.log | cut -c 1-240 | tee -a "$out/log.txt"; fi
+}
+cached() { step cached 90 --model SiT-XL/2 --batch-size "$large" --profile --label gpu-xl2-cached; }
+online() {
+    step online 50 --model SiT-XL/2 --batch-size "$large" --encoder dinov2-vit-b --label gpu-xl2-online \
+        --only "ours, compiled" ${PUBLISHED:+published}
+}
+small() { step small 70 --model SiT-B/2 --batch-size 32 256 --label gpu-b2-cached; }
+sample() {
+    part sample 45 "$python" -m benchmarks.sample --device cuda --model SiT-XL/2 --batch-size 64 --steps 6 --dtypes bf16 \
+        --compile --rounds 2 "${published[@]}" --label gpu-xl2
+}
+
+if [ $# -eq 0 ]; then set -- smoke ceilings tests cached online small sample; fi
+for name in "$@"; do
+    case "$name" in
+        smoke | ceilings | tests | cached | online | small | sample) "$name" ;;
+        *) echo "error: unknown part $name; see the head of benchmarks/gpu.sh" >&2; exit 2 ;;
+    esac
+done
+cat "$out/table.md"
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'failed or cut off: %s\n' "${failed[@]}" >&2
+    exit 1
+fi

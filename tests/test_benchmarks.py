@@ -107,8 +107,8 @@ def test_overhead_benchmark_runs(results):
 
 
 def test_ceilings_are_measured_and_shown(results):
-    """Rates of a copy, products and attention; a kernel that the machine lacks is a row without a rate. The table of a
-    folder has at most 15 lines."""
+    """Rates of a copy, products and attention; a kernel that the machine lacks is a row without a rate. The table
+    of a folder tells of all of it, and of variants that failed."""
     small = ("--batch-size", "1", "--input-size", "4", "--square", "64", "--copied", "4096", "--rounds", "2")
     ceilings.main([*small, "--device", "cpu", "--label", "toy"])
     rows = {row["what"]: row for row in json.loads((results / "ceilings-toy.json").read_text())["rows"]}
@@ -120,6 +120,8 @@ def test_ceilings_are_measured_and_shown(results):
     record["rows"][0] = {"what": "copy", "unit": "CUDA out of memory"}
     (results / "ceilings-toy.json").write_text(json.dumps(record))
     assert ceilings.table(results)[1] == "copy | CUDA out of memory"
+    harness.write("train_step", "gpu-toy", {}, [{"model": "S", "variant": "ours", "batch": 4, "failed": "Error: no"}])
+    assert ceilings.table(results)[-1] == "toy | S | ours | 4 | Error: no"
     with pytest.raises(UserError, match="no results; run benchmarks"):
         ceilings.main(["--table", str(results / "nothing")])
 
