@@ -20,6 +20,7 @@ from models.ema import EMA
 from models.encoder import PUBLISHED, VisionEncoder
 from models.sit import SiT, SiTConfig
 from packed.format import MOMENTS_STD_SCALE
+from training.graph import GraphedStep
 from training.step import StepResult, TrainStep
 
 CACHED = "cached"  # in place of an encoder: tokens are given
@@ -68,6 +69,7 @@ class OurStep:
         encoder: str = CACHED,
         precision: str = "fp32",
         compiled: bool = False,
+        graph: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         torch.manual_seed(0)
@@ -79,7 +81,8 @@ class OurStep:
             acceleration.compile_network(network)
             for module in encoders:
                 acceleration.compile_encoder(module)
-        self.step = TrainStep(
+        make = GraphedStep if graph else TrainStep
+        self.step = make(
             network,
             Objective(),
             torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=True),

@@ -35,16 +35,26 @@ class EMA:
         self._lists: tuple[nn.Module, list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int = 0) -> None:
+    def update(self, network: nn.Module, step: int | Tensor = 0) -> None:
         """Step `step` of the average towards `network` (the unwrapped one), as a single fused foreach lerp.
 
         The tensors of both are listed at the first update: later they may be written to, but not moved or replaced.
+
+        Args:
+            network: whose weights are averaged.
+            step: counted from 0; a tensor (1,) int64 in a CUDA graph, which sees the number that it holds at each replay.
         """
         if self._lists is None or self._lists[0] is not network:
             averages, weights = (list(m.state_dict(keep_vars=True).values()) for m in (self.average, network))
             self._lists = network, averages, weights
+        _, averages, weights = self._lists
+        if self.warmup and isinstance(step, Tensor):
+            number = step.double().view(())
+            share = (1 - ((1 + number) / (10 + number)).clamp(max=self.decay)).float()
+            torch._foreach_lerp_(averages, weights, [share] * len(averages))
+            return
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(self._lists[1], self._lists[2], 1 - decay)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @torch.no_grad()
     def distance(self, network: nn.Module) -> Tensor:

@@ -290,7 +290,8 @@ class SiT(nn.Module):
         projections: tuple[Tensor, ...] = ()
         for i, block in enumerate(self.blocks, start=1):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, c, use_reentrant=False)
+                # a block draws no random numbers: no generator's state to keep
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c)
             if project and i == self.config.align_depth:

@@ -1,5 +1,6 @@
 """On a simulated GPU: what a step launches, that it never waits, and that the programs run from end to end."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,14 +58,41 @@ for precision in ("bf16", "fp16"):
 print("GiB", torch.cuda.max_memory_allocated() / 2**30)
 """
 
+GRAPH = """
+from config import UserError
+from training.graph import WARM_UP, capture
+ours = OurStep(SIX_BLOCKS, 8, "cuda", precision="bf16", graph=True)
+for _ in range(WARM_UP + 1):
+    ours()
+torch.cuda.set_sync_debug_mode("error")
+simulated.reset()
+ours()
+print("replay", *simulated.counts(), simulated.by_name()["graph:launch"])
+torch.cuda.set_sync_debug_mode("default")
+x = torch.ones(3, device="cuda")
+for step in (lambda: x.sum().item(), lambda: x + torch.ones(3).cuda(), lambda: torch.empty(2**45, device="cuda")):
+    try:
+        capture(step)
+    except UserError as error:
+        print(error)
+"""
+
 
 def test_a_step_never_waits_and_copies_nothing_from_the_host(device):
-    """A wait would raise; a copy from pageable memory is one that no CUDA graph can hold."""
-    *steps, memory = on_device(device, STEP).splitlines()
+    """A wait would raise; a copy from pageable memory is one that no CUDA graph can hold. A step is captured as one graph,
+    and its replay is a few launches."""
+    *steps, memory, replay, waits, copies, large = on_device(device, STEP + GRAPH).splitlines()
     for line in steps:
-        _, launches, products, waits, pageable = line.split()
-        assert 0 < int(products) < int(launches) < 1200 and int(waits) == int(pageable) == 0, line
+        _, launches, products, waited, pageable = line.split()
+        assert 0 < int(products) < int(launches) < 1200 and int(waited) == int(pageable) == 0, line
     assert 0.001 < float(memory.split()[1]) < 1
+    launches, products, waited, graphs = map(int, replay.split()[1:])
+    assert launches <= 16 and (products, waited, graphs) == (0, 0, 1)
+    for line in (waits, copies):
+        assert re.match(r"the step cannot be captured as a CUDA graph \(.* captur.*\): leave --cuda-graph out", line), (
+            line
+        )
+    assert large.startswith("the GPU's memory does not suffice for the CUDA graph of a step: give a larger --grad")
 
 
 FEED = """
@@ -119,10 +147,12 @@ generate.main(sys.argv[cut + 1 :])
 
 @pytest.mark.slow
 def test_programs_run_from_end_to_end(device, tools, tmp_path):
-    """train.py with previews, and generate.py, with every tensor where it belongs."""
+    """train.py with previews and a CUDA graph, and generate.py, with every tensor where it belongs."""
     write_vae(tmp_path / "vae", scaling_factor=0.5)
     write_model(tmp_path, "m", CONFIG, means=False)
-    trained = train_flags(tools["data"], tmp_path, "--sampling-steps", "2", "--preview-steps", "2", "--no-compile")
+    trained = train_flags(
+        tools["data"], tmp_path, "--sampling-steps", "2", "--preview-steps", "2", "--no-compile", "--cuda-graph"
+    )
     sampled = sample_flags(tmp_path, tmp_path / "s", "--device", "cuda", "--dtype", "bf16", "--no-compile")
     on_device(device, PROGRAMS, *trained, "then", *sampled)
     assert (tmp_path / "run" / "previews" / "step_0000002.png").is_file()

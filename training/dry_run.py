@@ -13,6 +13,7 @@ from models.cost import GPUS, USABLE, TrainingMemory, cost, named_gpu, step_cost
 from packed.format import read_manifest
 from training.assumed import assumed_manifest, record_bytes
 from training.checkpoints import superseded
+from training.graph import WARM_UP, check
 from training.initial import open_source
 from training.launch import Processes, asked_precision, check_launcher, gpu_memory
 from training.plan import Plan, make_plan
@@ -22,6 +23,10 @@ USUAL_GPUS = ("A100", "H100", "H200")  # whose time is predicted where no GPU is
 GIB = 2**30
 _ON = "on: compiling, the first step takes a minute or two"
 COMPILE = {None: f"auto: off on a CPU, on a GPU {_ON}", True: _ON, False: "off"}
+
+CUDA_GRAPH = (
+    f"on: captured after {WARM_UP} steps; the memory of a step then stays reserved, and previews need theirs beside it"
+)
 
 
 def dry_run(settings: TrainConfig) -> str:
@@ -49,6 +54,8 @@ def dry_run(settings: TrainConfig) -> str:
     if settings.assume is None:
         manifest = read_manifest(settings.data_dir)
     plan, world = make_plan(settings, manifest), int(os.environ.get("WORLD_SIZE", 1))
+    if settings.cuda_graph:
+        check(precision, world, None)
     check_shares(settings, world)
     if settings.assume is None:
         PackedDataset(settings.data_dir, plan.fields)  # finds missing files and impossible labels
@@ -168,6 +175,7 @@ class Forecast:
             f"{accumulation} per step",
             "precision": self._precision(),
             "compile": COMPILE[settings.compile],
+            "CUDA graph": CUDA_GRAPH if settings.cuda_graph else None,
             "memory": self._memory_text(),
             "GPU": self._comparison(self.memory) if self.memory is not None else None,
             "time": self._time_text(),

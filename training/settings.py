@@ -121,6 +121,11 @@ class TrainConfig:
     )
     allow_tf32: bool = _speed(True, "TF32 matrix products", role=RUN)
     compile: bool | None = _speed(None, "torch.compile network and encoders, block by block; auto: on a GPU", role=RUN)
+    cuda_graph: bool = _speed(
+        False,
+        "after three steps, replay the whole optimiser step as one CUDA graph: on one GPU, in bf16 or fp32",
+        role=RUN,
+    )
     gradient_checkpointing: bool = _speed(False, "recompute blocks in the backward pass: less memory", role=RUN)
 
     report_to: str = _watching(

@@ -21,7 +21,7 @@ from models.encoder import load_encoder
 from models.model_file import blank_network
 from models.sit import SiT
 from packed.format import read_manifest
-from training import checkpoints, trackers
+from training import checkpoints, graph, trackers
 from training.dry_run import check_shares, start_text, with_micro_batches
 from training.folder import record_settings
 from training.initial import Source, open_source, take_weights
@@ -48,6 +48,8 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
     """
     check_launcher(settings.gradient_accumulation_steps)
     processes = Processes(settings.mixed_precision)
+    if settings.cuda_graph:
+        graph.check(processes.precision, processes.world, processes.device)
     settings = replace(settings, compile=decide_compile(settings.compile, processes.device))
     data_dir, name = settings.data_dir, settings.exp_name
     assert data_dir is not None and name is not None
@@ -192,7 +194,8 @@ def _build(
         compile_network(ema.average)  # samples previews; what is not called is not compiled
         for encoder in encoders:
             compile_encoder(encoder)
-    train_step = TrainStep(
+    make = graph.GraphedStep if settings.cuda_graph else TrainStep
+    train_step = make(
         network,
         plan.objective,
         optimizer,

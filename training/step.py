@@ -109,7 +109,18 @@ class TrainStep:
             step: its number, from 0.
             batches: for each micro-batch the records and their positions (n,) int64 in the global batch, on the device.
         """
+        self.begin(step)
+        return self.take(step, batches)
+
+    def begin(self, step: int) -> None:
+        """Write the number and the learning rate of a step where `take` reads them."""
         self._number.fill_(step)  # a tensor, so that compiled code and CUDA graphs see its value
+        if self.learning_rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(step)
+
+    def take(self, step: int | Tensor, batches: Sequence[tuple[Batch, Tensor]]) -> StepResult:
+        """Take the step that has begun, on the device alone; arguments as in `__call__`, step also as (1,) int64."""
         parts = []
         for number, (batch, positions) in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self.no_sync():
@@ -164,7 +175,7 @@ class TrainStep:
             found = [encoder(pixels) for encoder in self.encoders]
         return tuple(t.class_token for t in found), tuple(t.patch_tokens for t in found)
 
-    def update(self, step: int) -> Tensor:
+    def update(self, step: int | Tensor) -> Tensor:
         """Clip the gradient to max_grad_norm and take step `step` of optimiser and EMA; returns the norm of each gradient.
 
         The fused optimiser reads `found_inf` on the device and then leaves weights and moments alone.
@@ -174,9 +185,6 @@ class TrainStep:
         gradients = [p.grad for p in self.parameters]
         norms = torch.stack(torch._foreach_norm(gradients))
         norm = torch.linalg.vector_norm(norms)
-        if self.learning_rate is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(step)
         clipped_inside = self.scaler is None and self.device.type == "cuda"  # AdamW divides while it reads: a pass less
         if not clipped_inside:
             torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

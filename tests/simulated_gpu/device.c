@@ -55,6 +55,22 @@ static int kind(const void *p) { // 0 unknown, 1 host, 2 device
 }
 static size_t TOTAL(void) { const char *e = getenv("SIMULATED_GIB"); return (size_t)((e ? atof(e) : 141.0) * (1ull << 30)); }
 static size_t used;
+// ---- capture of a CUDA graph: one stream at a time; what no capture holds breaks it, as on a GPU
+static cudaStream_t capturing; static pthread_t capturer; static int broken; static size_t nodes;
+static __thread enum cudaStreamCaptureMode mode; // of this thread; 2: relaxed, by torch's allocator
+static int refused(int unsafe, const char *what) {
+  if (!unsafe) return 0;
+  char t[128]; snprintf(t, 128, "refused:%s", what); C(t); broken = 1; return cudaErrorStreamCaptureUnsupported;
+}
+static int here(void) { return capturing && pthread_equal(capturer, pthread_self()) && mode != cudaStreamCaptureModeRelaxed; }
+static int on(cudaStream_t s) { return capturing && s == capturing; }
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode m) { capturing = s; capturer = pthread_self(); broken = 0; nodes = 0; return 0; }
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) { capturing = 0; *g = broken ? 0 : (void *)0x10; return broken ? cudaErrorStreamCaptureInvalidated : 0; }
+cudaError_t cudaGraphGetNodes(cudaGraph_t g, cudaGraphNode_t *n, size_t *count) { *count = nodes; return 0; }
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long f) { *e = (void *)0x20; return 0; }
+cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t s) { C("graph:launch"); return 0; }
+cudaError_t cudaGraphDestroy(cudaGraph_t g) { return 0; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { return 0; }
 // ---- runtime
 cudaError_t cudaGetDeviceCount(int *n) { const char *e = getenv("SIMULATED_COUNT"); *n = e ? atoi(e) : 1; return 0; }
 static __thread int current;
@@ -92,14 +108,14 @@ cudaError_t cudaDeviceGetPCIBusId(char *s, int n, int d) { snprintf(s, n, "0000:
 cudaError_t cudaDeviceGetStreamPriorityRange(int *lo, int *hi) { *lo = 0; *hi = -5; return 0; }
 cudaError_t cudaDeviceCanAccessPeer(int *v, int a, int b) { *v = 1; return 0; }
 cudaError_t cudaDeviceEnablePeerAccess(int d, unsigned f) { return 0; }
-cudaError_t cudaDeviceSynchronize(void) { C("sync:cudaDeviceSynchronize"); return 0; }
-cudaError_t cudaStreamSynchronize(cudaStream_t s) { C("sync:cudaStreamSynchronize"); return 0; }
-cudaError_t cudaEventSynchronize(cudaEvent_t s) { C("sync:cudaEventSynchronize"); return 0; }
-cudaError_t cudaMalloc(void **p, size_t n) { C("mem:cudaMalloc"); if (used + n > TOTAL()) return cudaErrorMemoryAllocation; *p = take(n, 0); used += n; return *p ? 0 : cudaErrorMemoryAllocation; }
+cudaError_t cudaDeviceSynchronize(void) { if (refused(here(), "cudaDeviceSynchronize")) return cudaErrorStreamCaptureUnsupported; C("sync:cudaDeviceSynchronize"); return 0; }
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { if (refused(here() || on(s), "cudaStreamSynchronize")) return cudaErrorStreamCaptureUnsupported; C("sync:cudaStreamSynchronize"); return 0; }
+cudaError_t cudaEventSynchronize(cudaEvent_t s) { if (refused(here(), "cudaEventSynchronize")) return cudaErrorStreamCaptureUnsupported; C("sync:cudaEventSynchronize"); return 0; }
+cudaError_t cudaMalloc(void **p, size_t n) { if (refused(here(), "cudaMalloc")) return cudaErrorStreamCaptureUnsupported; C("mem:cudaMalloc"); if (used + n > TOTAL()) return cudaErrorMemoryAllocation; *p = take(n, 0); used += n; return *p ? 0 : cudaErrorMemoryAllocation; }
 cudaError_t cudaFree(void *p) { C("mem:cudaFree"); for (int i = 0; i < nranges; i++) if (ranges[i].p == p && p) used -= ranges[i].n; drop(p); return 0; }
 cudaError_t cudaMallocAsync(void **p, size_t n, cudaStream_t s) { return cudaMalloc(p, n); }
 cudaError_t cudaFreeAsync(void *p, cudaStream_t s) { return cudaFree(p); }
-cudaError_t cudaHostAlloc(void **p, size_t n, unsigned f) { C("mem:cudaHostAlloc"); *p = take(n, 1); return 0; }
+cudaError_t cudaHostAlloc(void **p, size_t n, unsigned f) { if (refused(here(), "cudaHostAlloc")) return cudaErrorStreamCaptureUnsupported; C("mem:cudaHostAlloc"); *p = take(n, 1); return 0; }
 cudaError_t cudaFreeHost(void *p) { drop(p); return 0; }
 cudaError_t cudaHostRegister(void *p, size_t n, unsigned f) { return 0; }
 cudaError_t cudaHostUnregister(void *p) { return 0; }
@@ -114,8 +130,8 @@ static void copy(void *d, const void *s, size_t n, const char *how) {
   if (a == 2 && b == 2) return;
   memcpy(d, s, n);
 }
-cudaError_t cudaMemcpy(void *d, const void *s, size_t n, enum cudaMemcpyKind k) { copy(d, s, n, "cudaMemcpy"); return 0; }
-cudaError_t cudaMemcpyAsync(void *d, const void *s, size_t n, enum cudaMemcpyKind k, cudaStream_t st) { copy(d, s, n, "cudaMemcpyAsync"); return 0; }
+cudaError_t cudaMemcpy(void *d, const void *s, size_t n, enum cudaMemcpyKind k) { if (refused(here(), "cudaMemcpy")) return cudaErrorStreamCaptureUnsupported; copy(d, s, n, "cudaMemcpy"); return 0; }
+cudaError_t cudaMemcpyAsync(void *d, const void *s, size_t n, enum cudaMemcpyKind k, cudaStream_t st) { if (refused(on(st) && (!kind(s) || !kind(d)), "cudaMemcpyAsync")) return cudaErrorStreamCaptureUnsupported; nodes += on(st); copy(d, s, n, "cudaMemcpyAsync"); return 0; }
 cudaError_t cudaMemcpyPeerAsync(void *d, int a, const void *s, int b, size_t n, cudaStream_t st) { return 0; }
 cudaError_t cudaMemset(void *d, int v, size_t n) { C("memset"); return 0; }
 cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t s) { C("memset"); return 0; }
@@ -130,8 +146,8 @@ cudaError_t cudaStreamGetPriority(cudaStream_t s, int *p) { *p = 0; return 0; }
 cudaError_t cudaStreamDestroy(cudaStream_t s) { return 0; }
 cudaError_t cudaStreamQuery(cudaStream_t s) { return 0; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned f) { C("event:wait"); return 0; }
-cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *c) { *c = 0; return 0; }
-cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *m) { return 0; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *c) { *c = on(s); return 0; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *m) { enum cudaStreamCaptureMode before = mode; mode = *m; *m = before; return 0; }
 cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = (void *)(handle += 16); return 0; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned f) { *e = (void *)(handle += 16); return 0; }
 cudaError_t cudaEventDestroy(cudaEvent_t e) { return 0; }
@@ -156,7 +172,7 @@ void **__cudaRegisterFatBinary(void *x) { static void *h[4]; return h; }
 void __cudaRegisterFatBinaryEnd(void **h) {}
 void __cudaUnregisterFatBinary(void **h) {}
 void __cudaRegisterVar(void **h, char *a, char *b, const char *n, int e, size_t s, int c, int g) {}
-static void launched(const char *name) { char t[512]; snprintf(t, 512, "kernel:%s", name); C(t); }
+static void launched(const char *name) { nodes += capturing != 0; char t[512]; snprintf(t, 512, "kernel:%s", name); C(t); }
 cudaError_t cudaLaunchKernel(const void *f, dim3 g, dim3 b, void **a, size_t s, cudaStream_t st) { launched(name_of(f)); return 0; }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *f, void **a) { launched(name_of(f)); return 0; }
 cudaError_t cudaLaunchCooperativeKernel(const void *f, dim3 g, dim3 b, void **a, size_t s, cudaStream_t st) { launched(name_of(f)); return 0; }
@@ -243,6 +259,6 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d, const 
   product("lt", (int)dr, (int)dc, (int)(ta ? ar : ac), at, dt, 1); return 0;
 }
 #undef cudaStreamGetCaptureInfo
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *st, unsigned long long *id, cudaGraph_t *g, const cudaGraphNode_t **d, const cudaGraphEdgeData **e, size_t *n) { *st = 0; if (id) *id = 0; return 0; }
-const char *cudaGetErrorString(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "out of memory" : e == 0 ? "no error" : "fake error"; }
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *st, unsigned long long *id, cudaGraph_t *g, const cudaGraphNode_t **d, const cudaGraphEdgeData **e, size_t *n) { *st = on(s); if (id) *id = on(s); if (g) *g = (void *)0x10; if (n) *n = 0; return 0; }
+const char *cudaGetErrorString(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "out of memory" : e == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing" : e == 0 ? "no error" : "fake error"; }
 const char *cudaGetErrorName(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaSuccess"; }

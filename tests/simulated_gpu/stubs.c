@@ -31,11 +31,6 @@ int cudaDeviceGetGraphMemAttribute() { simulated_count("other:cudaDeviceGetGraph
 int cudaDeviceSetGraphMemAttribute() { simulated_count("other:cudaDeviceSetGraphMemAttribute"); return 0; }
 int cudaGraphAddNode() { simulated_count("other:cudaGraphAddNode"); return 0; }
 int cudaGraphConditionalHandleCreate() { simulated_count("other:cudaGraphConditionalHandleCreate"); return 0; }
-int cudaGraphDestroy() { simulated_count("other:cudaGraphDestroy"); return 0; }
-int cudaGraphExecDestroy() { simulated_count("other:cudaGraphExecDestroy"); return 0; }
-int cudaGraphGetNodes() { simulated_count("other:cudaGraphGetNodes"); return 0; }
-int cudaGraphInstantiateWithFlags() { simulated_count("other:cudaGraphInstantiateWithFlags"); return 0; }
-int cudaGraphLaunch() { simulated_count("other:cudaGraphLaunch"); return 0; }
 int cudaGraphNodeGetDependencies() { simulated_count("other:cudaGraphNodeGetDependencies"); return 0; }
 int cudaGraphRetainUserObject() { simulated_count("other:cudaGraphRetainUserObject"); return 0; }
 int cudaKernelSetAttributeForDevice() { simulated_count("other:cudaKernelSetAttributeForDevice"); return 0; }
