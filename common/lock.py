@@ -48,6 +48,19 @@ def claim_if_free(folder: Path, name: str, advice: str) -> "FolderLock | None":
     return lock or FolderLock(folder, name, advice, joins=True)
 
 
+def wait_for(folder: Path, name: str) -> "FolderLock":
+    """Lock a folder for this process alone, as soon as no other program has it; who has it is said once."""
+    told = False
+    while True:
+        try:
+            return FolderLock(folder, name, "waiting for it")
+        except InUse as error:
+            if not told:
+                say(str(error))
+            told = True
+            time.sleep(0.2)
+
+
 def claim_file(out: Path) -> "FolderLock":
     """Lock the file or folder that --out names, by a file beside it, for all ranks of this program."""
     return claim(out.parent, f".{out.name}.lock", "wait for it, or give another --out")

@@ -44,12 +44,12 @@ def write_image_folders(out: Path, held_out: float = 0.2) -> tuple[int, int]:
 
 
 def read_image_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read such a tree: (N, 16, 16, 3) uint8 pixels and (N,) int64 labels, sorted by path."""
+    """Read such a tree: (N, H, W, 3) uint8 pixels and (N,) int64 labels, sorted by path; classes are numbered by name."""
     files = sorted(folder.glob("*/*.png"))
     if not files:
         raise MissingFile(f"no images under {folder}; run with --fresh")
     pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-    return pixels, np.array([int(file.parent.name) for file in files])
+    return pixels, np.unique([file.parent.name for file in files], return_inverse=True)[1]
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 `--enc-type` and `--classifier` load anywhere: `python -m quickstart.toy_networks vae|encoder|judge IMAGES OUT`.
 
 vae: an AutoencoderKL, 16 x 16 pixels (or 32, or 64) to 8 x 8 x 4 latents. encoder: a ViT with class token, the stand-in
-for DINOv2. judge: a ResNet that recognises digits and takes no part in generation; it only evaluates.
+for DINOv2. judge: a ResNet that recognises digits and takes no part in generation; it only evaluates. They train on the GPU
+where there is one.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import write_json
+from common.processes import Processes
 from common.reporting import progress, say
 from quickstart.digits import read_image_folder
 
@@ -22,9 +24,9 @@ STEPS = {"vae": 400, "encoder": 600, "judge": 600}
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-def vit(size: int) -> dict[str, int]:
-    """The encoder's shape: 4 x 4 patches of images of `size` pixels."""
-    return {"img_size": size, "patch_size": size // 4, "embed_dim": 96, "depth": 4, "num_heads": 4}
+def vit(size: int, grid: int = 4) -> dict[str, int]:
+    """The encoder's shape: grid x grid patches of images of `size` pixels."""
+    return {"img_size": size, "patch_size": size // grid, "embed_dim": 96, "depth": 4, "num_heads": 4}
 
 
 def batches(images: Tensor, labels: Tensor, steps: int, size: int, shift: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -55,34 +57,46 @@ def fit(
     network.eval()
 
 
-def train_vae(images: Tensor, labels: Tensor, out: Path, *, steps: int) -> dict[str, float]:
-    """Reconstruction and a slight KL term; the scaling factor is 1 / std of the latents, as for SD-VAE."""
+def train_vae(
+    images: Tensor, labels: Tensor, out: Path, *, steps: int, side: int = 8, width: int = 16
+) -> dict[str, float]:
+    """Reconstruction and a slight KL term; the scaling factor is 1 / std of the latents, as for SD-VAE.
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1].
+        labels: (N,).
+        out: folder to write.
+        steps: of training.
+        side: latents are side x side x 4.
+        width: channels at the image's resolution; the lower ones have twice as many.
+    """
     from diffusers import AutoencoderKL
 
     size = images.shape[-1]
-    blocks = (size // 8).bit_length()  # each but the last halves the image, down to 8 x 8
+    blocks = (size // side).bit_length()  # each but the last halves the image
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=(16, *(32,) * (blocks - 1)),
+        block_out_channels=(width, *(2 * width,) * (blocks - 1)),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
         sample_size=size,
         mid_block_add_attention=False,
-    )
+    ).to(images.device)
 
     def loss(x: Tensor, _: Tensor) -> Tensor:
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn_like(posterior.std)
-        return F.mse_loss(vae.decode(z).sample, x) + 1e-4 * posterior.kl().mean() / (4 * 8 * 8)
+        return F.mse_loss(vae.decode(z).sample, x) + 1e-4 * posterior.kl().mean() / (4 * side**2)
 
     fit(vae, loss, images, labels, steps=steps)
     with torch.no_grad():
-        images = images[:5000]
-        latents = vae.encode(images).latent_dist.mean
-        error = F.mse_loss(vae.decode(latents).sample, images)
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
+        parts = images[:5000].split(2500)
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
+        back = torch.cat([vae.decode(part).sample for part in latents.split(2500)])
+        error = F.mse_loss(back, images[:5000])
+    vae.cpu().register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(out)
     return {"reconstruction_psnr": 10 * torch.log10(4 / error).item(), "latent_std": latents.std().item()}
 
@@ -94,7 +108,7 @@ def train_classifier(
     import timm
     from timm.models import save_for_hf
 
-    network = timm.create_model(architecture, num_classes=10, **model_args)
+    network = timm.create_model(architecture, num_classes=10, **model_args).to(images.device)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(network(x), y, label_smoothing=0.1)
@@ -103,9 +117,10 @@ def train_classifier(
     network.pretrained_cfg.update(
         mean=MEAN, std=STD, input_size=tuple(images.shape[1:]), interpolation="bicubic", crop_pct=1.0, num_classes=10
     )
-    save_for_hf(network, out, model_args=model_args)
     with torch.no_grad():
-        return {"train_accuracy": (network(images[:5000]).argmax(1) == labels[:5000]).float().mean().item()}
+        accuracy = (network(images[:5000]).argmax(1) == labels[:5000]).float().mean().item()
+    save_for_hf(network.cpu(), out, model_args=model_args)
+    return {"train_accuracy": accuracy}
 
 
 def main() -> None:
@@ -114,16 +129,21 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="class-folder tree to train on")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--steps", type=int, metavar="N", help=f"training steps (default: {STEPS})")
+    parser.add_argument(
+        "--grid", type=int, default=4, metavar="N", help="encoder: N x N patches; VAE: 2 N x 2 N latents"
+    )
+    parser.add_argument("--width", type=int, default=16, metavar="C", help="channels of the VAE at the full resolution")
     settings = parser.parse_args()
-    pixels, labels = map(torch.from_numpy, read_image_folder(settings.images))
+    device = Processes().device
+    pixels, labels = (torch.from_numpy(part).to(device) for part in read_image_folder(settings.images))
     images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     torch.manual_seed(0)
     settings.out.mkdir(parents=True, exist_ok=True)
     steps, out = settings.steps or STEPS[settings.network], settings.out
     if settings.network == "vae":
-        figures = train_vae(images, labels, out, steps=steps)
+        figures = train_vae(images, labels, out, steps=steps, side=2 * settings.grid, width=settings.width)
     elif settings.network == "encoder":
-        shape = vit(images.shape[-1])
+        shape = vit(images.shape[-1], settings.grid)
         figures = train_classifier("vit_tiny_patch16_224", shape, images, labels, out, steps=steps)
     else:
         figures = train_classifier("resnet18", RESNET, images, labels, out, steps=steps)

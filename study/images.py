@@ -1,13 +1,14 @@
 """The images of a level as class-folder trees: `python -m study.images mnist|eurosat OUT --resolution N`.
 
-Writes OUT/train and OUT/test with a folder for each class, named by its number, and train.npz and test.npz beside them.
+Writes OUT/train and OUT/test with a folder for each class, and train.npz and test.npz beside them.
 The images are torchvision's, or those of LEVEL-train.zip and LEVEL-test.zip (CLASS/IMAGE) in a folder.
 """
 
 import argparse
 import io
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ from common.reporting import progress, run, say
 from config import MissingFile
 from quickstart.digits import read_image_folder
 
-Labelled = tuple[int, Image.Image]
+Labelled = tuple[str, Image.Image]  # name of the class, image
 
 
 def from_zip(file: Path) -> Iterator[Labelled]:
-    """The images of a zip of class folders, in the order of their names; classes are numbered by name.
+    """The images of a zip of class folders, in the order of their names.
 
     Raises:
         MissingFile: there is no such file.
@@ -30,9 +31,8 @@ def from_zip(file: Path) -> Iterator[Labelled]:
         raise MissingFile(f"{file} does not exist; --source names the folder of LEVEL-train.zip and LEVEL-test.zip")
     with zipfile.ZipFile(file) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith((".png", ".jpg")))
-        classes = sorted({name.split("/")[0] for name in names})
         for name in names:
-            yield classes.index(name.split("/")[0]), Image.open(io.BytesIO(archive.read(name)))
+            yield name.split("/")[0], Image.open(io.BytesIO(archive.read(name)))
 
 
 def from_torchvision(level: str, part: str, folder: Path) -> Iterator[Labelled]:
@@ -41,23 +41,35 @@ def from_torchvision(level: str, part: str, folder: Path) -> Iterator[Labelled]:
 
     if level == "mnist":
         for picture, label in datasets.MNIST(str(folder), train=part == "train", download=True):
-            yield label, picture
+            yield str(label), picture
         return
-    seen: dict[int, int] = {}
-    for picture, label in datasets.EuroSAT(str(folder), download=True):
-        seen[label] = seen.get(label, 0) + 1
+    seen: Counter[int] = Counter()
+    eurosat = datasets.EuroSAT(str(folder), download=True)
+    for picture, label in eurosat:
+        seen[label] += 1
         if (seen[label] % 5 == 0) == (part == "test"):
+            yield eurosat.classes[label], picture
+
+
+def first(images: Iterable[Labelled], count: int) -> Iterator[Labelled]:
+    """The first `count` images of each class."""
+    seen: Counter[str] = Counter()
+    for label, picture in images:
+        seen[label] += 1
+        if seen[label] <= count:
             yield label, picture
 
 
-def write(level: str, out: Path, resolution: int, source: Path | None) -> dict[str, int]:
+def write(level: str, out: Path, resolution: int, source: Path | None, per_class: int | None = None) -> dict[str, int]:
     """Write both parts; returns how many images each has."""
     counts = {}
     for part in ("train", "test"):
         images = from_zip(source / f"{level}-{part}.zip") if source else from_torchvision(level, part, out / "download")
+        if per_class:
+            images = first(images, per_class if part == "train" else per_class // 4)
         with progress(0, unit="image", description=part) as bar:
             for number, (label, picture) in enumerate(images):
-                file = out / part / str(label) / f"{number:05d}.png"
+                file = out / part / label / f"{number:05d}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 size = (resolution, resolution)
                 picture.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(file, compress_level=1)
@@ -74,8 +86,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--resolution", type=int, required=True, metavar="N", help="pixels per side")
     parser.add_argument("--source", type=Path, metavar="DIR", help="folder of the zips; default: torchvision downloads")
+    parser.add_argument("--per-class", type=int, metavar="N", help="train on N images of each class, hold N / 4 out")
     settings = parser.parse_args()
-    counts = write(settings.level, settings.out, settings.resolution, settings.source)
+    counts = write(settings.level, settings.out, settings.resolution, settings.source, settings.per_class)
     say(f"{counts['train']:,} images to train on, {counts['test']:,} held out, in {settings.out}")
 
 

@@ -99,7 +99,7 @@ class Judge:
         classes = 0 if images.labels is None else len(np.unique(images.labels))
         named = [space.space for space in self.spaces if space.classes == classes > 0]
         self.classifier = named[0] if named else None  # others have no classes, or those of other images
-        self.train = {s.space: collect(images, s, batch_size=batch).pooled for s in self.spaces}
+        self.train = {s.space: collect(images, s, batch_size=batch).pooled.to(device) for s in self.spaces}
         self.statistics = {name: compute_statistics(rows) for name, rows in self.train.items()}
 
     @property
@@ -122,7 +122,7 @@ class Judge:
                 named = torch.cat([part.logits.argmax(1).cpu() for part in parts if part.logits is not None])
                 found["class_accuracy"] = (named == label).double().mean().item()
             found[f"fd_{space.space}"] = frechet_distance(self.statistics[space.space], compute_statistics(pooled))
-            estimate = mind(self.train[space.space], pooled)
+            estimate = mind(self.train[space.space], pooled.to(self.device))
             found[f"mind_{space.space}"] = estimate.value
             found[f"mind_{space.space}_error"] = estimate.error or 0.0
         return found

@@ -75,7 +75,7 @@ class Level:
         if settings.level == "digits":
             write: tuple[str, ...] = ("quickstart.digits", str(images))
         else:
-            source = ("--source", str(settings.source)) if settings.source else ()
+            source = flags(("--source", settings.source, None), ("--per-class", settings.per_class, None))
             write = ("study.images", settings.level, str(images), "--resolution", str(settings.resolution), *source)
         stages = [Stage("images", ("python", "-m", *write), (images / "test.npz",))]
 
@@ -87,14 +87,14 @@ class Level:
             trained(name, "quickstart.toy_networks", kind, str(images / "train"), str(network(name)), *flags)
 
         teacher = SUPERVISED if spec.teacher == NO_TEACHER else spec.teacher
-        steps = () if settings.vae_steps == 400 else ("--steps", str(settings.vae_steps))
-        toy("vae", "vae", *steps)
+        grid = flags(("--grid", settings.grid, 4))
+        toy("vae", "vae", *flags(("--steps", settings.vae_steps, 400), ("--width", settings.vae_width, 16)), *grid)
         toy("judge", "judge")
         for name in ("efficientnet-lite2", *(() if teacher == SUPERVISED else (teacher,))):
-            trained(name, "study.teachers", name, str(images), str(network(name)))
+            trained(name, "study.teachers", name, str(images), str(network(name)), *grid)
         if teacher == SUPERVISED or teacher.startswith("efficientnet-lite"):
-            toy("encoder", SUPERVISED)
-        accuracy = ("python", "-m", "study.teachers", "accuracy", str(images), str(network(teacher)))
+            toy("encoder", SUPERVISED, *flags(("--steps", settings.encoder_steps, 600)), *grid)
+        accuracy = ("python", "-m", "study.teachers", "accuracy", str(images), str(network(teacher)), *grid)
         stages.append(Stage(f"accuracy-{teacher}", accuracy, (network(teacher) / "accuracy.json",), (teacher,)))
         lite = teacher.startswith("efficientnet-lite")  # packed with the pixels, and with another encoder's tokens
         packed = self.out / "packed" / ("pixels" if lite else f"labelled-{teacher}")
@@ -104,14 +104,19 @@ class Level:
         pack = ("python", "preprocessing/pack.py", *into, *networks)
         stages.append(Stage(packed.name, pack, (packed / "dataset.json",), ("images", "vae", reader)))
         if lite:
-            own, flags = packed.with_name(f"labelled-{teacher}"), ("--encoder", str(network(teacher)))
-            read = ("python", "-m", "study.derive", str(packed), str(own), *flags)
+            own, encoder = packed.with_name(f"labelled-{teacher}"), ("--encoder", str(network(teacher)))
+            read = ("python", "-m", "study.derive", str(packed), str(own), *encoder)
             stages.append(Stage(own.name, read, (own / "dataset.json",), (packed.name, teacher)))
             packed = own
         if spec.data != "labelled":
             data, _, token = spec.data.partition(":")
-            flags = (*(("--one-class",) if data == "unlabelled" else ()), *(TOKENS[token] if token else ()))
+            changes = (*(("--one-class",) if data == "unlabelled" else ()), *(TOKENS[token] if token else ()))
             derived = packed.with_name(f"{spec.data}-{teacher}")
-            derive = ("python", "-m", "study.derive", str(packed), str(derived), *flags)
+            derive = ("python", "-m", "study.derive", str(packed), str(derived), *changes)
             stages.append(Stage(derived.name, derive, (derived / "dataset.json",), (packed.name,)))
         return stages
+
+
+def flags(*settings: tuple[str, object, object]) -> tuple[str, ...]:
+    """The words of (flag, value, default) on a command line, where they say anything: a stage's command is its identity."""
+    return tuple(word for flag, value, default in settings if value != default for word in (flag, str(value)))

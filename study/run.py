@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from common.files import fingerprint
-from common.lock import claim_if_free
+from common.lock import claim_if_free, wait_for
 from common.pictures import write_png
 from common.processes import Processes, from_first, in_turn, on_first, share
 from common.provenance import processor, versions
 from common.reporting import say
 from config import RESULT, UserError, as_dict, parse
 from evaluations.image_sets import open_images
+from models.acceleration import allow_tf32
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.cost import cost
 from models.guidance import Guidance
@@ -97,7 +98,13 @@ class Study:
             "--keep-last": 1,
         }
         words = [str(word) for pair in flags.items() for word in pair]
+        words += ["--compile" if settings.compile else "--no-compile", "--no-allow-tf32"]
         return parse(TrainConfig, "a run of the study", [*words, *spec.flags])
+
+    def prepare(self, spec: Spec) -> None:
+        """Images, networks and dataset of a run; of several programs one makes them and the others wait."""
+        with closing(wait_for(self.out / "locks", "level.lock")):
+            self.level.prepare(spec, self.runner)
 
     def key(self, spec: Spec, step: int, weights: str = EMA) -> str:
         """Digest of all that a judgement depends on; settings at their defaults, and images as in the level's recipe, are
@@ -120,7 +127,7 @@ class Study:
     def run(self, spec: Spec) -> None:
         """Train one run from its newest checkpoint on, and judge it wherever the raw results lack it, unless another program
         does."""
-        on_first(lambda: self.level.prepare(spec, self.runner))
+        on_first(lambda: self.prepare(spec))
         folder = self.out / "runs" / spec.name
         lock = claim_if_free(self.out / "locks", f"{spec.name}.lock", f"{spec.name} is left out here")
         if lock is None:
@@ -200,29 +207,30 @@ class Study:
 
     def floors(self, spec: Spec) -> None:
         """What real images reach in the judges' spaces, and the teacher's own tokens of them: lines of their own."""
-        on_first(lambda: self.level.prepare(spec, self.runner))
+        on_first(lambda: self.prepare(spec))
         judge, autoencoder = self.judge(), self.autoencoder(read_manifest(self.level.dataset(spec)).vae["name"])
         on_first(lambda: self._floors(spec, judge, autoencoder))
 
     def _floors(self, spec: Spec, judge: Judge, autoencoder: Autoencoder) -> None:
         held_out, dataset = self.level.held_out, self.level.dataset(spec)
         head = {"level": self.settings.level, "teacher": spec.teacher, "data": spec.data}
-        done = self.ledger.keys()
 
         def append(row: str, measured: Callable[[], dict[str, float]], **names: str) -> None:
             key = fingerprint([head["level"], row, names, *([self.changed()] if self.changed() else [])])[:16]
+            done = self.ledger.keys()
             if key not in done:
                 line = {"key": key, "row": row, **names, "metrics": measured(), "machine": machine()}
                 self.ledger.append({**line, "networks": self.digests(spec)})
 
         real = cache(lambda: floors(judge, autoencoder, held_out))
-        for row in ("held-out", "reconstructions"):
-            append(row, lambda row=row: real()[row])  # type: ignore[misc]
-        if spec.teacher != NO_TEACHER:
-            names = {"teacher": spec.teacher, "data": spec.data}
-            append("oracle token", lambda: oracle(self.teacher(dataset), held_out), **names)
-            if not self.settings.packed:
-                append("teacher", lambda: self.level.accuracy(spec.teacher), teacher=spec.teacher)
+        with closing(wait_for(self.out / "locks", "floors.lock")):
+            for row in ("held-out", "reconstructions"):
+                append(row, lambda row=row: real()[row])  # type: ignore[misc]
+            if spec.teacher != NO_TEACHER:
+                names = {"teacher": spec.teacher, "data": spec.data}
+                append("oracle token", lambda: oracle(self.teacher(dataset), held_out), **names)
+                if not self.settings.packed:
+                    append("teacher", lambda: self.level.accuracy(spec.teacher), teacher=spec.teacher)
 
 
 def guidance_of(weights: str) -> Guidance:
@@ -253,8 +261,9 @@ def advance(run: Run, step: int) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and packages."""
-    return {"processor": processor(), "threads": torch.get_num_threads(), **versions(("torch", "timm", "numpy"))}
+    """GPU if there is one, processor, threads and packages."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {**gpu, "processor": processor(), "threads": torch.get_num_threads(), **versions(("torch", "timm", "numpy"))}
 
 
 def shown(metrics: dict[str, float]) -> str:
@@ -270,6 +279,7 @@ def selected(settings: StudyConfig) -> list[Spec]:
 
 def study(settings: StudyConfig) -> None:
     """All runs of a level that the raw results lack, in their order."""
+    allow_tf32(False)  # so that a GPU's rows differ from a CPU's by rounding alone
     work = Study(settings, Processes().device)
     started, specs = time.monotonic(), selected(settings)
     done = from_first(work.ledger.keys)

@@ -15,7 +15,15 @@ class StudyConfig:
 
     level: str = setting(help="which images", group="study", choices=LEVELS)
     resolution: int = setting(help="of the images, in pixels", group="images", above=0)
+    per_class: int | None = setting(
+        None, "take the first images of each class, and a fourth as many held out", group="images", above=3
+    )
+    grid: int = setting(
+        4, "patches per side: of the small VAE's latents, 2 x 2, and of the encoders", group="images", above=0
+    )
     vae_steps: int = setting(400, "steps of the small VAE", group="images", above=0)
+    vae_width: int = setting(16, "channels of the small VAE at full resolution", group="images", above=0)
+    encoder_steps: int = setting(600, "steps of the supervised encoder", group="images", above=0)
     source: Path | None = setting(
         None, "folder of LEVEL-train.zip and LEVEL-test.zip; default: torchvision downloads", group="images", role=RUN
     )
@@ -44,6 +52,12 @@ class StudyConfig:
     )
     only: tuple[str, ...] = setting(
         (), "run only what has these words in its name, such as unlabelled reg", group="machine", role=RUN
+    )
+    compile: bool = setting(
+        False,
+        "torch.compile the network in training; without it all machines do the same arithmetic",
+        group="machine",
+        role=RUN,
     )
     batch_size: int = setting(100, "images that are sampled at a time", group="machine", above=0, role=RUN)
     max_hours: float | None = setting(None, "begin no further run after this time", group="machine", above=0, role=RUN)

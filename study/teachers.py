@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import write_json
+from common.processes import Processes
 from common.reporting import progress, run, say
 from config import MissingFile
 from quickstart.digits import read_image_folder
@@ -30,7 +31,7 @@ def views(images: Tensor, generator: torch.Generator) -> Tensor:
     n = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator)
+        return (low + (high - low) * torch.rand(n, generator=generator)).to(images.device)
 
     angle, scale, shear = uniform(-0.35, 0.35), uniform(0.75, 1.2), uniform(-0.25, 0.25)
     cos, sin = angle.cos() / scale, angle.sin() / scale
@@ -38,7 +39,7 @@ def views(images: Tensor, generator: torch.Generator) -> Tensor:
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     contrast = uniform(0.6, 1.2).view(-1, 1, 1, 1)
-    noise = torch.randn(images.shape, generator=generator)
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
     return ((moved + 1) * contrast - 1 + 0.1 * noise).clamp(-1, 1)
 
 
@@ -47,13 +48,14 @@ def contrastive_loss(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     z = F.normalize(torch.cat([a, b]), dim=1)
     similar = z @ z.T / temperature
     similar.fill_diagonal_(-torch.inf)
-    partner = torch.arange(len(z)).roll(len(a))
+    partner = torch.arange(len(z), device=z.device).roll(len(a))
     return F.cross_entropy(similar, partner)
 
 
 def train_self_supervised(network: nn.Module, images: Tensor, *, steps: int, batch: int = 128) -> float:
     """SimCLR with AdamW and a cosine decay; returns the mean loss of the last tenth of the steps."""
     head = nn.Sequential(nn.Linear(network.num_features, 128), nn.ReLU(), nn.Linear(128, 64))
+    head.to(images.device)
     lr, generator = 1e-3, torch.Generator().manual_seed(0)
     parameters = [*network.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
@@ -75,18 +77,19 @@ def train_self_supervised(network: nn.Module, images: Tensor, *, steps: int, bat
     return float(np.mean(losses[-max(steps // 10, 1) :]))
 
 
-def write_vit(kind: str, images: Path, out: Path, *, steps: int = 1000) -> dict[str, float]:
+def write_vit(kind: str, images: Path, out: Path, *, steps: int = 1000, grid: int = GRID) -> dict[str, float]:
     """Train or only initialise the quickstart's encoder and save it in timm's folder format."""
     import timm
     from timm.models import save_for_hf
 
     pixels = torch.from_numpy(read_image_folder(images / "train")[0]).permute(0, 3, 1, 2)
     size, figures = pixels.shape[-1], {}
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **vit(size))
+    shape, device = vit(size, grid), Processes().device
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **shape).to(device)
     if kind == "self-supervised":
-        figures["loss"] = train_self_supervised(network, pixels.float() / 127.5 - 1, steps=steps)
+        figures["loss"] = train_self_supervised(network, pixels.to(device) / 127.5 - 1, steps=steps)
     network.pretrained_cfg.update(mean=MEAN, std=STD, input_size=(3, size, size), num_classes=0)
-    save_for_hf(network, out, model_args=vit(size))
+    save_for_hf(network.cpu(), out, model_args=shape)
     return figures
 
 
@@ -118,21 +121,22 @@ def write_lite(number: int, images: Path, out: Path, size: int = LITE_SIZE) -> N
         save_directions(out, fit(network, pixels[:: max(len(pixels) // FITTED, 1)]))
 
 
-def class_tokens(encoder: Path, pixels: np.ndarray) -> np.ndarray:
+def class_tokens(encoder: Path, pixels: np.ndarray, grid: int) -> np.ndarray:
     """Class tokens (N, D) of uint8 images (N, H, W, 3)."""
-    network = load_teacher(str(encoder), GRID)
+    device = Processes().device
+    network = load_teacher(str(encoder), grid).to(device)
     parts = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256)
-    return torch.cat([network(part).class_token for part in parts]).numpy()
+    return torch.cat([network(part.to(device)).class_token.cpu() for part in parts]).numpy()
 
 
-def linear_accuracy(encoder: Path, images: Path) -> float:
+def linear_accuracy(encoder: Path, images: Path, grid: int = GRID) -> float:
     """Share of the held-out images that a linear classifier of class tokens, fitted to the training images, names."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     sides = [read_image_folder(images / part) for part in ("train", "test")]
-    (x, y), (x_test, y_test) = [(class_tokens(encoder, pixels), labels) for pixels, labels in sides]
+    (x, y), (x_test, y_test) = [(class_tokens(encoder, pixels, grid), labels) for pixels, labels in sides]
     head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     return float(head.fit(x, y).score(x_test, y_test))
 
@@ -142,10 +146,11 @@ def main() -> None:
     parser.add_argument("kind", choices=(*KINDS, "accuracy"))
     parser.add_argument("images", type=Path, help="folder with the class-folder trees train and test")
     parser.add_argument("out", type=Path, help="folder to write; for accuracy, the encoder to measure")
+    parser.add_argument("--grid", type=int, default=GRID, metavar="N", help="N x N patch tokens")
     settings = parser.parse_args()
     torch.manual_seed(0)
     if settings.kind == "accuracy":
-        figures = {"linear_accuracy": linear_accuracy(settings.out, settings.images)}
+        figures = {"linear_accuracy": linear_accuracy(settings.out, settings.images, settings.grid)}
         say(f"{settings.out}: a linear head names {figures['linear_accuracy']:.1%} of the held-out images")
         write_json(settings.out / "accuracy.json", figures)
         return
@@ -154,7 +159,7 @@ def main() -> None:
         write_lite(int(settings.kind[-1]), settings.images, settings.out)
         figures = {}
     else:
-        figures = write_vit(settings.kind, settings.images, settings.out)
+        figures = write_vit(settings.kind, settings.images, settings.out, grid=settings.grid)
     write_json(settings.out / "figures.json", figures)
 
 
