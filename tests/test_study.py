@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from contextlib import closing
 from pathlib import Path
@@ -218,6 +219,27 @@ def test_a_level_from_end_to_end(toy, monkeypatch, capsys):
     assert {x["key"]: x["metrics"] for x in lines} == again
 
 
+def test_a_level_is_prepared_by_one_program_at_a_time(toy, capsys):
+    """Another one that starts waits until the stages are finished, and does not run them, too."""
+    works, inside = [Study(toy()) for _ in range(2)], []
+
+    def stages(spec, runner):
+        inside.append(len(inside))
+        assert len(inside) == 1
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        inside.clear()
+
+    for work in works:
+        object.__setattr__(work.level, "prepare", stages)
+    object.__setattr__(works[1].level, "prepare", lambda spec, runner: inside.append("second"))
+    waiting = threading.Thread(target=works[1].prepare, args=(None,))
+    works[0].prepare(None)
+    waiting.join(10)
+    assert inside == ["second"] and capsys.readouterr().out.count("waiting for it") == 1
+
+
 def test_a_run_that_another_program_has_is_left_out(toy, tmp_path, capsys):
     """One that it trains now, and one that it finished between the look at the results and the lock."""
     work = Study(toy())
@@ -291,11 +313,13 @@ def test_recipes_can_be_read(name, tmp_path):
     keys = [key for spec in specs for key in work.wanted(spec).values()]
     assert {line["key"] for line in work.ledger.lines() if "step" in line} <= set(keys)
     assert len(set(keys)) == len(keys) and len({(spec.name, spec.guided) for spec in specs}) == len(specs)
-    assert work.train_settings(specs[0]).max_train_steps == level.steps[-1]
+    train = work.train_settings(specs[0])
+    assert train.max_train_steps == level.steps[-1]
+    assert train.compile == level.compile and not train.allow_tf32  # a GPU's rows differ from a CPU's by rounding
 
 
 def test_images_of_a_zip(tmp_path):
-    """Classes are numbered by name; every image is there at the size that was asked for."""
+    """Classes are numbered by name; every image is there at the size that was asked for, or the first ones of each class."""
     (tmp_path / "zips").mkdir()
     for part, names in (("train", ("b/1", "a/2", "a/1")), ("test", ("b/9",))):
         with zipfile.ZipFile(tmp_path / "zips" / f"mnist-{part}.zip", "w") as archive:
@@ -305,5 +329,9 @@ def test_images_of_a_zip(tmp_path):
     assert study.images.write("mnist", tmp_path / "out", 16, tmp_path / "zips") == {"train": 3, "test": 1}
     with np.load(tmp_path / "out" / "train.npz") as found:
         assert found["arr_0"].shape == (3, 16, 16, 3) and found["arr_1"].tolist() == [0, 0, 1]
+        few = study.images.write("mnist", tmp_path / "few", 16, tmp_path / "zips", per_class=4)
+        assert few == {"train": 3, "test": 1}
+        labels = [label for label, _ in study.images.first([(c, None) for c in "abaabb"], 2)]
+        assert labels == ["a", "b", "a", "b"]
     with pytest.raises(UserError, match=r"mnist-train\.zip does not exist"):
         study.images.write("mnist", tmp_path / "none", 16, tmp_path)
