@@ -220,7 +220,7 @@ def read_ahead(
         if stream is None:
             return batch, None
         with torch.cuda.stream(stream):
-            return _each(batch, lambda x: x.to(device, non_blocking=True)), stream.record_event()
+            return each_tensor(batch, lambda x: x.to(device, non_blocking=True)), stream.record_event()
 
     if threads == 0:
         for indices in order:
@@ -253,11 +253,13 @@ def _arrived(batch: Batch, copied: torch.cuda.Event | None, device: torch.device
     if copied is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
-        _each(batch, lambda x: x.record_stream(current))  # not used again for a copy before this stream is done with it
+        each_tensor(
+            batch, lambda x: x.record_stream(current)
+        )  # not used again for a copy before this stream is done with it
     return batch
 
 
-def _each(batch: Batch, change: Callable[[Tensor], Any]) -> Batch:
+def each_tensor(batch: Batch, change: Callable[[Tensor], Any]) -> Batch:
     """`change` of each tensor of a batch."""
 
     def one(x: Any) -> Any:

@@ -33,9 +33,9 @@ tests() {
 train() {
     for model in "${models[@]}"; do
         name="$(echo "$model" | sed 's/SiT-//' | tr -d / | tr 'A-Z' 'a-z')"
-        measure train_step --device cuda --model "$model" --batch-size "$batch" --encoder dinov2-vit-b --compile --stream --parts \
+        measure train_step --device cuda --model "$model" --batch-size "$batch" --encoder dinov2-vit-b --compile --graph --stream --parts \
             --rounds "$rounds" "${published[@]}" --label "$name-$slug-online"
-        measure train_step --device cuda --model "$model" --batch-size "$batch" --compile --rounds "$rounds" "${published[@]}" \
+        measure train_step --device cuda --model "$model" --batch-size "$batch" --compile --graph --rounds "$rounds" "${published[@]}" \
             --label "$name-$slug-cached"
     done
 }

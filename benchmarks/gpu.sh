@@ -73,12 +73,12 @@ tests() { # a process for each file, at once: most of the time is compilation, o
         exit "${failed:-0}"' "$python"
     if [ $? -eq 124 ]; then tail -n 3 "$RESULTS"/test_*.log | cut -c 1-240 | tee -a "$out/log.txt"; fi
 }
-cached() { step cached 90 --model SiT-XL/2 --batch-size "$large" --profile --label gpu-xl2-cached; }
+cached() { step cached 90 --model SiT-XL/2 --batch-size "$large" --graph --profile --label gpu-xl2-cached; }
 online() {
     step online 50 --model SiT-XL/2 --batch-size "$large" --encoder dinov2-vit-b --label gpu-xl2-online \
         --only "ours, compiled" ${PUBLISHED:+published}
 }
-small() { step small 70 --model SiT-B/2 --batch-size 32 256 --label gpu-b2-cached; }
+small() { step small 75 --model SiT-B/2 --batch-size 32 256 --graph --label gpu-b2-cached; }
 sample() {
     part sample 45 "$python" -m benchmarks.sample --device cuda --model SiT-XL/2 --batch-size 64 --steps 6 --dtypes bf16 \
         --compile --rounds 2 "${published[@]}" --label gpu-xl2

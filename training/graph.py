@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from dataset import Batch
+from dataset import Batch, each_tensor
 from loss import LossTerms
 from training.step import StepResult, TrainStep
 
 WARM_UP = 3  # steps before the capture: they compile, tune kernels and create handles, workspaces and AdamW's state
-_AHEAD = 2  # steps that the host may be ahead: more would only fill page-locked memory with batches
+_AHEAD = 2  # steps that the host may be ahead: more would only fill memory with batches that wait for their turn
 
 
 def check(precision: str, world: int, device: torch.device | None) -> None:
@@ -108,7 +108,7 @@ class GraphedStep(TrainStep):
     def _copy_in(self, batches: Sequence[tuple[Batch, Tensor]]) -> None:
         """Copy the batches into the tensors that the graph reads, made at the first call."""
         if not self._inputs:
-            self._inputs = [(Batch(*map(_clone, batch)), positions.clone()) for batch, positions in batches]
+            self._inputs = [(each_tensor(batch, torch.clone), positions.clone()) for batch, positions in batches]
             return
         given, static = _tensors(batches), _tensors(self._inputs)
         if [x.shape for x in given] != [x.shape for x in static]:
@@ -173,14 +173,10 @@ def _refused(error: BaseException | None) -> UserError:
     return UserError(f"the step cannot be captured as a CUDA graph ({said[0].rstrip('.')}): leave --cuda-graph out")
 
 
-def _clone(part: Any) -> Any:
-    """A tensor, a tuple of them or None => the same with memory of its own."""
-    if isinstance(part, tuple):
-        return tuple(map(_clone, part))
-    return None if part is None else part.clone()
-
-
 def _tensors(batches: Sequence[tuple[Batch, Tensor]]) -> list[Tensor]:
     """All tensors of some micro-batches, in order."""
-    parts = [part for batch, positions in batches for part in (*batch, positions)]
-    return [x for part in parts for x in (part if isinstance(part, tuple) else (part,)) if x is not None]
+    found: list[Tensor] = []
+    for batch, positions in batches:
+        each_tensor(batch, found.append)
+        found.append(positions)
+    return found
