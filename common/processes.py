@@ -1,11 +1,11 @@
 """The ranks of a program: started by torchrun or accelerate, or this process alone.
 
-Tensors are exchanged over the group's own backends; everything in this module goes over gloo, on the CPU.
+What this module exchanges goes over gloo, on the CPU; `broadcast` alone takes the way of its tensors' device.
 """
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -75,6 +75,13 @@ def share(value: T) -> T:
     content = [value]
     dist.broadcast_object_list(content, src=0, device=torch.device("cpu"))
     return content[0]
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors, contiguous and on this rank's device, with those of rank 0."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def gather(value: T) -> list[T]:

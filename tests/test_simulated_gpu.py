@@ -159,6 +159,47 @@ def test_programs_run_from_end_to_end(device, tools, tmp_path):
     assert (tmp_path / "s" / "samples.npz").is_file()
 
 
+START = """
+import re, threading, time
+from pathlib import Path
+from config import parse
+from training import run, setup
+from training.settings import TrainConfig
+run.check_weights = lambda *a: None
+
+def memory():  # of the host: what is neither device memory (shared) nor mapped from files
+    return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+before, peak, done = memory(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, memory())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+with setup.prepare(parse(TrainConfig, "", sys.argv[1:])) as run:
+    done = True
+    thread.join()
+    print(run.step, (peak - before) / sum(p.numel() for p in run.train_step.parameters))
+    if run.step == 0:
+        run.advance()
+        run.save()
+"""
+
+
+@pytest.mark.slow
+def test_a_start_takes_the_memory_of_the_host_once(device, tools, tmp_path):
+    """Bytes per parameter: a fresh start makes the float32 weights in host memory, the EMA on the GPU; a resume maps the 16
+    bytes of a checkpoint, and goes straight from the files to the GPU."""
+    wide = ("--depth", "4", "--hidden-size", "768", "--num-heads", "12", "--no-compile")
+    for step, limit in ((0, 5), (1, 1)):
+        said = on_device(device, START, *train_flags(tools["data"], tmp_path, *wide, steps=1)).splitlines()[-1].split()
+        assert int(said[0]) == step and 0 < float(said[1]) < limit, said
+
+
 COMPILED = """
 import torch
 from torch._dynamo.utils import counters

@@ -9,6 +9,7 @@ import torch
 
 from common.processes import leave
 from config import parse
+from models.sit import SiT
 from tests.tiny import FLAGS, log_lines
 from train import TrainConfig, train
 from training.step import TrainStep
@@ -32,6 +33,15 @@ def main() -> None:
     good, bad, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     rank = int(os.environ["RANK"])
     original = TrainStep.__call__
+
+    # the second rank never makes weights: its own are overwritten by the first one's
+    initialize = SiT.initialize_weights
+
+    def initialize_on_first(self):
+        assert rank == 0 or next(self.parameters()).is_meta
+        initialize(self)
+
+    SiT.initialize_weights = initialize_on_first
 
     # a signal to one process only: both finish the same step, save it and stop
     def step_with_signal(self, step, batches):

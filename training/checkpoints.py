@@ -164,13 +164,16 @@ def verify(checkpoint: Path) -> State:
 
 
 def load(checkpoint: Path) -> TrainingState:
-    """Verify and read a checkpoint, on the CPU. Raises as `verify` does."""
+    """Verify a checkpoint and map its files: what is read of a tensor stays in the page cache, which all ranks share.
+
+    Raises as `verify` does.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     state = verify(checkpoint)
     try:
-        rest = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+        rest = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         ema = load_file(checkpoint / MODEL_FILE)
         ema.pop("class_means", None)
         return TrainingState(

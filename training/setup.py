@@ -11,7 +11,7 @@ import torch
 
 from common.files import fingerprint
 from common.lock import claim
-from common.processes import from_first, in_turn, on_first, share
+from common.processes import broadcast, from_first, in_turn, on_first, share
 from common.reporting import progress, say
 from dataset import PackedDataset, StepSampler, read_ahead
 from models.acceleration import allow_tf32, compile_encoder, compile_network, decide_compile
@@ -155,20 +155,10 @@ def _build(
         in_turn(partial(load_encoder, e.name, e.grid, class_token=e.has_class_token)).to(processes.device)
         for e in plan.online
     ]
-    torch.manual_seed(settings.seed)
-    network = SiT(plan.network)
-    network.gradient_checkpointing = settings.gradient_checkpointing
-    if source is not None:
-        said = take_weights(network, source, plan)
-        on_first(lambda: say(said))
-    ema = EMA(network, blank_network(plan.network), settings.ema_decay, warmup=settings.ema_warmup)
     found = share(on_first(lambda: checkpoints.newest(folder, say)))
+    # Each rank maps the files: those of a node share their pages, and no rank has a copy of its own in host memory.
     loaded = None if found is None else checkpoints.load(found)
-    if loaded is not None:
-        network.load_state_dict(loaded.model)
-        ema.average.load_state_dict(loaded.ema)
-    for moved in (network, ema.average):
-        moved.to(processes.device)
+    network, ema = _networks(settings, plan, source, processes, loaded)
     adam: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
@@ -212,3 +202,36 @@ def _build(
         compiled=bool(settings.compile),
     )
     return train_step, window, loaded.step if loaded else 0
+
+
+def _networks(
+    settings: TrainConfig,
+    plan: Plan,
+    source: Source | None,
+    processes: Processes,
+    loaded: checkpoints.TrainingState | None,
+) -> tuple[SiT, EMA]:
+    """The network and its EMA on the device: of the checkpoint, or made by rank 0 and handed to the others.
+
+    Only rank 0's fresh weights are ever made in host memory; all else begins on the device, uninitialised.
+    """
+
+    def fresh() -> SiT:
+        torch.manual_seed(settings.seed)
+        network = SiT(plan.network)
+        if source is not None:
+            say(take_weights(network, source, plan))
+        return network.to(processes.device)
+
+    made = on_first(fresh) if loaded is None else None
+    network = blank_network(plan.network, processes.device) if made is None else made
+    network.gradient_checkpointing = settings.gradient_checkpointing
+    if loaded is None:
+        broadcast(network.state_dict().values())
+    else:
+        network.load_state_dict(loaded.model)
+    average = blank_network(plan.network, processes.device)
+    ema = EMA(network, average, settings.ema_decay, warmup=settings.ema_warmup)
+    if loaded is not None:
+        average.load_state_dict(loaded.ema)
+    return network, ema

@@ -41,7 +41,8 @@ void simulated_trace(int on) { tracing = on; }
 typedef struct { char *p; size_t n; int host; } Range;
 static Range ranges[65536]; static int nranges;
 static void *take(size_t n, int host) {
-  void *p = mmap(0, n ? n : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  int flags = MAP_ANONYMOUS | MAP_NORESERVE | (host ? MAP_PRIVATE : MAP_SHARED); // RssAnon of the process: the host's part
+  void *p = mmap(0, n ? n : 1, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (p == MAP_FAILED) return 0;
   pthread_mutex_lock(&L); int i; for (i = 0; i < nranges; i++) if (!ranges[i].p) break; if (i == nranges) nranges++;
   ranges[i] = (Range){p, n ? n : 1, host}; pthread_mutex_unlock(&L); return p;
