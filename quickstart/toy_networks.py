@@ -92,9 +92,9 @@ def train_vae(
 
     fit(vae, loss, images, labels, steps=steps)
     with torch.no_grad():
-        parts = images[:5000].split(2500)
+        parts = images[:5000].split(1500)
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
-        back = torch.cat([vae.decode(part).sample for part in latents.split(2500)])
+        back = torch.cat([vae.decode(part).sample for part in latents.split(1500)])
         error = F.mse_loss(back, images[:5000])
     vae.cpu().register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(out)

@@ -179,9 +179,11 @@ class Teacher:
 def reconstructions(autoencoder: Autoencoder, pixels: Tensor, batch: int) -> Tensor:
     """Images through the VAE and back: (N, 3, H, W) uint8 => the same, from the mean of the posterior."""
 
+    device = next(autoencoder.parameters()).device
+
     def through(part: Tensor) -> Tensor:
-        mean = autoencoder.encode(part).chunk(2, dim=1)[0]
-        return autoencoder.decode(autoencoder.normalization.normalize(mean))
+        mean = autoencoder.encode(part.to(device)).chunk(2, dim=1)[0]
+        return autoencoder.decode(autoencoder.normalization.normalize(mean)).cpu()
 
     return torch.cat([through(part) for part in pixels.split(batch)])
 
