@@ -13,9 +13,8 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"
 out="${OUT:-gpu-results}"
 published=(); if [ -n "${PUBLISHED:-}" ]; then published=(--published "$PUBLISHED"); fi
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" PYTHONUNBUFFERED=1
 RESULTS="$(mktemp -d)" # where the benchmarks write
-export RESULTS
+export RESULTS PYTHONUNBUFFERED=1
 trap 'rm -r "$RESULTS"' EXIT
 
 gib="$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory >> 30)')" || {
