@@ -142,6 +142,8 @@ def test_refused_before_anything_is_loaded(precision, world, device, words):
     with pytest.raises(UserError, match=words):
         graph.check(precision, world, torch.device(device))
     graph.check("bf16", 1, torch.device("cuda"))
+    with pytest.raises(ValueError, match="gradient scaler"):
+        OurStep(SIX_BLOCKS, 8, "cpu", precision="fp16", graph=True)
 
 
 def test_flag_of_the_program(tmp_path, capsys, monkeypatch):

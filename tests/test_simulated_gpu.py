@@ -150,9 +150,8 @@ def test_programs_run_from_end_to_end(device, tools, tmp_path):
     """train.py with previews and a CUDA graph, and generate.py, with every tensor where it belongs."""
     write_vae(tmp_path / "vae", scaling_factor=0.5)
     write_model(tmp_path, "m", CONFIG, means=False)
-    trained = train_flags(
-        tools["data"], tmp_path, "--sampling-steps", "2", "--preview-steps", "2", "--no-compile", "--cuda-graph"
-    )
+    more = ("--sampling-steps", "2", "--preview-steps", "2", "--no-compile", "--cuda-graph", "--num-workers", "2")
+    trained = train_flags(tools["data"], tmp_path, *more)
     sampled = sample_flags(tmp_path, tmp_path / "s", "--device", "cuda", "--dtype", "bf16", "--no-compile")
     on_device(device, PROGRAMS, *trained, "then", *sampled)
     assert (tmp_path / "run" / "previews" / "step_0000002.png").is_file()

@@ -53,6 +53,8 @@ class GraphedStep(TrainStep):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Arguments as of TrainStep, on a GPU and without a scaler."""
         super().__init__(*args, **kwargs)
+        if self.scaler is not None:
+            raise ValueError("a CUDA graph does not hold a gradient scaler")
         self._rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
         self._inputs: list[tuple[Batch, Tensor]] = []
         self._warm = 0  # steps taken before the capture
