@@ -59,7 +59,7 @@ ceilings() { part ceilings 20 "$python" -m benchmarks.ceilings --label gpu-ceili
 tests() { # a process for each file, at once: most of the time is compilation, on one core each
     # shellcheck disable=SC2016  # of the shell that runs them
     part tests 75 bash -c '
-        for file in $(grep -l "mark.gpu" tests/test_*.py); do
+        for file in $(grep -lE "^(@|pytestmark = )pytest.mark.gpu" tests/test_*.py); do
             "$0" -m pytest -q -m gpu --durations 3 "$file" > "$RESULTS/$(basename "$file").log" 2>&1 &
             running+=("$! $file")
         done
