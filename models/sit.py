@@ -169,7 +169,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        heads = (n, t, self.num_heads, d // self.num_heads)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves LayerNorm's output in fp32
         x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).reshape(n, t, d))
