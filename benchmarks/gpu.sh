@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a machine with one GPU can tell in seven minutes, on an image with torch, timm, accelerate, pytest, numpy and tqdm.
 #
-#   bash benchmarks/gpu.sh [PART...]        parts: smoke ceilings tests cached online small sample (default: all)
+#   bash benchmarks/gpu.sh [PART...]        parts: smoke ceilings tests cached online small sample (default: these), block
 #   PUBLISHED=path/to/REG bash benchmarks/gpu.sh    the published code beside ours (a copy of 021ea2e)
 #   PYTHON=python3  COMMIT=hash (where there is no .git)  OUT=folder (default: gpu-results)
 #
@@ -78,6 +78,7 @@ online() {
         --only "ours, compiled" ${PUBLISHED:+published}
 }
 small() { step small 75 --model SiT-B/2 --batch-size 32 256 --graph --label gpu-b2-cached; }
+block() { part block 80 "$python" -m benchmarks.block --batch-size "$large" --tune --label gpu-xl2; }
 sample() {
     part sample 45 "$python" -m benchmarks.sample --device cuda --model SiT-XL/2 --batch-size 64 --steps 6 --dtypes bf16 \
         --compile --rounds 2 "${published[@]}" --label gpu-xl2
@@ -86,7 +87,7 @@ sample() {
 if [ $# -eq 0 ]; then set -- smoke ceilings tests cached online small sample; fi
 for name in "$@"; do
     case "$name" in
-        smoke | ceilings | tests | cached | online | small | sample) "$name" ;;
+        smoke | ceilings | tests | cached | online | small | block | sample) "$name" ;;
         *) echo "error: unknown part $name; see the head of benchmarks/gpu.sh" >&2; exit 2 ;;
     esac
 done

@@ -22,9 +22,13 @@ class Traffic(TorchDispatchMode):
         name = function.overloadpacket._qualified_op_name
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
         if not view and not any(word in name for word in _PRODUCTS) and not name.startswith("aten::empty"):
-            tensors = [x for x in _pytree.tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            self.bytes += sum(_size(x) for x in tensors if x.is_cuda)
+            self.bytes += size_of((args, kwargs, result))
         return result
+
+
+def size_of(values: Any) -> int:
+    """Bytes of the tensors on the device in any nest of values."""
+    return sum(_size(x) for x in _pytree.tree_leaves(values) if isinstance(x, Tensor) and x.is_cuda)
 
 
 def _size(x: Tensor) -> int:

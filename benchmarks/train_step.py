@@ -16,6 +16,7 @@ from common.reporting import run
 from config import UserError, parse, setting
 
 if TYPE_CHECKING:
+    from benchmarks.kernels import Profile
     from benchmarks.turns import Builders
     from models.sit import SiTConfig
 
@@ -33,6 +34,7 @@ class TrainStepBenchmark:
     precision: str = setting("auto", "ours", group="how", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "also measure ours with its regions compiled", group="how")
     graph: bool = setting(False, "also measure ours as a CUDA graph, compiled with --compile (CUDA)", group="how")
+    norm_kernel: bool = setting(False, "also measure it compiled with models/norm_kernel.py", group="how")
     only: tuple[str, ...] = setting((), "measure these variants alone, by their names in the table", group="how")
     stream: bool = setting(False, "also measure ours with the next batch encoded on a side stream (CUDA)", group="how")
     gradient_checkpointing: bool = setting(False, "ours recomputes its blocks", group="how")
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from benchmarks import harness, published
+    from benchmarks.kernels import lines
     from benchmarks.turns import compare, free
     from models import acceleration
     from models.cost import cost, encoder_macs
@@ -114,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(", ".join(f"{column} {value}" for column, value in row.items() if value is not None), flush=True)
             write()
         if settings.profile:
-            kernels[batch] = profile(list(builders.values())[-1], batch, device)
+            profiled = profile(list(builders.values())[-1], batch, device)
+            kernels[batch] = {"ms by kind": profiled.kinds, "longest": profiled.kernels[:60]}
+            print(*lines(profiled), sep="\n", flush=True)
             write()
         if settings.parts:
             parts[batch] = parts_of_step(settings, config, batch, device, precision)
@@ -130,7 +135,7 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
     """What is compared."""
     from benchmarks.train_variants import OurStep, encoded_ahead, published_step
 
-    def ours(n: int, compiled: bool, graph: bool = False) -> OurStep:
+    def ours(n: int, compiled: bool, graph: bool = False, norm_kernel: bool = False) -> OurStep:
         return OurStep(
             config,
             n,
@@ -139,6 +144,7 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
             precision=precision,
             compiled=compiled,
             graph=graph,
+            norm_kernel=norm_kernel,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
 
@@ -157,6 +163,8 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
     builders["ours"] = lambda n: ours(n, False)
     if settings.compile:
         builders["ours, compiled"] = lambda n: ours(n, True)
+    if settings.norm_kernel:
+        builders["ours, norm kernel"] = lambda n: ours(n, True, norm_kernel=True)
     if settings.stream and cuda and settings.encoder != "cached":
         builders["ours, encoder on a stream"] = lambda n: encoded_ahead(ours(n, settings.compile))
     if settings.graph and cuda:
@@ -168,28 +176,17 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
     return {name: build for name, build in builders.items() if not settings.only or name in settings.only}
 
 
-def profile(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> list[dict[str, Any]]:
-    """The 60 kernels (on a CPU: operations) that take the most of one step, with calls and milliseconds."""
-    import torch
-
+def profile(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> "Profile":
+    """The kernels (on a CPU: operations) of one step, after two others."""
+    from benchmarks import kernels
     from benchmarks.turns import free, start
 
     variant = start(build, n, device)
     variant.step()
-    kind = torch.profiler.ProfilerActivity.CUDA if device.startswith("cuda") else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as profiled:
-        variant.step()
-    rows = [
-        {
-            "name": event.key[:120],
-            "calls": event.count,
-            "ms": (event.self_device_time_total or event.self_cpu_time_total) / 1e3,
-        }
-        for event in profiled.key_averages()
-    ]
+    found = kernels.profile(variant.step, device)
     del variant
     free()
-    return sorted(rows, key=lambda row: -row["ms"])[:60]
+    return found
 
 
 def parts_of_step(

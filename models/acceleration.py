@@ -91,11 +91,11 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callab
     """
     from torch._inductor.compile_fx import compile_fx
 
-    from models.fusion import SumPerSample
+    from models.fusion import Fusion
 
     patches: dict[str, Any] = {}
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
-        patches = {"combo_kernels": True, "post_grad_custom_pre_pass": SumPerSample()}
+        patches = {"combo_kernels": True, "post_grad_custom_pre_pass": Fusion()}
     try:
         with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):  # else it would fail in backward
             return compile_fx(graph, inputs, config_patches=patches)
@@ -123,12 +123,18 @@ def compile_region(region: T, *, dynamic: bool = False) -> T:
     return torch.compile(region, backend=_inductor, dynamic=dynamic)
 
 
-def compile_network(network: nn.Module) -> None:
+def compile_network(network: nn.Module, *, norm_kernel: bool = False) -> None:
     """Compile a SiT in place, by region: its embeddings, its blocks, its output layer and its projectors.
 
     All blocks share one compiled graph, so that compilation takes the time of one block instead of `depth` of them. It works
     below DDP and gradient checkpointing. Shapes are static: a batch of another size compiles again.
+
+    Args:
+        network: the SiT.
+        norm_kernel: on a GPU, the norms of the blocks take their backward pass from models/norm_kernel.py.
     """
+    for block in network.blocks:
+        block.norm1.kernel = block.norm2.kernel = norm_kernel
     network.embed = compile_region(network.embed)
     for module in (*network.blocks, network.final_layer, *network.projectors):
         compile_region(module)

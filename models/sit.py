@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
+from models.adaptive_norm import AdaptiveNorm
 from models.choices import check
 
 SIZES = {  # depth, hidden size, heads
@@ -84,11 +85,6 @@ class SiTOutput(NamedTuple):
     velocity: Tensor
     class_velocity: Tensor | None
     projections: tuple[Tensor, ...]
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's shift and scale (N, 1, D), applied to normalised tokens (N, T, D)."""
-    return x * (1 + scale) + shift
 
 
 class PatchEmbedder(nn.Module):
@@ -194,17 +190,18 @@ class SiTBlock(nn.Module):
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = AdaptiveNorm(config.hidden_size)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = AdaptiveNorm(config.hidden_size)
         self.mlp = MLP(config)
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, 1, D) each
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x, h = self.norm1(x, shift1, scale1)
+        x, h = self.norm2(x, shift2, scale2, gate1, self.attn(h))
+        return x + gate2 * self.mlp(h)
 
 
 class FinalLayer(nn.Module):
@@ -212,7 +209,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm = AdaptiveNorm(config.hidden_size)
         self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
         self.class_token_linear: nn.Linear | None = None
@@ -221,7 +218,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        x = modulate(self.norm(x), shift, scale)
+        _, x = self.norm(x, shift, scale)
         if self.class_token_linear is None:
             return self.linear(x), None
         return self.linear(x[:, 1:]), self.class_token_linear(x[:, 0])  # (N, P, p^2 C), (N, E)

@@ -6,8 +6,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from config import parse
-from models import acceleration
-from models.fusion import SumPerSample
+from models import acceleration, fusion
 from training.dry_run import COMPILE
 from training.settings import TrainConfig
 
@@ -71,7 +70,7 @@ def test_sums_over_tokens_are_taken_sample_by_sample():
 
     graph = make_fx(sums, tracing_mode="fake")(torch.zeros(2, 3, 4, 5))
     before = len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList))
-    SumPerSample()(graph.graph)
+    fusion.sum_per_sample(graph.graph)
     graph.recompile()
     after = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
     assert len(after) == before + 1

@@ -1,0 +1,35 @@
+"""Layer norm modulated by the conditioning (adaLN), after a gated branch was added to the residual stream (adaLN-Zero)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class AdaptiveNorm(nn.LayerNorm):
+    """Add a branch through its gate, normalise, shift and scale. It has no parameters: the conditioning gives them.
+
+    With `kernel`, which models/acceleration.py sets, the backward pass on a GPU is that of models/norm_kernel.py.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.kernel = False
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None = None, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum x + gate * branch, and that normalised and modulated; both (N, T, D).
+
+        Args:
+            x: (N, T, D), the residual stream.
+            shift: (N, 1, D), like scale and gate.
+            scale: less 1.
+            gate: of the branch.
+            branch: (N, T, D); nothing is added without it.
+        """
+        if self.kernel and x.is_cuda and torch.is_grad_enabled():
+            from models.norm_kernel import adaptive_norm  # needs Triton
+
+            return adaptive_norm(x, shift, scale, gate, branch, self.eps)
+        if gate is not None and branch is not None:
+            x = x + gate * branch
+        return x, super().forward(x) * (1 + scale) + shift

@@ -1,0 +1,186 @@
+"""Residual addition, layer norm and modulation as one operation, whose backward pass is one kernel.
+
+total = x + gate * branch;  normalised = layer_norm(total);  output = normalised * (1 + scale) + shift
+
+Inductor makes several passes of the backward pass: the layer norm sums along rows, shift, scale, gate and the branch's bias
+along columns, and no loop of it does both. The kernel does: each program walks down some tokens of one sample, with a row in
+registers and the sums over columns beside it, and so each gradient is read and written once.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 1024  # at least, where there are tokens enough: a few for each multiprocessor
+FEWEST = 8  # tokens of a program
+WARPS, STAGES = 8, 2
+
+
+@triton.jit
+def _norm_backward(
+    d_total,
+    d_output,
+    x,
+    scale,
+    gate,
+    branch,
+    mean,
+    rstd,
+    d_x,
+    d_branch,
+    sums,
+    tokens,
+    scale_stride,
+    gate_stride,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    gated: tl.constexpr,
+    stages: tl.constexpr,
+):
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    sample = tl.program_id(1)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    factor = tl.load(scale + sample * scale_stride + columns, inside, 0).to(tl.float32) + 1
+    shift_sum = tl.zeros([block], tl.float32)
+    scale_sum = tl.zeros([block], tl.float32)
+    if gated:
+        opened = tl.load(gate + sample * gate_stride + columns, inside, 0).to(tl.float32)
+        gate_sum = tl.zeros([block], tl.float32)
+        bias_sum = tl.zeros([block], tl.float32)
+    first = part * rows
+    for token in tl.range(first, tl.minimum(first + rows, tokens), num_stages=stages):
+        row = sample.to(tl.int64) * tokens + token
+        at = row * width + columns
+        d_row = tl.load(d_output + at, inside, 0).to(tl.float32)
+        value = tl.load(x + at, inside, 0).to(tl.float32)
+        if gated:
+            added = tl.load(branch + at, inside, 0).to(tl.float32)
+            value += opened * added
+        deviation = tl.load(rstd + row)
+        normalised = tl.where(inside, (value - tl.load(mean + row)) * deviation, 0)
+        d_normalised = d_row * factor
+        along = tl.sum(d_normalised) / width
+        across = tl.sum(d_normalised * normalised) / width
+        result = tl.load(d_total + at, inside, 0).to(tl.float32)
+        result += deviation * (d_normalised - along - normalised * across)
+        tl.store(d_x + at, result, inside)
+        shift_sum += d_row
+        scale_sum += d_row * normalised
+        if gated:
+            d_added = (result * opened).to(d_branch.dtype.element_ty)
+            tl.store(d_branch + at, d_added, inside)
+            gate_sum += tl.where(inside, result * added, 0)
+            bias_sum += d_added.to(tl.float32)
+    out = sums + (sample * parts + part) * (4 if gated else 2) * width + columns
+    tl.store(out, shift_sum, inside)
+    tl.store(out + width, scale_sum, inside)
+    if gated:
+        tl.store(out + 2 * width, gate_sum, inside)
+        tl.store(out + 3 * width, bias_sum, inside)
+
+
+def backward(
+    d_total: Tensor,
+    d_output: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    gate: Tensor | None,
+    branch: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of x and branch from those of the sum and the output, and sums over tokens of four others.
+
+    Args:
+        d_total: (N, T, D), the gradient of the sum x + gate * branch.
+        d_output: (N, T, D), of what is normalised and modulated.
+        x: (N, T, D).
+        scale: (N, 1, D).
+        gate: (N, 1, D); None without a branch.
+        branch: (N, T, D).
+        mean: (N, T, 1), of the sum.
+        rstd: (N, T, 1), 1 / its standard deviation.
+
+    Returns:
+        The gradients of x and of branch, and (N, parts, 2 or 4, D) float32: those of shift, scale and, with a branch, gate
+        and the branch's bias, each summed over one part of a sample's tokens.
+    """
+    n, tokens, width = x.shape
+    gated = gate is not None
+    d_x = torch.empty_like(x)
+    d_branch = torch.empty_like(branch) if gated else None
+    parts = min(-(-PROGRAMS // n), -(-tokens // FEWEST))
+    rows = -(-tokens // parts)
+    sums = torch.empty((n, parts, 4 if gated else 2, width), dtype=torch.float32, device=x.device)
+    _norm_backward[(parts, n)](
+        d_total,
+        d_output,
+        x,
+        scale,
+        gate,
+        branch,
+        mean,
+        rstd,
+        d_x,
+        d_branch,
+        sums,
+        tokens,
+        scale.stride(0),
+        0 if gate is None else gate.stride(0),
+        width,
+        rows,
+        triton.next_power_of_2(width),
+        gated,
+        STAGES,
+        num_warps=WARPS,
+    )
+    return d_x, d_branch, sums
+
+
+class _AdaptiveNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor | None,
+        branch: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        total = x.view_as(x) if gate is None else x + gate * branch
+        normalised, mean, rstd = torch.native_layer_norm(total, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x, scale, gate, branch, mean, rstd)
+        return total, (normalised * (1 + scale) + shift).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, gate, branch, mean, rstd = ctx.saved_tensors
+        d_x, d_branch, sums = backward(d_total, d_output, x, scale, gate, branch, mean, rstd)
+        sums = sums.sum(1, keepdim=True).to(scale.dtype)  # (N, 1, 2 or 4, D)
+        d_gate = None if gate is None else sums[:, :, 2]
+        return d_x, sums[:, :, 0], sums[:, :, 1], d_gate, d_branch, None, None
+
+
+def adaptive_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None, branch: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The sum x + gate * branch (N, T, D), and that normalised and modulated, in the type that autocast gives it next.
+
+    Args:
+        x: (N, T, D).
+        shift: (N, 1, D), like scale and gate.
+        scale: of the normalised sum, less 1.
+        gate: None without a branch.
+        branch: (N, T, D).
+        eps: of the layer norm.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return _AdaptiveNorm.apply(x, shift, scale, gate, branch, eps, dtype)

@@ -1,0 +1,79 @@
+"""The kernel behind the norms of compiled blocks gives the gradients that autograd gives."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models.acceleration import autocast, compile_region
+from models.adaptive_norm import AdaptiveNorm
+from models.sit import SiTBlock, preset
+from tests.test_architecture import ROOT
+
+norm_kernel = pytest.importorskip("models.norm_kernel", reason="needs Triton", exc_type=ImportError)
+
+
+def test_gradients_are_those_of_autograd():
+    """Under Triton's interpreter, which has to be chosen before Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    code = "from tests.test_norm_kernel import compare_with_autograd; compare_with_autograd()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def compare_with_autograd() -> None:
+    """Of x, shift, scale, gate and branch; and the sum of the branch's gradient, which is that of its bias. The residual
+    stream is float32, what autocast makes is not. Three programs for each sample, the last one with fewer tokens."""
+    norm_kernel.PROGRAMS, norm_kernel.FEWEST = 6, 2
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        for gated in (True, False):
+            compare_gradients(dtype, limit, gated)
+
+
+def compare_gradients(dtype: torch.dtype, limit: float, gated: bool) -> None:
+    """For one type and kind of norm; the limit is relative to the largest value of each gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x, d_total = torch.randn(2, 2, 8, 24, generator=generator)
+    branch, d_output = torch.randn(2, 2, 8, 24, generator=generator).to(dtype)
+    modulation = torch.randn(2, 1, 72, generator=generator).to(dtype)
+    leaves = [leaf.requires_grad_() for leaf in ([x, modulation, branch] if gated else [x, modulation])]
+    shift, scale, gate = modulation.chunk(3, dim=-1)
+    norm = AdaptiveNorm(24)
+    total, output = norm(x, shift, scale, *((gate, branch) if gated else ()))
+    expected = torch.autograd.grad([total, output], leaves, [d_total, d_output.float()])
+    if not gated:
+        gate = branch = None
+    got_total, got_output = norm_kernel._AdaptiveNorm.apply(x, shift, scale, gate, branch, norm.eps, dtype)
+    assert torch.equal(got_total, total) and torch.equal(got_output, output.to(dtype))
+    got = torch.autograd.grad([got_total, got_output], leaves, [d_total, d_output])
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and (a - b).abs().max() <= limit * b.abs().max()
+    mean, rstd = got_total.mean(-1, keepdim=True), (got_total.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
+    _, d_branch, sums = norm_kernel.backward(d_total, d_output, x, scale, gate, branch, mean, rstd)
+    assert sums.shape == (2, 3, 4 if gated else 2, 24)
+    if gated:
+        torch.testing.assert_close(sums[:, :, 3].sum(1), d_branch.float().sum(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, limit", [("fp32", 1e-4), ("bf16", 3e-2)])
+def test_a_compiled_block_with_the_kernel_equals_the_eager_one(precision, limit):
+    """Output and all gradients, relative to the largest value of each."""
+    torch.manual_seed(0)
+    config = preset("SiT-B/2")
+    eager = SiTBlock(config).cuda()
+    compiled = copy.deepcopy(eager)
+    compiled.norm1.kernel = compiled.norm2.kernel = True
+    compile_region(compiled)
+    x = torch.randn(4, config.num_tokens, config.hidden_size, device="cuda", requires_grad=True)
+    c = torch.randn(4, config.hidden_size, device="cuda", requires_grad=True)
+    found = []
+    for block in (eager, compiled):
+        with autocast("cuda", precision):
+            output = block(x, c)
+        found.append([output, *torch.autograd.grad(output, [x, c, *block.parameters()], torch.ones_like(x))])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= limit * a.abs().max()
