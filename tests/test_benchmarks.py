@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import ceilings, epoch, harness, overhead, published, roofline, train_step
+from benchmarks import ceilings, epoch, harness, kernels, overhead, published, roofline, train_step
 from config import UserError
 from models.cost import GPUS, cost, step_cost
 from models.sit import preset
@@ -82,6 +82,17 @@ def results(tmp_path, monkeypatch):
 TOY = ("--model", "SiT-S/2", "--depth", "2", "--input-size", "4", "--rounds", "2", "--warmup", "1", "--device", "cpu")
 
 
+def test_a_profile_adds_up_kernels_and_gaps():
+    """Kernels that overlap leave no gap; the longest come first."""
+    runs = [("nvjet_tst_128x256", 0.0, 2.0), ("_norm_backward_0", 3.0, 4.0), ("triton_red_fused_3", 3.5, 5.0)]
+    found = kernels.summary([*runs, ("nvjet_tst_128x256", 5.0, 6.0), ("fmha_cutlassF_bf16", 6.5, 7.0)])
+    shares = {kind: ms for kind, ms in found.kinds.items() if ms}
+    expected = {"matrix products": 3.0, "normalisation kernel": 1.0, "elementwise": 1.5, "attention": 0.5, "gaps": 1.5}
+    assert shares == expected
+    assert found.kernels[0] == {"name": "nvjet_tst_128x256", "calls": 2, "ms": 3.0}
+    assert len(kernels.lines(found, most=2)) == 3
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_train_step_benchmark_runs(results, capsys, precision):
     """A row for ours, its parts printed; with a clone of the published code named by REG_PUBLISHED also theirs."""
@@ -91,8 +102,8 @@ def test_train_step_benchmark_runs(results, capsys, precision):
         [*TOY, "--batch-size", "4", "--label", "toy", "--precision", precision, "--parts", "--profile", *flags]
     )
     record = json.loads((results / "train_step-toy.json").read_text())
-    rows, kernels = record["rows"], record["details"]["kernels"]["4"]
-    assert sum(row["calls"] for row in kernels if "fused_adamw" in row["name"]) == 1
+    rows, longest = record["rows"], record["details"]["kernels"]["4"]["longest"]
+    assert sum(row["calls"] for row in longest if "fused_adamw" in row["name"]) == 1
     theirs = ["published", "published, best case"] if precision == "bf16" else ["published"]
     assert [row["variant"] for row in rows] == [*(theirs if clone else []), "ours"]
     assert "our step at batch 4, ms: draws" in capsys.readouterr().out
