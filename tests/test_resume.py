@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import train
+from models.acceleration import decide_compile
 from tests.tiny import FLAGS, write_dataset, write_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +139,24 @@ def test_resume_in_half_precision_keeps_the_scaler(data, tmp_path):
     cut(tmp_path, "whole", "cut", 4)
     train.main(flags(tmp_path, "cut", *extra))
     assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bit_exactly(data, tmp_path):
+    """With accumulation and recomputation, compiled anew after the kill; two processes agree. Each start makes seven graphs, however many blocks,
+    micro-batches and steps there are: before the network, embeddings, block, output layer, two projectors, loss."""
+    assert decide_compile(True, "cpu")  # its trial is not counted
+    extra = (*data["cached"], "--compile", "--gradient-accumulation-steps", "2", "--gradient-checkpointing")
+    for name in ("whole", "cut"):
+        torch._dynamo.reset()
+        counters.clear()
+        train.main(flags(tmp_path, name, *extra))
+        assert counters["stats"]["unique_graphs"] == 7
+        if name == "whole":
+            cut(tmp_path, "whole", "cut", 5)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    launch(tmp_path, 2, [flags(tmp_path, "two", *extra)])
+    assert_close(tmp_path / "whole", tmp_path / "two")
 
 
 def test_two_processes_resume_bit_exactly_and_agree_with_one(data, tmp_path):
