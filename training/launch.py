@@ -92,7 +92,9 @@ class Processes(processes.Processes):
         cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         super().__init__("cpu" if cpu else "auto", _PATIENCE)
         self.precision = best_precision(self.device) if asked == "auto" else asked
-        # Autocast and the gradient scaler are the training step's own.
+        # Autocast and the gradient scaler are the training step's own. No static_graph: torch's reducer fails where the
+        # first backward pass exchanges nothing, as with accumulation. Another bucket_cap_mb would change the last bits on
+        # three ranks or more.
         self._accelerator = Accelerator(
             cpu=self.device.type == "cpu",
             mixed_precision="no",
