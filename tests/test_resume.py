@@ -143,7 +143,7 @@ def test_resume_in_half_precision_keeps_the_scaler(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_run_resumes_bit_exactly(data, tmp_path):
-    """With accumulation and recomputation, compiled anew after the kill; two processes without accumulation agree. Each start
+    """With accumulation and recomputation, compiled anew after the kill; two processes agree. Each start
     makes seven graphs, however many blocks, micro-batches and steps there are: before the network, embeddings, block, output
     layer, two projectors, loss."""
     assert decide_compile(True, "cpu")  # its trial is not counted
