@@ -12,6 +12,7 @@ from config import parse
 from models.sit import SiT
 from tests.tiny import FLAGS, log_lines
 from train import TrainConfig, train
+from training.launch import gather_row
 from training.step import TrainStep
 
 
@@ -45,6 +46,9 @@ def main() -> None:
 
     # a signal to one process only: both finish the same step, save it and stop
     def step_with_signal(self, step, batches):
+        if step == 0:  # the EMA of both is the first one's, too
+            averages = gather_row(torch.stack([x.double().norm() for x in self.ema.average.state_dict().values()]))
+            assert torch.equal(averages[0], averages[1])
         if step == 3 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, step, batches)
@@ -80,7 +84,8 @@ def main() -> None:
         return result
 
     TrainStep.__call__ = step_with_drift
-    end = ending(settings(out, good, "drift", "--max-train-steps", "8", "--checkpointing-steps", "2"))
+    start = ("--init-from", str(out / "signal"))  # read by the first alone
+    end = ending(settings(out, good, "drift", "--max-train-steps", "8", "--checkpointing-steps", "2", *start))
     print(f"drift rank {rank}: {end}", flush=True)
 
     TrainStep.__call__ = original
