@@ -135,6 +135,8 @@ def compile_network(network: nn.Module, *, norm_kernel: bool = False) -> None:
     """
     for block in network.blocks:
         block.norm1.kernel = block.norm2.kernel = norm_kernel
+        block.deferred = compile_region(block.deferred)
+    network.deferred = norm_kernel
     network.embed = compile_region(network.embed)
     for module in (*network.blocks, network.final_layer, *network.projectors):
         compile_region(module)

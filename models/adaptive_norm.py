@@ -15,7 +15,13 @@ class AdaptiveNorm(nn.LayerNorm):
         self.kernel = False
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None = None, branch: Tensor | None = None
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor | None = None,
+        branch: Tensor | None = None,
+        parts: tuple[Tensor | None, ...] = (),
     ) -> tuple[Tensor, Tensor]:
         """The sum x + gate * branch, and that normalised and modulated; both (N, T, D).
 
@@ -25,11 +31,12 @@ class AdaptiveNorm(nn.LayerNorm):
             scale: less 1.
             gate: of the branch.
             branch: (N, T, D); nothing is added without it.
+            parts: of x, if it is another x + gate * branch: the kernel keeps them for the backward pass, and not their sum.
         """
         if self.kernel and x.is_cuda and torch.is_grad_enabled():
             from models.norm_kernel import adaptive_norm  # needs Triton
 
-            return adaptive_norm(x, shift, scale, gate, branch, self.eps)
+            return adaptive_norm(x, shift, scale, gate, branch, parts, self.eps)
         if gate is not None and branch is not None:
             x = x + gate * branch
         return x, super().forward(x) * (1 + scale) + shift

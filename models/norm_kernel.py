@@ -27,6 +27,8 @@ def _norm_backward(
     scale,
     gate,
     branch,
+    first_gate,
+    first_branch,
     mean,
     rstd,
     d_x,
@@ -35,6 +37,7 @@ def _norm_backward(
     tokens,
     scale_stride,
     gate_stride,
+    first_stride,
     width: tl.constexpr,
     rows: tl.constexpr,
     block: tl.constexpr,
@@ -52,12 +55,16 @@ def _norm_backward(
         opened = tl.load(gate + sample * gate_stride + columns, inside, 0).to(tl.float32)
         gate_sum = tl.zeros([block], tl.float32)
         bias_sum = tl.zeros([block], tl.float32)
-    first = part * rows
-    for token in tl.range(first, tl.minimum(first + rows, tokens), num_stages=stages):
+    if first_branch is not None:
+        first_opened = tl.load(first_gate + sample * first_stride + columns, inside, 0).to(tl.float32)
+    begin = part * rows
+    for token in tl.range(begin, tl.minimum(begin + rows, tokens), num_stages=stages):
         row = sample.to(tl.int64) * tokens + token
         at = row * width + columns
         d_row = tl.load(d_output + at, inside, 0).to(tl.float32)
         value = tl.load(x + at, inside, 0).to(tl.float32)
+        if first_branch is not None:
+            value += first_opened * tl.load(first_branch + at, inside, 0).to(tl.float32)
         if gated:
             added = tl.load(branch + at, inside, 0).to(tl.float32)
             value += opened * added
@@ -91,6 +98,8 @@ def backward(
     scale: Tensor,
     gate: Tensor | None,
     branch: Tensor | None,
+    first_gate: Tensor | None,
+    first_branch: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -103,6 +112,8 @@ def backward(
         scale: (N, 1, D).
         gate: (N, 1, D); None without a branch.
         branch: (N, T, D).
+        first_gate: (N, 1, D), of another branch, which x still lacks; None without one.
+        first_branch: (N, T, D).
         mean: (N, T, 1), of the sum.
         rstd: (N, T, 1), 1 / its standard deviation.
 
@@ -124,6 +135,8 @@ def backward(
         scale,
         gate,
         branch,
+        first_gate,
+        first_branch,
         mean,
         rstd,
         d_x,
@@ -132,6 +145,7 @@ def backward(
         tokens,
         scale.stride(0),
         0 if gate is None else gate.stride(0),
+        0 if first_gate is None else first_gate.stride(0),
         width,
         rows,
         triton.next_power_of_2(width),
@@ -151,25 +165,34 @@ class _AdaptiveNorm(torch.autograd.Function):
         scale: Tensor,
         gate: Tensor | None,
         branch: Tensor | None,
+        first: Tensor,
+        first_gate: Tensor | None,
+        first_branch: Tensor | None,
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         total = x.view_as(x) if gate is None else x + gate * branch
         normalised, mean, rstd = torch.native_layer_norm(total, x.shape[-1:], None, None, eps)
-        ctx.save_for_backward(x, scale, gate, branch, mean, rstd)
+        ctx.save_for_backward(scale, gate, branch, first, first_gate, first_branch, mean, rstd)
         return total, (normalised * (1 + scale) + shift).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, gate, branch, mean, rstd = ctx.saved_tensors
-        d_x, d_branch, sums = backward(d_total, d_output, x, scale, gate, branch, mean, rstd)
+        scale, gate, branch, x, first_gate, first_branch, mean, rstd = ctx.saved_tensors
+        d_x, d_branch, sums = backward(d_total, d_output, x, scale, gate, branch, first_gate, first_branch, mean, rstd)
         sums = sums.sum(1, keepdim=True).to(scale.dtype)  # (N, 1, 2 or 4, D)
         d_gate = None if gate is None else sums[:, :, 2]
-        return d_x, sums[:, :, 0], sums[:, :, 1], d_gate, d_branch, None, None
+        return d_x, sums[:, :, 0], sums[:, :, 1], d_gate, d_branch, None, None, None, None, None
 
 
 def adaptive_norm(
-    x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None, branch: Tensor | None, eps: float
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate: Tensor | None,
+    branch: Tensor | None,
+    parts: tuple[Tensor | None, ...],
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The sum x + gate * branch (N, T, D), and that normalised and modulated, in the type that autocast gives it next.
 
@@ -179,8 +202,10 @@ def adaptive_norm(
         scale: of the normalised sum, less 1.
         gate: None without a branch.
         branch: (N, T, D).
+        parts: a stream, gate and branch of which x is the sum; kept for the backward pass instead of x.
         eps: of the layer norm.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _AdaptiveNorm.apply(x, shift, scale, gate, branch, eps, dtype)
+    parts = tuple(None if part is None else part.detach() for part in parts or (x, None, None))
+    return _AdaptiveNorm.apply(x, shift, scale, gate, branch, *parts, eps, dtype)

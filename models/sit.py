@@ -196,12 +196,17 @@ class SiTBlock(nn.Module):
         self.mlp = MLP(config)
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, gate: Tensor | None = None, branch: Tensor | None = None) -> Tensor:
+        x, gate, branch = self.deferred(x, c, gate, branch)
+        return x + gate * branch
+
+    def deferred(self, x: Tensor, c: Tensor, gate: Tensor | None, branch: Tensor | None) -> tuple[Tensor, ...]:
+        """The block without its last addition of a gate times a branch, which the next block does in a pass of its own."""
         modulation = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, 1, D) each
-        x, h = self.norm1(x, shift1, scale1)
-        x, h = self.norm2(x, shift2, scale2, gate1, self.attn(h))
-        return x + gate2 * self.mlp(h)
+        total, h = self.norm1(x, shift1, scale1, gate, branch)
+        total, h = self.norm2(total, shift2, scale2, gate1, self.attn(h), (x, gate, branch))
+        return total, gate2, self.mlp(h)
 
 
 class FinalLayer(nn.Module):
@@ -231,6 +236,7 @@ class SiT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # recompute each block in the backward pass
+        self.deferred = False  # blocks leave their last addition to the next one, which saves memory traffic
         d = config.hidden_size
         self.x_embedder = PatchEmbedder(config)
         self.t_embedder = TimestepEmbedder(d)
@@ -286,13 +292,17 @@ class SiT(nn.Module):
         self._check(x, class_token)
         x, c = self.embed(x, t, y, class_token)
         projections: tuple[Tensor, ...] = ()
+        gate = branch = None  # what a block has left to the next one to add
         for i, block in enumerate(self.blocks, start=1):
+            aligned = project and i == self.config.align_depth
             if self.gradient_checkpointing and self.training:
                 # a block draws no random numbers: no generator's state to keep
                 x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
+            elif self.deferred and torch.is_grad_enabled() and not aligned and i < len(self.blocks):
+                x, gate, branch = block.deferred(x, c, gate, branch)
             else:
-                x = block(x, c)
-            if project and i == self.config.align_depth:
+                x, gate, branch = block(x, c, gate, branch), None, None
+            if aligned:
                 projections = tuple(p(x) for p in self.projectors)  # (N, T, E_k) each
         patches, class_velocity = self.final_layer(x, c)
         return SiTOutput(self.unpatchify(patches), class_velocity, projections)
