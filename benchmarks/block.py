@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from benchmarks import harness, kernels
     from models.acceleration import compile_region
+    from models.norm_kernel import adaptive_norm
     from models.sit import SiTBlock, preset
 
     config = preset(settings.model)
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with torch.device("cuda"):
             block = SiTBlock(config)
         block.load_state_dict(plain.state_dict())
-        block.norm1.kernel = block.norm2.kernel = "kernel" in name
+        if "kernel" in name:
+            block.norm1.kernel = block.norm2.kernel = adaptive_norm
 
         if name != "eager":
             compile_region(block)
@@ -115,8 +117,12 @@ def tune(settings: BlockBenchmark) -> list[dict[str, Any]]:
                 setattr(norm_kernel, name, value)
             row: dict[str, Any] = {"variant": ", ".join(f"{name.lower()} {value}" for name, value in choice.items())}
             calls: dict[str, Callable[[], Any]] = {
-                "gated": lambda: norm_kernel.backward(d_total, d_output, x, scale, gate, branch, mean, rstd),
-                "not gated": lambda: norm_kernel.backward(d_total, d_output, x, scale, None, None, mean, rstd),
+                "gated": lambda: norm_kernel.backward(
+                    d_total, d_output, x, scale, gate, branch, None, None, mean, rstd
+                ),
+                "not gated": lambda: norm_kernel.backward(
+                    d_total, d_output, x, scale, None, None, None, None, mean, rstd
+                ),
             }
             for name, size in (("gated", 18), ("not gated", 14)):
                 taken = harness.alternate({name: calls[name]}, rounds=settings.rounds, warmup=2, device="cuda")

@@ -131,15 +131,24 @@ def compile_network(network: nn.Module, *, norm_kernel: bool = False) -> None:
 
     Args:
         network: the SiT.
-        norm_kernel: on a GPU, the norms of the blocks take their backward pass from models/norm_kernel.py.
+        norm_kernel: on a GPU, the norms of the blocks take their backward pass from models/norm_kernel.py, and each block
+            leaves its last addition to the next one. Blocks then have three kinds of graph.
     """
-    for block in network.blocks:
-        block.norm1.kernel = block.norm2.kernel = norm_kernel
-        block.deferred = compile_region(block.deferred)
-    network.deferred = norm_kernel
+    if norm_kernel and next(network.parameters()).is_cuda:
+        take_norm_kernel(network)
     network.embed = compile_region(network.embed)
     for module in (*network.blocks, network.final_layer, *network.projectors):
         compile_region(module)
+
+
+def take_norm_kernel(network: nn.Module) -> None:
+    """Let the blocks of a SiT take models/norm_kernel.py, and leave their last addition to the next block."""
+    from models.norm_kernel import adaptive_norm  # needs Triton
+
+    for block in network.blocks:
+        block.norm1.kernel = block.norm2.kernel = adaptive_norm
+        block.deferred = compile_region(block.deferred)
+    network.deferred = True
 
 
 def compile_encoder(encoder: nn.Module, *, dynamic: bool = False) -> None:

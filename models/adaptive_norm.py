@@ -1,5 +1,7 @@
 """Layer norm modulated by the conditioning (adaLN), after a gated branch was added to the residual stream (adaLN-Zero)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -7,12 +9,12 @@ from torch import Tensor, nn
 class AdaptiveNorm(nn.LayerNorm):
     """Add a branch through its gate, normalise, shift and scale. It has no parameters: the conditioning gives them.
 
-    With `kernel`, which models/acceleration.py sets, the backward pass on a GPU is that of models/norm_kernel.py.
+    `kernel` computes the same with a faster backward pass; models/acceleration.py sets it on a GPU.
     """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.kernel = False
+        self.kernel: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def forward(  # type: ignore[override]
         self,
@@ -33,10 +35,8 @@ class AdaptiveNorm(nn.LayerNorm):
             branch: (N, T, D); nothing is added without it.
             parts: of x, if it is another x + gate * branch: the kernel keeps them for the backward pass, and not their sum.
         """
-        if self.kernel and x.is_cuda and torch.is_grad_enabled():
-            from models.norm_kernel import adaptive_norm  # needs Triton
-
-            return adaptive_norm(x, shift, scale, gate, branch, parts, self.eps)
+        if self.kernel is not None and torch.is_grad_enabled():
+            return self.kernel(x, shift, scale, gate, branch, parts, self.eps)
         if gate is not None and branch is not None:
             x = x + gate * branch
         return x, super().forward(x) * (1 + scale) + shift

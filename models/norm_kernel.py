@@ -129,8 +129,8 @@ def backward(
     rows = -(-tokens // parts)
     sums = torch.empty((n, parts, 4 if gated else 2, width), dtype=torch.float32, device=x.device)
     _norm_backward[(parts, n)](
-        d_total,
-        d_output,
+        d_total.contiguous(),
+        d_output.contiguous(),
         x,
         scale,
         gate,

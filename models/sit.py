@@ -4,7 +4,6 @@ Legend: N batch, C latent channels, H W latent size, p patch size, P = HW/p^2 pa
 class-token slot, which comes first), D width, E width of the class token.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from config import UserError
 from models.adaptive_norm import AdaptiveNorm
 from models.choices import check
+from models.embedders import ClassTokenEmbedder, LabelEmbedder, PatchEmbedder, TimestepEmbedder
 
 SIZES = {  # depth, hidden size, heads
     "S": (12, 384, 6),
@@ -87,70 +87,6 @@ class SiTOutput(NamedTuple):
     projections: tuple[Tensor, ...]
 
 
-class PatchEmbedder(nn.Module):
-    """Cut the latent into patches and embed each one linearly.
-
-    The weight has the shape of a convolution's, as in published checkpoints. A convolution whose stride is its size is
-    a matrix product of the flattened patches, and that is how it runs: backward as well, tokens come out contiguous.
-    """
-
-    def __init__(self, config: SiTConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        p = self.proj.kernel_size[0]
-        cells = x.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = cells.reshape(n, -1, c * p * p)  # (N, P, C p^2)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (N, P, D)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of t (in [0, 1], not rescaled, as published), then a two-layer MLP."""
-
-    def __init__(self, hidden_size: int, num_frequencies: int = 256) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        self.register_buffer("frequencies", torch.empty(num_frequencies // 2), persistent=False)
-        self.reset_frequencies()
-
-    def reset_frequencies(self) -> None:
-        """Fill the table anew, after the module was materialised from the meta device."""
-        half = len(self.frequencies)
-        exponents = torch.arange(half, dtype=torch.float32, device="cpu") / half
-        self.frequencies.copy_(torch.exp(-math.log(10000) * exponents))
-
-    def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None].float() * self.frequencies  # (N, F/2)
-        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(t.dtype))  # (N, D)
-
-
-class LabelEmbedder(nn.Module):
-    """One vector per class, and one for the null class at index num_classes. Label dropout is applied in loss.py."""
-
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)  # (N, D)
-
-
-class ClassTokenEmbedder(nn.Module):
-    """REG's input of the class token (REG section 3): project the noisy token to the network's width and normalise it."""
-
-    def __init__(self, class_token_dim: int, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(class_token_dim, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
-
-    def forward(self, class_token: Tensor) -> Tensor:
-        return self.norm(self.proj(class_token)).unsqueeze(1)  # (N, 1, D)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention; qk_norm normalises queries and keys per head (LayerNorm, as published)."""
 
@@ -197,11 +133,13 @@ class SiTBlock(nn.Module):
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
 
     def forward(self, x: Tensor, c: Tensor, gate: Tensor | None = None, branch: Tensor | None = None) -> Tensor:
-        x, gate, branch = self.deferred(x, c, gate, branch)
+        x, gate, branch = SiTBlock.deferred(
+            self, x, c, gate, branch
+        )  # not the compiled one: the block is a region itself
         return x + gate * branch
 
     def deferred(self, x: Tensor, c: Tensor, gate: Tensor | None, branch: Tensor | None) -> tuple[Tensor, ...]:
-        """The block without its last addition of a gate times a branch, which the next block does in a pass of its own."""
+        """The block without its last addition, x + gate * branch, which the next one does while it reads x."""
         modulation = self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, 1, D) each
         total, h = self.norm1(x, shift1, scale1, gate, branch)
@@ -238,7 +176,7 @@ class SiT(nn.Module):
         self.gradient_checkpointing = False  # recompute each block in the backward pass
         self.deferred = False  # blocks leave their last addition to the next one, which saves memory traffic
         d = config.hidden_size
-        self.x_embedder = PatchEmbedder(config)
+        self.x_embedder = PatchEmbedder(config.in_channels, d, config.patch_size)
         self.t_embedder = TimestepEmbedder(d)
         self.y_embedder = LabelEmbedder(config.num_classes, d)
         if config.class_token_dim:

@@ -4,14 +4,17 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from models import acceleration
 from models.acceleration import autocast, compile_region
 from models.adaptive_norm import AdaptiveNorm
 from models.sit import SiTBlock, preset
 from tests.test_architecture import ROOT
+from tests.test_sit import TOY, inputs, randomized
 
 norm_kernel = pytest.importorskip("models.norm_kernel", reason="needs Triton", exc_type=ImportError)
 
@@ -19,22 +22,45 @@ norm_kernel = pytest.importorskip("models.norm_kernel", reason="needs Triton", e
 def test_gradients_are_those_of_autograd():
     """Under Triton's interpreter, which has to be chosen before Triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    code = "from tests.test_norm_kernel import compare_with_autograd; compare_with_autograd()"
+    code = "from tests.test_norm_kernel import compare_all; compare_all()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def compare_with_autograd() -> None:
-    """Of x, shift, scale, gate and branch; and the sum of the branch's gradient, which is that of its bias. The residual
-    stream is float32, what autocast makes is not. Three programs for each sample, the last one with fewer tokens."""
+def compare_all() -> None:
+    """The norm, with a branch to add and without, and a network. Three programs for each sample, the last one with fewer
+    tokens."""
     norm_kernel.PROGRAMS, norm_kernel.FEWEST = 6, 2
     for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         for gated in (True, False):
-            compare_gradients(dtype, limit, gated)
+            compare_norms(dtype, limit, gated)
+    compare_networks()
 
 
-def compare_gradients(dtype: torch.dtype, limit: float, gated: bool) -> None:
-    """For one type and kind of norm; the limit is relative to the largest value of each gradient."""
+def compare_networks() -> None:
+    """Of five blocks, those that are neither aligned nor the last leave an addition to the next one: all outputs and
+    gradients are the same; and without gradients, the outputs."""
+    config = replace(TOY, depth=5, align_depth=3)
+    plain = randomized(config).train()
+    other = copy.deepcopy(plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acceleration, "compile_region", lambda region: region)
+        acceleration.take_norm_kernel(other)
+    found = []
+    for network in (plain, other):
+        output = network(*inputs(config), project=True)
+        parts = [output.velocity, output.class_velocity, *output.projections]
+        gradients = torch.autograd.grad([part.square().mean() for part in parts], list(network.parameters()))
+        found.append([*parts, *gradients])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * max(float(a.abs().max()), 1e-3)
+    with torch.no_grad():
+        assert torch.equal(other(*inputs(config)).velocity, plain(*inputs(config)).velocity)
+
+
+def compare_norms(dtype: torch.dtype, limit: float, gated: bool) -> None:
+    """Gradients of x, shift, scale, gate and branch; and the sum of the branch's gradient, which is that of its bias. The
+    residual stream is float32, what autocast makes is not. The limit is relative to the largest value of each."""
     generator = torch.Generator().manual_seed(0)
     x, d_total = torch.randn(2, 2, 8, 24, generator=generator)
     branch, d_output = torch.randn(2, 2, 8, 24, generator=generator).to(dtype)
@@ -46,13 +72,15 @@ def compare_gradients(dtype: torch.dtype, limit: float, gated: bool) -> None:
     expected = torch.autograd.grad([total, output], leaves, [d_total, d_output.float()])
     if not gated:
         gate = branch = None
-    got_total, got_output = norm_kernel._AdaptiveNorm.apply(x, shift, scale, gate, branch, norm.eps, dtype)
+    got_total, got_output = norm_kernel._AdaptiveNorm.apply(
+        x, shift, scale, gate, branch, x, None, None, norm.eps, dtype
+    )
     assert torch.equal(got_total, total) and torch.equal(got_output, output.to(dtype))
     got = torch.autograd.grad([got_total, got_output], leaves, [d_total, d_output])
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and (a - b).abs().max() <= limit * b.abs().max()
     mean, rstd = got_total.mean(-1, keepdim=True), (got_total.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
-    _, d_branch, sums = norm_kernel.backward(d_total, d_output, x, scale, gate, branch, mean, rstd)
+    _, d_branch, sums = norm_kernel.backward(d_total, d_output, x, scale, gate, branch, None, None, mean, rstd)
     assert sums.shape == (2, 3, 4 if gated else 2, 24)
     if gated:
         torch.testing.assert_close(sums[:, :, 3].sum(1), d_branch.float().sum(1))
@@ -66,7 +94,7 @@ def test_a_compiled_block_with_the_kernel_equals_the_eager_one(precision, limit)
     config = preset("SiT-B/2")
     eager = SiTBlock(config).cuda()
     compiled = copy.deepcopy(eager)
-    compiled.norm1.kernel = compiled.norm2.kernel = True
+    compiled.norm1.kernel = compiled.norm2.kernel = norm_kernel.adaptive_norm
     compile_region(compiled)
     x = torch.randn(4, config.num_tokens, config.hidden_size, device="cuda", requires_grad=True)
     c = torch.randn(4, config.hidden_size, device="cuda", requires_grad=True)
