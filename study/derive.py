@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from common.files import sha256
+from common.processes import Processes
 from common.provenance import weights_sha256
 from common.reporting import run, say
 from config import UserError
@@ -50,10 +51,11 @@ def derive(
     if encoder is not None:
         if "pixels" not in arrays:
             raise UserError(f"{source} holds no pixels, which --encoder reads: pack it with --pixels")
-        teacher, pixels = load_teacher(str(encoder), GRID), torch.from_numpy(arrays.pop("pixels")).permute(0, 3, 1, 2)
-        parts = [teacher(part) for part in pixels.split(100)]
+        device, pixels = Processes().device, torch.from_numpy(arrays.pop("pixels")).permute(0, 3, 1, 2)
+        teacher = load_teacher(str(encoder), GRID).to(device)
+        parts = [teacher(part.to(device)) for part in pixels.split(100)]
         for name, read in zip(TOKENS, zip(*parts)):
-            arrays[name] = torch.cat(read).numpy()
+            arrays[name] = torch.cat(read).cpu().numpy()
         arrays["patch_tokens.0"] = arrays["patch_tokens.0"].astype(np.float16)
     tokens = arrays["patch_tokens.0"].astype(np.float32).mean(1) if token == "mean" else arrays["class_token.0"]
     tokens = tokens.astype(np.float32)

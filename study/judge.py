@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.files import fingerprint, replacing
+from common.lock import wait_for
 from common.processes import gather_rows, in_turn, rank, world
 from dataset import PackedDataset
 from evaluations import features
 from evaluations.coherence import token_metrics
 from evaluations.collect import collect
 from evaluations.features import Extractor
-from evaluations.image_sets import open_images
+from evaluations.image_sets import ImageSet, open_images
 from evaluations.layers import measure, read_targets
 from evaluations.metrics import frechet_distance
 from evaluations.settings import CknnaConfig
@@ -84,7 +87,9 @@ def draw(
 class Judge:
     """Feature networks with the features of the training images; all ranks make it, rank 0 alone judges."""
 
-    def __init__(self, train: Path, spaces: tuple[str, ...], device: torch.device, batch: int) -> None:
+    def __init__(
+        self, train: Path, spaces: tuple[str, ...], device: torch.device, batch: int, cache: Path | None = None
+    ) -> None:
         """Load the networks and read the training images.
 
         Args:
@@ -92,6 +97,7 @@ class Judge:
             spaces: as evaluate.py --features takes them.
             device: of the networks.
             batch: images at a time.
+            cache: folder that keeps the features of the training images for the next program.
         """
         self.device, self.batch = device, batch
         self.spaces = in_turn(lambda: [features.load(spec, device=device) for spec in spaces])
@@ -99,7 +105,7 @@ class Judge:
         classes = 0 if images.labels is None else len(np.unique(images.labels))
         named = [space.space for space in self.spaces if space.classes == classes > 0]
         self.classifier = named[0] if named else None  # others have no classes, or those of other images
-        self.train = {s.space: collect(images, s, batch_size=batch).pooled.to(device) for s in self.spaces}
+        self.train = {s.space: _features(images, s, batch, cache).to(device) for s in self.spaces}
         self.statistics = {name: compute_statistics(rows) for name, rows in self.train.items()}
 
     @property
@@ -128,6 +134,18 @@ class Judge:
         return found
 
 
+def _features(images: ImageSet, space: Extractor, batch: int, cache: Path | None) -> Tensor:
+    """Pooled features (N, D); of several programs one computes them, and the others read what it has kept."""
+    if cache is None or world() > 1:
+        return collect(images, space, batch_size=batch).pooled
+    file = cache / f"{space.space}-{fingerprint([space.digest, images.digest()])[:16]}.npy"
+    with closing(wait_for(cache, f"{file.stem}.lock")):
+        if not file.is_file():
+            with replacing(file) as temporary, temporary.open("wb") as stream:
+                np.save(stream, collect(images, space, batch_size=batch).pooled.numpy())
+        return torch.from_numpy(np.load(file))
+
+
 class Teacher:
     """The encoder of a run's dataset, with the tokens of the training images."""
 
@@ -139,7 +157,9 @@ class Teacher:
         self.reader = Extractor(info.name, "", lambda pixels: features.Features(encoder(pixels).class_token), device)
         count = len(self.data)
         rows = torch.arange(count)
-        self.tokens = read_targets(self.data, rows, None, 256, torch.device("cpu")).class_token
+        shards = range(len(self.data.manifest.shards))
+        tokens = np.concatenate([self.data.records(number, "class_token.0") for number in shards])
+        self.tokens = torch.from_numpy(tokens).float()
         labels = torch.from_numpy(self.data.labels())
         means = [self.tokens[labels == c].mean(0) for c in range(len(self.data.manifest.classes))]
         self.class_means = torch.stack(means) if len(means) > 1 else None

@@ -60,7 +60,7 @@ class Study:
         self.changed = cache(self._changed)
 
     def _judge(self) -> Judge:
-        return Judge(self.level.train_images, self.level.spaces, self.device, 100)
+        return Judge(self.level.train_images, self.level.spaces, self.device, 100, self.out / "features")
 
     def _teacher(self, dataset: Path) -> Teacher:
         return Teacher(dataset, self.device, 100)

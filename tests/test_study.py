@@ -20,6 +20,7 @@ from config import UserError, parse
 from dataset import PackedDataset
 from models.guidance import Guidance
 from packed.format import read_class_means
+from study import judge as judging
 from study import lite
 from study import run as running
 from study.judge import Judge
@@ -255,14 +256,17 @@ def test_a_run_that_another_program_has_is_left_out(toy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("classes", "named"), [(3, True), (5, False), (0, False)])
-def test_classes_are_named_by_a_network_that_has_them(tmp_path, classes, named):
+def test_classes_are_named_by_a_network_that_has_them(tmp_path, monkeypatch, classes, named):
     """By none of ImageNet's, and by none without a head."""
     np.savez(tmp_path / "train.npz", arr_0=toy_images.pixels(20, 8), arr_1=np.arange(20) % 3)
     network = toy_images.save_vit(tmp_path / "network", classes=classes)
-    judge = Judge(tmp_path / "train.npz", (f"timm:{network}",), torch.device("cpu"), 10)
+    given = (tmp_path / "train.npz", (f"timm:{network}",), torch.device("cpu"), 10)
+    judge = Judge(*given, tmp_path / "features")
     pixels = torch.from_numpy(toy_images.pixels(12, 8, seed=1)).permute(0, 3, 1, 2)
     metrics = judge.images(pixels, torch.arange(12) % 3)
     assert ("class_accuracy" in metrics) == named and "fd_network" in metrics
+    monkeypatch.setattr(judging, "collect", None)  # the features of the training images are kept
+    assert Judge(*given, tmp_path / "features").images(pixels, torch.arange(12) % 3) == metrics
 
 
 @pytest.mark.slow
