@@ -99,6 +99,7 @@ class Level:
         lite = teacher.startswith("efficientnet-lite")  # packed with the pixels, and with another encoder's tokens
         packed = self.out / "packed" / ("pixels" if lite else f"labelled-{teacher}")
         into = ("--source", str(images / "train"), "--out", str(packed), "--resolution", str(settings.resolution))
+        into += ("--flip",) * settings.flip
         reader, pixels = (SUPERVISED, ("--pixels",)) if lite else (teacher, ())
         networks = ("--vae", str(network("vae")), "--enc-type", str(network(reader)), *pixels)
         pack = ("python", "preprocessing/pack.py", *into, *networks)

@@ -99,6 +99,7 @@ class Study:
         }
         words = [str(word) for pair in flags.items() for word in pair]
         words += ["--compile" if settings.compile else "--no-compile", "--no-allow-tf32"]
+        words += ["--cuda-graph"] * settings.cuda_graph
         return parse(TrainConfig, "a run of the study", [*words, *spec.flags])
 
     def prepare(self, spec: Spec) -> None:

@@ -21,6 +21,7 @@ class StudyConfig:
     grid: int = setting(
         4, "patches per side: of the small VAE's latents, 2 x 2, and of the encoders", group="images", above=0
     )
+    flip: bool = setting(False, "pack each image a second time, mirrored", group="images")
     vae_steps: int = setting(400, "steps of the small VAE", group="images", above=0)
     vae_width: int = setting(16, "channels of the small VAE at full resolution", group="images", above=0)
     encoder_steps: int = setting(600, "steps of the supervised encoder", group="images", above=0)
@@ -58,6 +59,9 @@ class StudyConfig:
         "torch.compile the network in training; without it all machines do the same arithmetic",
         group="machine",
         role=RUN,
+    )
+    cuda_graph: bool = setting(
+        False, "each optimiser step as one CUDA graph: the same arithmetic, fewer launches", group="machine", role=RUN
     )
     batch_size: int = setting(100, "images that are sampled at a time", group="machine", above=0, role=RUN)
     max_hours: float | None = setting(None, "begin no further run after this time", group="machine", above=0, role=RUN)
