@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from evaluations.seeds import LEAST, sign
+from study.machines import kind
 from study.plan import NO_TEACHER
 
 LOWER, HIGHER, SPREAD, UNKNOWN = "lower", "higher", "within the spread", "too few seeds"
@@ -33,11 +34,13 @@ class Curves:
         """
         self.runs: dict[Row, dict[int, dict[int, Metrics]]] = {}
         self.flops: dict[Row, int] = {}
+        self.machines: dict[tuple[Row, int], set[str]] = {}  # of the judged steps of one seed
         for line in lines:
             if line.get("weights") == weights:
                 row = Row(line["data"], line["teacher"], line["row"])
                 self.runs.setdefault(row, {}).setdefault(line["seed"], {})[line["step"]] = line["metrics"]
                 self.flops[row] = line["train_flops_per_image"]
+                self.machines.setdefault((row, line["seed"]), set()).add(kind(line))
 
     def row(self, data: str, teacher: str, name: str) -> Row:
         """The key of a row beside others of a teacher; a row that reads no teacher is the same beside each."""

@@ -20,6 +20,7 @@ TITLES = {
     "token-patch": "SiT + class token + REPA",
     "reg": "SiT + REG",
 }
+IN_WORDS = {"unlabelled": "without labels", "labelled": "with labels"}
 DATA = ("labelled", "unlabelled")  # unlabelled: all images are of one class
 TOKENS = {  # class tokens of a data word such as unlabelled:token-mean => flags of study.derive
     "token-mean": ("--token", "mean"),

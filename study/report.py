@@ -13,7 +13,9 @@ from evaluations.seeds import mean_of
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, Row
 from study.figures import draw_curves, draw_samples
 from study.ledger import Ledger
-from study.plan import DATA, EMA, NO_TEACHER, RAW, TITLES, judgements, runs
+from study.machines import AGAIN, agreement
+from study.plan import DATA, EMA, IN_WORDS, NO_TEACHER, RAW, TITLES, judgements, runs
+from study.readme import fill, summary
 from study.settings import LEVELS, ReportConfig, StudyConfig, recipe
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +28,6 @@ PAPER = {
     "reg": 15.2,
 }  # B/2, 400K steps, unguided, FID-50K
 AGREEMENT = {LOWER: "agrees", HIGHER: "the opposite", SPREAD: "not seen: within the spread", UNKNOWN: UNKNOWN}
-IN_WORDS = {"unlabelled": "without labels", "labelled": "with labels"}
 
 
 class Space(NamedTuple):
@@ -76,8 +77,14 @@ class Page:
                     counts = sorted({shared[step] for step in known or verdicts})
                     seeds = f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} seed{'s' * (counts[-1] != 1)}"
                     where = f"{self.settings.level.capitalize()} {IN_WORDS[data]}, {teacher} teacher"
-                    pair = f"{TITLES[name]} against {TITLES[other]} ({seeds})"
+                    kinds = {kind for one in (row, base) for kind in self.machines(one)}
+                    mixed = f"; on {' and '.join(sorted(kinds))}" if len(kinds) > 1 else ""
+                    pair = f"{TITLES[name]} against {TITLES[other]} ({seeds}{mixed})"
                     yield f"- {where}, {pair}: {in_words(verdicts) if known else 'too few seeds to say'}."
+
+    def machines(self, row: Row) -> set[str]:
+        """Those that the judged steps of a row come from."""
+        return {kind for (one, _), kinds in self.curves.machines.items() if one == row for kind in kinds}
 
     def verdict(self, row: Row, base: Row, step: int) -> str:
         """The verdict if all spaces agree on it; else that nothing is known beyond the spread."""
@@ -230,7 +237,14 @@ class Page:
                 parts.append(as_markdown(self.paper(own)))
             parts.append(self.samples(data, rows))
         parts.append("### Class tokens and layers\n\n" + as_markdown(self.tokens()))
-        for title, table in (("Ablations", self.ablations()), ("Guidance, after the last step", self.guided())):
+        again = Ledger(self.settings.results / AGAIN / f"{level}.jsonl").lines()
+        twice = agreement(self.lines, again, [*(space.key for space in self.spaces), "class_accuracy", "cknna"])
+        tables = {
+            "Ablations": self.ablations(),
+            "Guidance, after the last step": self.guided(),
+            "The same runs on two machines": twice,
+        }
+        for title, table in tables.items():
             if len(table) > 1:
                 parts.append(f"### {title}\n\n" + as_markdown(table))
         return "\n".join([*parts, self.closing()])
@@ -267,9 +281,14 @@ class Page:
                 parts.append(f"- {title} {average} with averaged weights, {plain} with raw ones.")
         machines = {str(sorted(line["machine"].items())): line["machine"] for line in self.lines}
         networks = {str(line["networks"].get("vae")) for line in self.lines if "networks" in line}
-        for machine in machines.values():
+        for text, machine in machines.items():
             words = ", ".join(f"{name} {value}" for name, value in machine.items())
-            parts.append(f"- Machine: {words}.")
+            count = sum(str(sorted(line["machine"].items())) == text for line in self.lines)
+            parts.append(f"- Machine of {count} lines of the raw results: {words}.")
+        together = [row for row in self.curves.runs if len(self.machines(row)) > 1]
+        for row in together:
+            names = " and ".join(sorted(self.machines(row)))
+            parts.append(f"- {IN_WORDS.get(row.data, row.data)}, {label(row)}: judged on {names}.")
         if len(networks) > 1:
             parts.append(f"- The small networks were trained {len(networks)} times, by different arithmetic.")
         table, hours = self.missing()
@@ -304,15 +323,16 @@ def in_words(verdicts: dict[int, str]) -> str:
 
 
 def report(settings: ReportConfig) -> None:
-    """Write the page and its pictures from the raw results of all levels that have any."""
-    levels = [recipe(level, "--results", str(settings.results)) for level in LEVELS]
-    write(settings.page, levels)
+    """Write the page, its pictures and README's table from the raw results of all levels that have any."""
+    found = write(settings.page, [recipe(level, "--results", str(settings.results)) for level in LEVELS])
+    fill(settings.readme, [line for one in found for line in summary(one.settings, one.curves, one.spaces[0].key)])
 
 
-def write(page: Path, levels: Sequence[StudyConfig]) -> None:
-    """The page of these levels."""
+def write(page: Path, levels: Sequence[StudyConfig]) -> list[Page]:
+    """The page of these levels; returns the parts of those that have results."""
     found = [one for one in (Page(settings, page.parent / "images") for settings in levels) if one.steps]
     claims = "\n".join(line for one in found for line in one.claims())
     head = (ROOT / "study" / "page.md").read_text(encoding="utf-8").replace("CLAIMS", claims)
     write_text(page, "\n".join([head, *(one.text() for one in found)]).rstrip() + "\n")
     say(f"{page}: {', '.join(one.settings.level for one in found)}")
+    return found

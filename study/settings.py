@@ -83,3 +83,4 @@ class ReportConfig:
     page: Path = setting(
         Path("docs/reproduction.md"), "page to write; pictures go to images beside it", group="report", role=RUN
     )
+    readme: Path = setting(Path("README.md"), "file whose table of results is written again", group="report", role=RUN)

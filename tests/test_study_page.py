@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from config import UserError
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, first_pass
 from study.ledger import Ledger
 from study.plan import DATA, EMA, NO_TEACHER
+from study.readme import BEGIN, END, fill, summary
 from study.report import report, write
 from study.settings import ReportConfig
 from tests.toy_study import settings
@@ -17,9 +19,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_page_is_what_the_raw_results_give(tmp_path):
-    """docs/reproduction.md holds no number that its own command does not write."""
-    page = tmp_path / "reproduction.md"
-    report(ReportConfig(page=page))
+    """docs/reproduction.md, and README's table of the study, hold no number that their own command does not write."""
+    page, readme = tmp_path / "reproduction.md", tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    report(ReportConfig(page=page, readme=readme))
+    assert readme.read_text() == (ROOT / "README.md").read_text(), "run `python -m study report`"
     assert page.read_text() == (ROOT / "docs" / "reproduction.md").read_text(), "run `python -m study report`"
     for picture in tmp_path.glob("images/*"):
         assert (ROOT / "docs" / "images" / picture.name).is_file()
@@ -62,6 +66,38 @@ def test_a_page_of_few_seeds_and_changed_tokens(tmp_path):
     curves = Curves(ledger.lines(), EMA)
     pair = [curves.row("unlabelled", teacher, name) for teacher, name in (("random", "reg"), ("random", "sit"))]
     assert curves.verdict(*pair, 200, "fd_judge") == UNKNOWN
+
+
+def test_the_same_runs_on_two_machines(tmp_path):
+    """What rounding does stands beside what the seed does; rows of two machines in one comparison are said as such."""
+    level = settings(tmp_path, steps=("100",), lines=("unlabelled supervised sit,reg 0,1,2",))
+    level = replace(level, headline=100)
+    sit = lines_of([[9], [10], [11]], "sit", teacher=NO_TEACHER, steps=(100,))
+    lines = [{**x, "key": f"k{n}", "machine": {"gpu": "G"}} for n, x in enumerate([*sit, *lines_of([[4], [5], [6]])])]
+    lines = [{**x, "cpu_seconds": {"training": None, "judging": 0.0}} for x in lines]
+    lines[-1]["machine"] = {"processor": "C"}
+    for line in lines:
+        Ledger(level.results / "digits.jsonl").append(line)
+        line = {**line, "machine": {"processor": "C"}, "metrics": {"fd_judge": line["metrics"]["fd_judge"] * 1.02}}
+        if line["row"] == "sit":
+            Ledger(level.results / "again" / "digits.jsonl").append(line)
+    Ledger(level.results / "digits.jsonl").append(
+        {"key": "f", "row": "held-out", "metrics": {"fd_judge": 1.0}, "machine": {}}
+    )
+    (found,) = write(tmp_path / "page.md", [level])
+    text = (tmp_path / "page.md").read_text()
+    assert "fd_judge | 3 | 2.0% | 2.0% | 10.5%" in text and "apart on C and G, median" in text
+    assert "SiT + REG against SiT (3 seeds; on C and G): lower in all feature spaces after 100 steps" in text
+    readme = tmp_path / "README.md"
+    readme.write_text("top\n")
+    with pytest.raises(UserError, match=r"README\.md has no place for the table"):
+        fill(readme, [])
+    readme.write_text(f"top\n{BEGIN}\nold\n{END}\nrest\n")
+    fill(readme, summary(level, found.curves, "fd_judge"))
+    assert readme.read_text() == f"top\n{BEGIN}\nimages | SiT | SiT + REPA | SiT + REG\n-|-|-|-\n{END}\nrest\n"
+    repa = [{**x, "machine": {}} for x in lines_of([[7]], "repa", steps=(100,))]
+    whole = summary(level, Curves([*lines, *repa], EMA), "fd_judge")
+    assert whole == [["Digits without labels, 100 steps", "9.00, 10.00, 11.00", "7.00", "4.00, 5.00, 6.00"]]
 
 
 def test_when_a_value_is_reached():

@@ -1,0 +1,43 @@
+"""The README's table of the study, between two markers: written by `python -m study report`, as the page is."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from common.files import write_text
+from config import UserError
+from evaluations.results import as_markdown
+from evaluations.seeds import mean_of
+from study.curves import Curves
+from study.levels import SUPERVISED
+from study.plan import DATA, IN_WORDS, TITLES
+from study.settings import StudyConfig
+
+BEGIN, END = "<!-- written by python -m study report -->", "<!-- end of what it writes -->"
+ROWS = ("sit", "repa", "reg")
+
+
+def summary(settings: StudyConfig, curves: Curves, metric: str) -> list[list[str]]:
+    """A line without and one with labels, where all of ROWS are measured: a metric at the step of the headline."""
+    body = []
+    for data in reversed(DATA):
+        rows = [curves.row(data, SUPERVISED, name) for name in ROWS]
+        values = [list(curves.at(row, settings.headline, metric).values()) for row in rows]
+        if all(values):
+            title = f"{settings.level.capitalize()} {IN_WORDS[data]}, {settings.headline:,} steps"
+            body.append([title, *(mean_of(one).text(2) for one in values)])
+    return body
+
+
+def fill(readme: Path, body: Iterable[list[str]]) -> None:
+    """Put the table between the markers of a file, the rest of which stays.
+
+    Raises:
+        UserError: the file lacks a marker.
+    """
+    text = readme.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"{readme} has no place for the table: add the lines {BEGIN!r} and {END!r}")
+    table = as_markdown([["images", *(TITLES[name] for name in ROWS)], *body])
+    write_text(readme, f"{head}{BEGIN}\n{table}{END}{tail}")
