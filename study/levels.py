@@ -99,10 +99,10 @@ class Level:
         lite = teacher.startswith("efficientnet-lite")  # packed with the pixels, and with another encoder's tokens
         packed = self.out / "packed" / ("pixels" if lite else f"labelled-{teacher}")
         into = ("--source", str(images / "train"), "--out", str(packed), "--resolution", str(settings.resolution))
-        into += ("--flip",) * settings.flip
+        mirrored = ("--flip",) * settings.flip
         reader, pixels = (SUPERVISED, ("--pixels",)) if lite else (teacher, ())
         networks = ("--vae", str(network("vae")), "--enc-type", str(network(reader)), *pixels)
-        pack = ("python", "preprocessing/pack.py", *into, *networks)
+        pack = ("python", "preprocessing/pack.py", *into, *mirrored, *networks)
         stages.append(Stage(packed.name, pack, (packed / "dataset.json",), ("images", "vae", reader)))
         if lite:
             own, encoder = packed.with_name(f"labelled-{teacher}"), ("--encoder", str(network(teacher)))
