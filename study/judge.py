@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.arrays import read_npy
 from common.files import fingerprint, replacing
 from common.lock import wait_for
 from common.processes import gather_rows, in_turn, rank, world
@@ -143,7 +144,7 @@ def _features(images: ImageSet, space: Extractor, batch: int, cache: Path | None
         if not file.is_file():
             with replacing(file) as temporary, temporary.open("wb") as stream:
                 np.save(stream, collect(images, space, batch_size=batch).pooled.numpy())
-        return torch.from_numpy(np.load(file))
+        return torch.from_numpy(read_npy(file))
 
 
 class Teacher:
