@@ -109,8 +109,8 @@ def tune(settings: BlockBenchmark) -> list[dict[str, Any]]:
         mean, rstd = torch.rand(2, n, config.num_tokens, 1)
     rows = []
     usual = {"WARPS": norm_kernel.WARPS, "STAGES": norm_kernel.STAGES, "PROGRAMS": norm_kernel.PROGRAMS}
-    tried = [usual, *({**usual, "WARPS": w, "STAGES": s} for w in (4, 8, 16) for s in (1, 2, 3))]
-    tried += [{**usual, "PROGRAMS": programs} for programs in (256, 528, 2048, 4096)]
+    tried = [usual, *({**usual, "WARPS": w, "STAGES": s} for w in (2, 4, 8) for s in (3, 4, 5))]
+    tried += [{**usual, "PROGRAMS": programs} for programs in (256, 528, 2048)]
     try:
         for choice in tried:
             for name, value in choice.items():

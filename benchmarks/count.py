@@ -32,7 +32,6 @@ class CountBenchmark:
     encoder: str = setting("cached", "cached: tokens are given; or what runs in the step: dinov2-vit-b", group="what")
     precision: str = setting("bf16", "ours", group="how", choices=("fp32", "fp16", "bf16"))
     compile: bool = setting(False, "the compiled step", group="how")
-    norm_kernel: bool = setting(False, "the compiled step with models/norm_kernel.py", group="how")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass", group="how")
     names: int = setting(0, "also print so many of the most frequent kernels", group="how", at_least=0)
     published: Path | None = setting(None, "clone of the published code at 021ea2e, for the table", group="table")
@@ -129,7 +128,6 @@ def variants(settings: CountBenchmark, config: "SiTConfig", n: int) -> dict[str,
             encoder=settings.encoder,
             precision=settings.precision,
             compiled=compiled,
-            norm_kernel=settings.norm_kernel,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
 

@@ -34,7 +34,6 @@ class TrainStepBenchmark:
     precision: str = setting("auto", "ours", group="how", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "also measure ours with its regions compiled", group="how")
     graph: bool = setting(False, "also measure ours as a CUDA graph, compiled with --compile (CUDA)", group="how")
-    norm_kernel: bool = setting(False, "also measure it compiled with models/norm_kernel.py", group="how")
     only: tuple[str, ...] = setting((), "measure these variants alone, by their names in the table", group="how")
     stream: bool = setting(False, "also measure ours with the next batch encoded on a side stream (CUDA)", group="how")
     gradient_checkpointing: bool = setting(False, "ours recomputes its blocks", group="how")
@@ -135,7 +134,7 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
     """What is compared."""
     from benchmarks.train_variants import OurStep, encoded_ahead, published_step
 
-    def ours(n: int, compiled: bool, graph: bool = False, norm_kernel: bool = False) -> OurStep:
+    def ours(n: int, compiled: bool, graph: bool = False) -> OurStep:
         return OurStep(
             config,
             n,
@@ -144,7 +143,6 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
             precision=precision,
             compiled=compiled,
             graph=graph,
-            norm_kernel=norm_kernel,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
 
@@ -163,8 +161,6 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
     builders["ours"] = lambda n: ours(n, False)
     if settings.compile:
         builders["ours, compiled"] = lambda n: ours(n, True)
-    if settings.norm_kernel:
-        builders["ours, norm kernel"] = lambda n: ours(n, True, norm_kernel=True)
     if settings.stream and cuda and settings.encoder != "cached":
         builders["ours, encoder on a stream"] = lambda n: encoded_ahead(ours(n, settings.compile))
     if settings.graph and cuda:

@@ -69,7 +69,6 @@ class OurStep:
         encoder: str = CACHED,
         precision: str = "fp32",
         compiled: bool = False,
-        norm_kernel: bool = False,
         graph: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -79,7 +78,7 @@ class OurStep:
         network.gradient_checkpointing = gradient_checkpointing
         encoders = [] if encoder == CACHED else [random_encoder(encoder, config, device)]
         if compiled:
-            acceleration.compile_network(network, norm_kernel=norm_kernel)
+            acceleration.compile_network(network)
             for module in encoders:
                 acceleration.compile_encoder(module)
         make = GraphedStep if graph else TrainStep

@@ -123,18 +123,13 @@ def compile_region(region: T, *, dynamic: bool = False) -> T:
     return torch.compile(region, backend=_inductor, dynamic=dynamic)
 
 
-def compile_network(network: nn.Module, *, norm_kernel: bool = False) -> None:
+def compile_network(network: nn.Module) -> None:
     """Compile a SiT in place, by region: its embeddings, its blocks, its output layer and its projectors.
 
     All blocks share one compiled graph, so that compilation takes the time of one block instead of `depth` of them. It works
     below DDP and gradient checkpointing. Shapes are static: a batch of another size compiles again.
-
-    Args:
-        network: the SiT.
-        norm_kernel: on a GPU, the norms of the blocks take their backward pass from models/norm_kernel.py, and each block
-            leaves its last addition to the next one. Blocks then have three kinds of graph.
     """
-    if norm_kernel and next(network.parameters()).is_cuda:
+    if next(network.parameters()).is_cuda:
         take_norm_kernel(network)
     network.embed = compile_region(network.embed)
     for module in (*network.blocks, network.final_layer, *network.projectors):
@@ -142,7 +137,10 @@ def compile_network(network: nn.Module, *, norm_kernel: bool = False) -> None:
 
 
 def take_norm_kernel(network: nn.Module) -> None:
-    """Let the blocks of a SiT take models/norm_kernel.py, and leave their last addition to the next block."""
+    """Let the blocks of a SiT take models/norm_kernel.py, and leave their last addition to the next block.
+
+    Blocks then have three kinds of graph: with an addition of the block before to do, without, and those that do their own.
+    """
     from models.norm_kernel import adaptive_norm  # needs Triton
 
     for block in network.blocks:

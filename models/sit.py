@@ -185,7 +185,7 @@ class SiT(nn.Module):
         self.register_buffer("pos_embed", torch.zeros(1, config.num_tokens, d))  # (1, T, D)
         self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        self.projectors = nn.ModuleList(projector(d, config.projector_dim, e) for e in config.align_dims)
+        self.projectors = nn.ModuleList(Projector(d, config.projector_dim, e) for e in config.align_dims)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -270,15 +270,20 @@ class SiT(nn.Module):
             raise ValueError(f"the network was built for a class token of width {config.class_token_dim}, got {width}")
 
 
-def projector(hidden_size: int, projector_dim: int, out_dim: int) -> nn.Sequential:
+class Projector(nn.Sequential):
     """REPA's projection head (REPA section 3): three linear layers with SiLU between."""
-    return nn.Sequential(
-        nn.Linear(hidden_size, projector_dim),
-        nn.SiLU(),
-        nn.Linear(projector_dim, projector_dim),
-        nn.SiLU(),
-        nn.Linear(projector_dim, out_dim),
-    )
+
+    def __init__(self, hidden_size: int, projector_dim: int, out_dim: int) -> None:
+        super().__init__(
+            nn.Linear(hidden_size, projector_dim),
+            nn.SiLU(),
+            nn.Linear(projector_dim, projector_dim),
+            nn.SiLU(),
+            nn.Linear(projector_dim, out_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # torch 2.11 compiles no code of torch.nn itself
 
 
 def sincos_position_embedding(dim: int, side: int) -> Tensor:

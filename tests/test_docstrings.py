@@ -28,7 +28,7 @@ CITED = {  # what implements a formula => where it is
     "models.philox": ("philox4x32",),
     "evaluations.metrics": ("frechet_distance", "InceptionScore", "kernel_distance", "clip_mmd"),
     "evaluations.neighbours": ("PrecisionRecall", "DensityCoverage"),
-    "models.sit": ("SiT", "SiT.forward", "projector"),
+    "models.sit": ("SiT", "SiT.forward", "Projector"),
     "models.embedders": ("ClassTokenEmbedder",),
 }
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
 from models import acceleration
 from models.acceleration import autocast, compile_region
@@ -51,7 +52,7 @@ def compare_networks() -> None:
         output = network(*inputs(config), project=True)
         parts = [output.velocity, output.class_velocity, *output.projections]
         gradients = torch.autograd.grad([part.square().mean() for part in parts], list(network.parameters()))
-        found.append([*parts, *gradients])
+        found.append([*(part.detach() for part in parts), *gradients])
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(float(a.abs().max()), 1e-3)
     with torch.no_grad():
@@ -84,6 +85,52 @@ def compare_norms(dtype: torch.dtype, limit: float, gated: bool) -> None:
     assert sums.shape == (2, 3, 4 if gated else 2, 24)
     if gated:
         torch.testing.assert_close(sums[:, :, 3].sum(1), d_branch.float().sum(1))
+
+
+def reference(d_total, d_output, x, scale, gate, branch, first_gate, first_branch, mean, rstd):
+    """What the kernel computes, in torch's operations."""
+    value = x if first_gate is None else x + first_gate * first_branch
+    normalised = ((value if gate is None else value + gate * branch) - mean) * rstd
+    d_normalised = d_output * (1 + scale)
+    centred = d_normalised - d_normalised.mean(-1, keepdim=True)
+    d_x = d_total + rstd * (centred - normalised * (d_normalised * normalised).mean(-1, keepdim=True))
+    sums = [d_output, d_output * normalised] + ([] if gate is None else [d_x * branch, d_x * gate])
+    return (
+        d_x,
+        None if gate is None else (d_x * gate).to(branch.dtype),
+        torch.stack([s.sum(1) for s in sums], 1)[:, None],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, limit", [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_a_compiled_network_with_the_kernel_keeps_all_gradients(monkeypatch, precision, limit):
+    """Traced as for Inductor, but on the CPU and with torch's operations in the kernel's place: outputs and gradients are
+    those of the eager network, to rounding; blocks have three kinds of graph."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return aot_eager(graph, examples)
+
+    monkeypatch.setattr(acceleration, "_inductor", backend)
+    monkeypatch.setattr(norm_kernel, "backward", reference)
+    config = replace(TOY, depth=5, align_depth=3)
+    eager = randomized(config).train()
+    compiled = copy.deepcopy(eager)
+    acceleration.take_norm_kernel(compiled)
+    acceleration.compile_network(compiled)
+    found = []
+    for network in (eager, compiled):
+        with autocast("cpu", precision):
+            output = network(*inputs(config), project=True)
+        parts = [part.float() for part in (output.velocity, output.class_velocity, *output.projections)]
+        gradients = torch.autograd.grad([part.square().mean() for part in parts], list(network.parameters()))
+        found.append([*(part.detach() for part in parts), *gradients])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= limit * max(float(a.abs().max()), 1e-3)
+    assert len(graphs) == 3 + 1 + 1 + len(TOY.align_dims)
 
 
 @pytest.mark.gpu
