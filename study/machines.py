@@ -41,12 +41,8 @@ def agreement(
         machines = [apart(a["metrics"][key], b["metrics"][key]) for a, b in pairs if key in a["metrics"]]
         spread = [apart(a[key], b[key]) for same in seeds.values() for a, b in combinations(same, 2) if key in a]
         if machines:
-            cells = [
-                f"{np.median(machines):.1%}",
-                f"{max(machines):.1%}",
-                f"{np.median(spread):.1%}" if spread else "-",
-            ]
-            body.append([key, str(len(machines)), *cells])
+            cells = [np.median(machines), max(machines), np.median(spread) if spread else None]
+            body.append([key, str(len(machines)), *("-" if x is None else f"{100 * x:.2g} %" for x in cells)])
     names = " and ".join(sorted({kind(line) for pair in pairs for line in pair}))
     return [["metric", "judgements", f"apart on {names}, median", "largest", "two training seeds apart, median"], *body]
 

@@ -13,7 +13,7 @@ from evaluations.seeds import mean_of
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, Row
 from study.figures import draw_curves, draw_samples
 from study.ledger import Ledger
-from study.machines import AGAIN, agreement
+from study.machines import AGAIN, agreement, kind
 from study.plan import DATA, EMA, IN_WORDS, NO_TEACHER, RAW, TITLES, judgements, runs
 from study.readme import fill, summary
 from study.settings import LEVELS, ReportConfig, StudyConfig, recipe
@@ -77,14 +77,14 @@ class Page:
                     counts = sorted({shared[step] for step in known or verdicts})
                     seeds = f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} seed{'s' * (counts[-1] != 1)}"
                     where = f"{self.settings.level.capitalize()} {IN_WORDS[data]}, {teacher} teacher"
-                    kinds = {kind for one in (row, base) for kind in self.machines(one)}
+                    kinds = self.machines(row) | self.machines(base)
                     mixed = f"; on {' and '.join(sorted(kinds))}" if len(kinds) > 1 else ""
                     pair = f"{TITLES[name]} against {TITLES[other]} ({seeds}{mixed})"
                     yield f"- {where}, {pair}: {in_words(verdicts) if known else 'too few seeds to say'}."
 
     def machines(self, row: Row) -> set[str]:
         """Those that the judged steps of a row come from."""
-        return {kind for (one, _), kinds in self.curves.machines.items() if one == row for kind in kinds}
+        return {name for (one, _), names in self.curves.machines.items() if one == row for name in names}
 
     def verdict(self, row: Row, base: Row, step: int) -> str:
         """The verdict if all spaces agree on it; else that nothing is known beyond the spread."""
@@ -185,24 +185,26 @@ class Page:
             body.append([*names, *(mean_of(values).text(2) if values else "" for values in columns)])
         return [["row", "scale", "of the token", "interval to", *keys], *body]
 
-    def missing(self) -> tuple[list[list[str]], float]:
-        """Runs of the recipe that are not finished, and the processor hours that they will take."""
+    def missing(self) -> tuple[list[list[str]], float, str]:
+        """Runs of the recipe that are not finished, and the processor hours that they will take on which machine."""
         names = ("data", "teacher", "row", "seed", "step", "weights")
         done = {tuple(line[name] for name in names) for line in self.lines if "step" in line}
-        costs = [line["cpu_seconds"] for line in self.lines if line.get("weights") == EMA]
+        judged = [line for line in self.lines if line.get("weights") == EMA]
+        machine = max(kinds := list(map(kind, judged)), key=kinds.count)
+        costs = [line["cpu_seconds"] for line in judged if kind(line) == machine]
         judging = float(np.mean([cost["judging"] for cost in costs])) if costs else 0.0
         training = max((cost["training"] for cost in costs if cost["training"] is not None), default=0.0)
         count: dict[tuple[str, str, str], list[int]] = {}
         for spec in runs(self.settings):
             run = (spec.data, spec.teacher, spec.row, spec.seed)
-            if not done.issuperset((*run, *judged) for judged in judgements(spec, self.settings)):
+            if not done.issuperset((*run, *one) for one in judgements(spec, self.settings)):
                 row = spec.row + " guided" * spec.guided
                 count.setdefault((spec.data, spec.teacher, row), []).append(spec.seed)
         hours = sum(map(len, count.values())) * (training + judging * (len(self.settings.steps) + 1)) / 3600
         body = [
             [IN_WORDS.get(d, d), t, TITLES.get(r, r), ", ".join(map(str, seeds))] for (d, t, r), seeds in count.items()
         ]
-        return [["images", "teacher", "row", "seeds"], *body], hours
+        return [["images", "teacher", "row", "seeds"], *body], hours, machine
 
     def text(self) -> str:
         """Markdown of the level, with its pictures written."""
@@ -291,11 +293,10 @@ class Page:
             parts.append(f"- {IN_WORDS.get(row.data, row.data)}, {label(row)}: judged on {names}.")
         if len(networks) > 1:
             parts.append(f"- The small networks were trained {len(networks)} times, by different arithmetic.")
-        table, hours = self.missing()
+        table, hours, machine = self.missing()
         if len(table) > 1:
-            parts.append(
-                f"\n### Not finished\n\nAbout {hours:.1f} hours of one core; `python -m study {self.settings.level}`.\n"
-            )
+            cost = f"About {hours:.1f} processor hours on {machine}; `python -m study {self.settings.level}`."
+            parts.append(f"\n### Not finished\n\n{cost}\n")
             parts.append(as_markdown(table))
         return "\n".join(parts) + "\n"
 

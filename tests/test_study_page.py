@@ -86,7 +86,7 @@ def test_the_same_runs_on_two_machines(tmp_path):
     )
     (found,) = write(tmp_path / "page.md", [level])
     text = (tmp_path / "page.md").read_text()
-    assert "fd_judge | 3 | 2.0% | 2.0% | 10.5%" in text and "apart on C and G, median" in text
+    assert "fd_judge | 3 | 2 % | 2 % | 11 %" in text and "apart on C and G, median" in text
     assert "SiT + REG against SiT (3 seeds; on C and G): lower in all feature spaces after 100 steps" in text
     readme = tmp_path / "README.md"
     readme.write_text("top\n")
