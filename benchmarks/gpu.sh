@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu.sh [PART...]        parts: smoke ceilings tests cached online small sample (default: these), block
 #   PUBLISHED=path/to/REG bash benchmarks/gpu.sh    the published code beside ours (a copy of 021ea2e)
-#   PYTHON=python3  COMMIT=hash (where there is no .git)  OUT=folder (default: gpu-results)
+#   PYTHON=python3  COMMIT=hash (of copied files: it goes into the records)  OUT=folder (default: gpu-results)
 #
 # After each part OUT holds log.txt, table.md (what was measured, a line each) and results.tar (the records and whole logs); a
 # part that fails or takes too long leaves what it has measured, and does not stop the others. Exit status 2: nothing can be

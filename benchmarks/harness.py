@@ -192,11 +192,14 @@ def device_name(device: str | torch.device) -> str:
 
 
 def commit(repository: Path) -> str | None:
-    """The short commit of a checkout, with "+" when tracked files differ from it; outside of git the variable COMMIT, or
-    None."""
+    """The short commit of a checkout, with "+" when tracked files differ from it, or None outside of git; of this project what
+    the variable COMMIT says, where it is set."""
+    given = os.environ.get("COMMIT")
+    if given and repository == ROOT:  # files may have been copied over an older checkout: git would name that one
+        return given[:10]
     described = _output("git", "-C", str(repository), "rev-parse", "--short=10", "HEAD")
     if described is None:
-        return os.environ.get("COMMIT") if repository == ROOT else None
+        return None
     return described + ("+" if _output("git", "-C", str(repository), "status", "--porcelain", "-uno") else "")
 
 
