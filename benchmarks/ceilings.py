@@ -22,7 +22,7 @@ class Ceilings:
     input_size: int = setting(32, "side of the latent", group="what", at_least=2)
     square: int = setting(8192, "side of the large product", group="what", at_least=1)
     copied: int = setting(2**30, "bytes that are copied", group="what", at_least=1024)
-    rounds: int = setting(9, "timed calls of each", group="how", at_least=1)
+    rounds: int = setting(9, "how often each is timed, by ten calls in a row", group="how", at_least=1)
     device: str = setting("auto", "where it runs", group="how", choices=("auto", "cpu", "cuda"))
     label: str = setting("run", "names the result files", group="how")
     table: Path | None = setting(None, "folder of results to print a table of, instead of measuring", group="what")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for name, (call, work, unit) in calls(settings, device, dtype).items():
         try:
-            seconds = harness.alternate({name: call}, rounds=settings.rounds, warmup=2, device=device)[name]
+            seconds = harness.alternate({name: call}, rounds=settings.rounds, warmup=2, repeats=10, device=device)[name]
         except RuntimeError as error:  # a kernel that does not know this GPU or shape
             rows.append({"what": name, "unit": str(error).splitlines()[0][:60]})
             continue

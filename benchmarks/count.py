@@ -87,26 +87,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"launches {rows[-1]['launches']}")
 
 
-def predicted(settings: CountBenchmark, config: "SiTConfig", n: int, found: Counted) -> dict[str, int]:
-    """Images per second on two GPUs, by models/cost.py."""
+def predicted(settings: CountBenchmark, config: "SiTConfig", n: int, found: Counted) -> dict[str, float]:
+    """Images per second on two GPUs, by models/cost.py; the device's time alone is what a CUDA graph would take."""
     from models.cost import GPUS, counted_seconds, encoder_macs
 
     macs = 0 if settings.encoder == "cached" else encoder_macs(settings.encoder, config.input_size // config.patch_size)
     # the device has no cuDNN: the convolution of the encoder's patches is two launches for each image, on a GPU it is one
     launches = found.launches - (2 * n - 1 if macs else 0)
-    images = {}
-    for name in ("H100", "H200"):
-        seconds = counted_seconds(
-            config,
-            n,
-            GPUS[name],
-            traffic=found.traffic,
-            launches=launches,
-            host=found.host,
-            encoder_macs=macs,
+
+    def seconds(gpu: str, host: float) -> float:
+        return counted_seconds(
+            config, n, GPUS[gpu], traffic=found.traffic, launches=launches, host=host, encoder_macs=macs
         )
-        images[f"predicted images/s, {name}"] = round(n / seconds)
-    return images
+
+    rates = {f"predicted images/s, {gpu}": round(n / seconds(gpu, found.host)) for gpu in ("H100", "H200")}
+    return {**rates, "predicted ms of the device, H200": 1e3 * seconds("H200", 0.0)}
 
 
 def _text(value: Any) -> str:
@@ -161,7 +156,7 @@ def count(build: Build, names: int = 0) -> Counted:
     for name, n in sorted(found.items(), key=lambda item: -item[1])[:names]:
         print(f"{n:>6} {name[:140]}")
     hosts = []
-    for _ in range(5):
+    for _ in range(15):
         began = time.process_time()
         step()
         hosts.append(time.process_time() - began)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What a machine with one GPU can tell in seven minutes, on an image with torch, timm, accelerate, pytest, numpy and tqdm.
+# What a machine with one GPU can tell in seven minutes (the parts' limits sum to ten), on an image with torch, timm,
+# accelerate, pytest, numpy and tqdm.
 #
 #   bash benchmarks/gpu.sh [PART...]        parts: smoke ceilings tests cached online small sample (default: these), block
 #   PUBLISHED=path/to/REG bash benchmarks/gpu.sh    the published code beside ours (a copy of 021ea2e)
@@ -47,7 +48,7 @@ step() { # name, seconds, flags...
 
 # Torch compiles for the first time; the graphs of 32 images are kept for the part "small". Cut off, it has not failed.
 smoke() {
-    step smoke 45 --model SiT-B/2 --depth 2 --batch-size 32 --label smoke
+    step smoke 90 --model SiT-B/2 --depth 2 --batch-size 32 --label smoke
     local status=$?
     rm -f "$RESULTS"/*-smoke.json
     if [ $status -ne 0 ] && [ $status -ne 124 ] || grep -q "runs uncompiled" "$RESULTS/smoke.log"; then
@@ -58,7 +59,7 @@ smoke() {
 ceilings() { part ceilings 20 "$python" -m benchmarks.ceilings --label gpu-ceilings; }
 tests() { # a process for each file, at once: most of the time is compilation, on one core each
     # shellcheck disable=SC2016  # of the shell that runs them
-    part tests 75 bash -c '
+    part tests 150 bash -c '
         for file in $(grep -lE "^(@|pytestmark = )pytest.mark.gpu" tests/test_*.py); do
             "$0" -m pytest -q -m gpu --durations 3 "$file" > "$RESULTS/$(basename "$file").log" 2>&1 &
             running+=("$! $file")
@@ -74,13 +75,13 @@ tests() { # a process for each file, at once: most of the time is compilation, o
 }
 cached() { step cached 90 --model SiT-XL/2 --batch-size "$large" --graph --profile --label gpu-xl2-cached; }
 online() {
-    step online 50 --model SiT-XL/2 --batch-size "$large" --encoder dinov2-vit-b --label gpu-xl2-online \
+    step online 60 --model SiT-XL/2 --batch-size "$large" --encoder dinov2-vit-b --label gpu-xl2-online \
         --only "ours, compiled" ${PUBLISHED:+published}
 }
-small() { step small 75 --model SiT-B/2 --batch-size 32 256 --graph --label gpu-b2-cached; }
+small() { step small 100 --model SiT-B/2 --batch-size 32 256 --graph --label gpu-b2-cached; }
 block() { part block 80 "$python" -m benchmarks.block --batch-size "$large" --tune --label gpu-xl2; }
 sample() {
-    part sample 45 "$python" -m benchmarks.sample --device cuda --model SiT-XL/2 --batch-size 64 --steps 6 --dtypes bf16 \
+    part sample 50 "$python" -m benchmarks.sample --device cuda --model SiT-XL/2 --batch-size 64 --steps 6 --dtypes bf16 \
         --compile --rounds 2 "${published[@]}" --label gpu-xl2
 }
 

@@ -192,8 +192,8 @@ def device_name(device: str | torch.device) -> str:
 
 
 def commit(repository: Path) -> str | None:
-    """The short commit of a checkout, with "+" when tracked files differ from it, or None outside of git; of this project what
-    the variable COMMIT says, where it is set."""
+    """The short commit of a checkout, with "+" when tracked files differ from it, or None outside of git; of this project
+    what the variable COMMIT says, where it is set."""
     given = os.environ.get("COMMIT")
     if given and repository == ROOT:  # files may have been copied over an older checkout: git would name that one
         return given[:10]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 KINDS = {  # the first that is found in a kernel's name
-    "attention": r"fmha|flash|attention|sdpa",
+    "attention": r"fmha|flash|attention|sdpa|dot_do_o|dq_to_16bits",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|cublas",
     "optimiser and EMA": r"multi_tensor|adam|foreach",
     "copies": r"memcpy|memset",

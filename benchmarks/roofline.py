@@ -3,8 +3,8 @@
     python -m benchmarks.roofline --gpu H200 --gpus 8 --recipes recipes/*.yaml
 
 Nothing is measured here. Matrix products and memory traffic of a compiled step are counted and divided by the shares of the
-data sheet's rates that models/cost.py assumes; the lower bound lets the two overlap fully, "predicted" not at all. Without
---recipes: the paper's main rows.
+data sheet's rates that one H200 has reached (models/cost.py); the lower bound lets the two overlap fully, "predicted" not at
+all, and waits for the host where launching takes longer. Without --recipes: the paper's main rows.
 """
 
 import math

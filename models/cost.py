@@ -92,19 +92,23 @@ def named_gpu(name: str) -> str | None:
     return None
 
 
-# Assumed: predictions rest on these, and none has been measured with this code. Shares are of the data sheet.
-REACHED = 0.8  # of the rate of matrix products that large square ones reach
-SHORT = 172  # a product over K reaches K / (K + SHORT) of that: 0.87 at XL/2's width of 1152
-ATTENTION = 0.3 / 2.5  # of that rate: tiles of 128 pad 257 tokens and heads of 64 or 72 to 2.5 times the work
-BANDWIDTH = 0.76  # of the memory's
-GAP = 1.7e-6  # seconds between two kernels
+# Predictions rest on these, measured on one H200 with torch 2.11 (benchmarks/results/*-gpu-*.json), on a compiled step of
+# XL/2 with 256 images unless it says otherwise. Shares are of the data sheet; other GPUs are assumed to reach the same.
+REACHED = 0.795  # of the rate of matrix products: 786 TFLOP/s at 8192^3
+SHORT = 89  # a product over K reaches K / (K + SHORT) of that: those over 1,152 took 246 ms, 730 TFLOP/s
+ATTENTION = 0.092  # of the rate of matrix products: 6.5 TFLOP in 73 ms; tiles pad 257 tokens and heads of 72
+BANDWIDTH = 0.60  # of the memory's: 334 GB in 116 ms; a copy reaches 0.86
+GAP = 2.5e-6  # seconds between two kernels: 3 ms
+HOST = 2.5  # seconds of that machine's host for one that benchmarks.count counts: B/2 with 32 images, compiled
+LAUNCHING = (2.4e-3, 4.9e-3)  # seconds of that host for each block, and besides: B/2 with 32 images, divided as counted
 # Counted by `python -m benchmarks.count` on compiled steps of XL/2 and B/2 at two batch sizes each, bytes:
-TOKEN_BYTES = 150  # of elementwise traffic for each token, unit of width and block, forward and backward
+TOKEN_BYTES = 143.5  # of elementwise traffic for each token, unit of width and block, forward and backward
 FORWARD_BYTES = 42  # of it in the forward pass, which gradient checkpointing repeats
 PROJECTOR_BYTES = 44  # for each token and hidden unit of a projector
-WEIGHT_BYTES = 40  # for each parameter: AdamW, EMA, norm, half-precision copy
+WEIGHT_BYTES = 34  # for each parameter: AdamW, EMA, norm, half-precision copy
 ENCODER_BYTES = 0.0045  # for each multiply-add of a ViT-B that runs in the step
-LAUNCHES = (45, 120)  # kernels for each block, and besides
+ENCODER_ATTENTION = 0.052  # share of attention in them
+LAUNCHES = (38, 110)  # kernels for each block, and besides
 
 
 class StepCost(NamedTuple):
@@ -117,6 +121,7 @@ class StepCost(NamedTuple):
         compute: seconds of matrix products and attention.
         memory: seconds of the traffic.
         gaps: seconds between kernels.
+        host: seconds that the host takes to launch them.
     """
 
     network_flops: int
@@ -124,7 +129,8 @@ class StepCost(NamedTuple):
     traffic: int
     compute: float
     memory: float
-    gaps: float = 0.0
+    gaps: float
+    host: float
 
     @property
     def floor(self) -> float:
@@ -133,7 +139,12 @@ class StepCost(NamedTuple):
 
     @property
     def expected(self) -> float:
-        """Seconds if nothing overlapped, as kernels run one after the other."""
+        """Seconds as kernels run one after the other; where launching takes the host longer, the host decides."""
+        return max(self.host, self.device)
+
+    @property
+    def device(self) -> float:
+        """Seconds of the kernels, which is what a CUDA graph takes."""
         return self.compute + self.memory + self.gaps
 
 
@@ -149,15 +160,16 @@ def step_cost(config: SiTConfig, batch: int, gpu: Gpu, *, encoder_macs: int = 0,
     """
     c = cost(config)
     network = batch * (c.train_flops + (2 * c.flops if recompute else 0))
-    attention = batch * (8 if recompute else 6) * c.attention_flops
+    passes = 2 if recompute else 1  # forward
     encoder = batch * 2 * encoder_macs
+    attention = batch * (4 + 2 * passes) * c.attention_flops + ENCODER_ATTENTION * encoder
     tokens = batch * config.num_tokens
     block_bytes = TOKEN_BYTES + (FORWARD_BYTES if recompute else 0)
     hidden = config.projector_dim * len(config.align_dims)
-    elementwise = tokens * (block_bytes * config.hidden_size * config.depth + PROJECTOR_BYTES * hidden)
+    elementwise = int(tokens * (block_bytes * config.hidden_size * config.depth + PROJECTOR_BYTES * hidden))
     encoding = int(batch * ENCODER_BYTES * encoder_macs)
     traffic = elementwise + encoding + WEIGHT_BYTES * (c.parameters + c.projector_parameters)
-    kernels = (2 if recompute else 1) * LAUNCHES[0] * config.depth + LAUNCHES[1]
+    kernels, host = (passes * block * config.depth + besides for block, besides in (LAUNCHES, LAUNCHING))
     return StepCost(
         network,
         encoder,
@@ -165,6 +177,7 @@ def step_cost(config: SiTConfig, batch: int, gpu: Gpu, *, encoder_macs: int = 0,
         product_seconds(network + encoder - attention, attention, config.hidden_size, gpu),
         traffic / (BANDWIDTH * gpu.bandwidth * 1e12),
         GAP * kernels,
+        host,
     )
 
 
@@ -180,13 +193,14 @@ def counted_seconds(
     """Predicted seconds of a step whose traffic (bytes), launches and host time (seconds) were counted.
 
     `encoder_macs` as for `step_cost`. The device runs one kernel after the other; where launching takes the host longer than
-    that, the host decides.
+    that, the host decides. With a host of 0 seconds: as a CUDA graph.
     """
     c = cost(config)
-    attention = batch * 6 * c.attention_flops
-    flops = batch * (c.train_flops + 2 * encoder_macs)
+    encoder = batch * 2 * encoder_macs
+    attention = batch * 6 * c.attention_flops + ENCODER_ATTENTION * encoder
+    flops = batch * c.train_flops + encoder
     products = product_seconds(flops - attention, attention, config.hidden_size, gpu)
-    return max(host, products + traffic / (BANDWIDTH * gpu.bandwidth * 1e12) + GAP * launches)
+    return max(HOST * host, products + traffic / (BANDWIDTH * gpu.bandwidth * 1e12) + GAP * launches)
 
 
 class TrainingMemory(NamedTuple):

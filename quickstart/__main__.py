@@ -111,6 +111,7 @@ def train_and_sample(out: Path, run: str, gpu: bool, samples: int, early: bool =
             "125",
             "--labels",
             "balanced",
+            "--no-compile",
             *solver,
             *scales,
         )

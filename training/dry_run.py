@@ -265,7 +265,8 @@ class Forecast:
             gpu = gpu._replace(tflops=gpu.tflops / 2)  # TF32
         macs, recompute = sum(map(vit_macs, self.plan.online)), self.settings.gradient_checkpointing
         step = step_cost(self.plan.network, self._local(1), gpu, encoder_macs=macs, recompute=recompute)
-        return self.settings.max_train_steps * step.expected / 3600
+        seconds = step.device if self.settings.cuda_graph else step.expected
+        return self.settings.max_train_steps * seconds / 3600
 
 
 def _lines(rows: list[tuple[str, str]]) -> str:
