@@ -156,7 +156,7 @@ def count(build: Build, names: int = 0) -> Counted:
     for name, n in sorted(found.items(), key=lambda item: -item[1])[:names]:
         print(f"{n:>6} {name[:140]}")
     hosts = []
-    for _ in range(15):
+    for _ in range(40):
         began = time.process_time()
         step()
         hosts.append(time.process_time() - began)

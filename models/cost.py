@@ -99,8 +99,10 @@ SHORT = 89  # a product over K reaches K / (K + SHORT) of that: those over 1,152
 ATTENTION = 0.092  # of the rate of matrix products: 6.5 TFLOP in 73 ms; tiles pad 257 tokens and heads of 72
 BANDWIDTH = 0.60  # of the memory's: 334 GB in 116 ms; a copy reaches 0.86
 GAP = 2.5e-6  # seconds between two kernels: 3 ms
-HOST = 2.5  # seconds of that machine's host for one that benchmarks.count counts: B/2 with 32 images, compiled
-LAUNCHING = (2.4e-3, 4.9e-3)  # seconds of that host for each block, and besides: B/2 with 32 images, divided as counted
+HOST = (
+    2.9  # seconds of that machine's host for one that benchmarks.count counts: B/2 with 32 images, eager and compiled
+)
+LAUNCHING = (2.0e-3, 9.4e-3)  # seconds of that host for each block, and besides: B/2 with 32 images, divided as counted
 # Counted by `python -m benchmarks.count` on compiled steps of XL/2 and B/2 at two batch sizes each, bytes:
 TOKEN_BYTES = 143.5  # of elementwise traffic for each token, unit of width and block, forward and backward
 FORWARD_BYTES = 42  # of it in the forward pass, which gradient checkpointing repeats

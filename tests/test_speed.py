@@ -149,7 +149,8 @@ def test_training_flops_of_the_largest_network():
 
 
 def test_step_cost_is_a_roofline():
-    """Compute grows with the batch, weights' traffic does not; no step is faster than its slower half."""
+    """Compute grows with the batch, weights' traffic and launching do not; no step is faster than its slower half, or than
+    the host."""
     config, gpu = preset("SiT-B/2"), GPUS["H200"]
     one, two = (step_cost(config, n, gpu) for n in (32, 64))
     assert two.network_flops == 2 * one.network_flops and one.traffic < two.traffic < 2 * one.traffic
@@ -157,7 +158,9 @@ def test_step_cost_is_a_roofline():
         assert step.floor == max(step.compute, step.memory) < step.expected
     encoder = encoder_macs("vit_tiny_patch16_224", 14)
     assert step_cost(config, 32, gpu, encoder_macs=encoder).encoder_flops == 32 * 2 * encoder
-    assert step_cost(config, 32, gpu, recompute=True).compute > one.compute
+    again = step_cost(config, 32, gpu, recompute=True)
+    assert again.compute > one.compute and again.host > one.host == two.host
+    assert one.expected == one.host > one.device and step_cost(config, 256, gpu).expected > one.host
 
 
 @pytest.mark.parametrize("half", [False, True])
