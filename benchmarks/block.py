@@ -101,11 +101,11 @@ def tune(settings: BlockBenchmark) -> list[dict[str, Any]]:
     from models import norm_kernel
     from models.sit import preset
 
-    config, n = preset(settings.model), settings.batch_size
+    config, n, half = preset(settings.model), settings.batch_size, torch.bfloat16
     with torch.device("cuda"):
         d_total, x = torch.randn(2, n, config.num_tokens, config.hidden_size)
-        d_output, branch = torch.randn(2, n, config.num_tokens, config.hidden_size, dtype=torch.bfloat16)
-        scale, gate = torch.randn(2, n, 1, config.hidden_size, dtype=torch.bfloat16)
+        d_output, branch = torch.randn(2, n, config.num_tokens, config.hidden_size, dtype=half)
+        scale, gate = torch.randn(2, n, 1, config.hidden_size, dtype=half)
         mean, rstd = torch.rand(2, n, config.num_tokens, 1)
     rows = []
     usual = {"WARPS": norm_kernel.WARPS, "STAGES": norm_kernel.STAGES, "PROGRAMS": norm_kernel.PROGRAMS}
@@ -117,6 +117,7 @@ def tune(settings: BlockBenchmark) -> list[dict[str, Any]]:
                 setattr(norm_kernel, name, value)
             row: dict[str, Any] = {"variant": ", ".join(f"{name.lower()} {value}" for name, value in choice.items())}
             calls: dict[str, Callable[[], Any]] = {
+                "forward": lambda: norm_kernel.forward(x, scale, scale, gate, branch, None, None, 1e-6, half, True),
                 "gated": lambda: norm_kernel.backward(
                     d_total, d_output, x, scale, gate, branch, None, None, mean, rstd
                 ),
@@ -124,7 +125,7 @@ def tune(settings: BlockBenchmark) -> list[dict[str, Any]]:
                     d_total, d_output, x, scale, None, None, None, None, mean, rstd
                 ),
             }
-            for name, size in (("gated", 18), ("not gated", 14)):
+            for name, size in (("forward", 12), ("gated", 18), ("not gated", 14)):
                 taken = harness.alternate({name: calls[name]}, rounds=settings.rounds, warmup=2, device="cuda")
                 seconds = taken[name].median
                 row |= {f"{name}, ms": 1e3 * seconds, f"{name}, TB/s": size * x.numel() / seconds / 1e12}

@@ -5,7 +5,8 @@
 
 The device is simulated (benchmarks/simulated.py): nothing is computed and nothing is measured but the host's time, that of
 launching. Traffic is bytes read and written by all kernels but matrix products and attention: by Inductor's count for the
-kernels it generates, inputs and outputs for the others. Times on a GPU are predicted from the counts (models/cost.py).
+kernels it generates, but no less than the size of inputs and outputs, which is what counts for the others. Times on a GPU
+are predicted from the counts (models/cost.py).
 """
 
 import sys
@@ -175,10 +176,8 @@ def traffic(step: Callable[[], Any]) -> float:
     generated, original, eager = [0.0], CachingAutotuner.run, Traffic()
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        known = self.inductor_meta.get(
-            "kernel_num_gb"
-        )  # not of models/norm_kernel.py, which takes each tensor as a whole
-        generated[0] += size_of(args) if known is None else 1e9 * known
+        # not known of models/norm_kernel.py, and too small of kernels that read what it has written
+        generated[0] += max(size_of(args), 1e9 * self.inductor_meta.get("kernel_num_gb", 0))
         return original(self, *args, **kwargs)
 
     CachingAutotuner.run = launch

