@@ -1,11 +1,12 @@
 """Fine-tune a model of some classes to other classes with few images: before, after, and from scratch, step by step.
 
 python -m benchmarks.finetune --out runs/finetune            # digits: a model of 0 to 6 to 7, 8 and 9, 100 images each
-python -m benchmarks.finetune --out runs/eurosat --images images/eurosat --vae VAE --encoder ENCODER --judge JUDGE \
-    --new Pasture PermanentCrop Residential --recipe recipes/digits.yaml
+python -m benchmarks.finetune --out runs/places --images IMAGES --vae VAE --encoder ENCODER --judge JUDGE --resolution 64 \
+    --new Pasture PermanentCrop Residential --recipe recipes/study/eurosat-finetune.yaml --label eurosat
 
-The same command goes on where it was cut. `--images` holds train/CLASS/FILE and test/CLASS/FILE. VAE, encoder and judge are
-trained on all classes, so that only the diffusion model is new to the new ones.
+The same command goes on where it was cut; several at once share the work where each has its own --seeds. `--images` holds
+train/CLASS/FILE and test/CLASS/FILE. VAE, encoder and judge are trained on all classes, so that only the diffusion model is
+new to the new ones.
 """
 
 import json
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from common.files import read_json, replacing, sha256, write_json, write_text
+from common.lock import wait_for
 from common.reporting import run, say
 from config import RUN, MissingFile, UserError, differences, identity, parse, setting
 
@@ -49,17 +52,20 @@ class FinetuneBenchmark:
     learning_rate: float = setting(1e-3, "of fine-tuning and of training from scratch", group="how", above=0)
     samples: int = setting(300, "samples of each measurement", group="how", at_least=20)
     num_steps: int = setting(50, "SDE steps of sampling, unguided", group="how", at_least=2)
+    cuda_graph: bool = setting(False, "train by a CUDA graph: the same arithmetic, faster", group="how", role=RUN)
     label: str = setting("digits", "names the result files", group="how", role=RUN)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(FinetuneBenchmark, (__doc__ or "").splitlines()[0], argv)
-    folders = prepare(settings)
-    rows = [measure(settings, folders, *unit) for unit in units(settings)]
-    from benchmarks.harness import environment
+    with closing(wait_for(settings.out, "prepare.lock")):
+        folders = prepare(settings)
+        before = measure(settings, folders, "base", 0, 0)  # the base model, whose rows of the new classes are fresh
+    rows = [before, *(measure(settings, folders, *unit) for unit in units(settings))]
+    from benchmarks.harness import environment, pick_device
 
-    content = {"environment": environment(), "settings": {"seeds": settings.seeds, **_plain(settings)}, "rows": rows}
-    content["real"] = real(settings, folders)
+    content: dict[str, Any] = {"environment": environment(pick_device("auto")), "rows": rows}
+    content |= {"settings": {"seeds": settings.seeds, **_plain(settings)}, "real": real(settings, folders)}
     write_json(RESULTS / f"finetune-{settings.label}.json", content)
     table = markdown(content)
     write_text(RESULTS / f"finetune-{settings.label}.md", table)
@@ -73,8 +79,7 @@ def _plain(settings: FinetuneBenchmark) -> dict[str, object]:
 
 
 def units(settings: FinetuneBenchmark) -> Iterator[tuple[str, int, int]]:
-    """(arm, seed, step) of each measurement; step 0 is the base model, whose rows of the new classes are fresh."""
-    yield "base", 0, 0
+    """(arm, seed, step) of each measurement of the two arms."""
     for seed in settings.seeds:
         for arm in ARMS:
             for step in settings.steps:
@@ -116,23 +121,21 @@ def prepare(settings: FinetuneBenchmark) -> Folders:
         for name in settings.new:
             (target / name).mkdir(parents=True, exist_ok=True)
             for file in sorted((images / part / name).iterdir())[:count]:
-                shutil.copy(file, target / name)
-    base = out / "base.txt"
-    write_text(base, "".join(f"{name}\n" for name in known if name not in settings.new))
+                if not (target / name / file.name).exists():  # another process may be reading it
+                    shutil.copy(file, target / name)
     common = ("--resolution", str(settings.resolution), "--vae", folders.vae, "--enc-type", folders.encoder)
-    _pack(
-        "--source",
-        str(images / "train"),
-        "--classes",
-        str(base),
-        "--out",
-        str(folders.base),
-        *common,
-    )
     _pack("--source", str(folders.train), "--out", str(folders.new), *common)
-    last = settings.base_steps
-    _train(settings, folders.base, "base-model", "--max-train-steps", str(last), "--checkpointing-steps", str(last))
+    if not base_model(settings).is_dir():
+        base, last = out / "base.txt", str(settings.base_steps)
+        write_text(base, "".join(f"{name}\n" for name in known if name not in settings.new))
+        _pack("--source", str(images / "train"), "--classes", str(base), "--out", str(folders.base), *common)
+        _train(settings, folders.base, "base-model", "--max-train-steps", last, "--checkpointing-steps", last)
     return folders
+
+
+def base_model(settings: FinetuneBenchmark) -> Path:
+    """The finished checkpoint of the base model."""
+    return settings.out / "runs" / "base-model" / "checkpoints" / f"{settings.base_steps:07d}"
 
 
 def classes(images: Path) -> list[str]:
@@ -166,6 +169,7 @@ def _run(module: str, *words: str) -> None:
 def _pack(*words: str) -> None:
     from preprocessing import pack
 
+    words = (*words, "--no-compile")  # takes longer than a few thousand small images
     say(f"$ python -m preprocessing.pack {' '.join(words)}")
     pack.main(words)
 
@@ -175,7 +179,8 @@ def _train(settings: FinetuneBenchmark, data: Path, name: str, *more: str) -> Pa
     import train
 
     given = ("--config", str(settings.recipe), "--data-dir", str(data), "--output-dir", str(settings.out / "runs"))
-    words = (*given, "--exp-name", name, "--sampling-steps", "0", "--keep-last", "0", *more)
+    graph = ("--cuda-graph",) if settings.cuda_graph else ()
+    words = (*given, "--exp-name", name, "--sampling-steps", "0", "--keep-last", "0", "--no-compile", *graph, *more)
     say(f"$ python train.py {' '.join(words)}")
     train.main(words)
     return folder
@@ -184,11 +189,11 @@ def _train(settings: FinetuneBenchmark, data: Path, name: str, *more: str) -> Pa
 def trained(settings: FinetuneBenchmark, folders: Folders, arm: str, seed: int, step: int) -> Path:
     """The model file after a step, trained if it is not there; fine-tuned and from scratch with the same flags."""
     if arm == "base":
-        return settings.out / "runs" / "base-model"
+        return base_model(settings)
     checkpoint = settings.out / "runs" / f"{arm}-{seed}" / "checkpoints" / f"{step:07d}"
     if not checkpoint.is_dir():
         every, warmup = math.gcd(*settings.steps), min(settings.steps)  # a checkpoint at each of the steps
-        start = ("--init-from", str(settings.out / "runs" / "base-model")) if arm == "fine-tuned" else ()
+        start = ("--init-from", str(base_model(settings))) if arm == "fine-tuned" else ()
         rate = ("--learning-rate", str(settings.learning_rate), "--lr-warmup-steps", str(warmup), "--ema-warmup")
         length = ("--max-train-steps", str(max(settings.steps)), "--checkpointing-steps", str(every))
         _train(settings, folders.new, f"{arm}-{seed}", "--seed", str(seed), *rate, *length, *start)
@@ -200,20 +205,24 @@ def measure(settings: FinetuneBenchmark, folders: Folders, arm: str, seed: int, 
     file = settings.out / "results" / f"{arm}-{seed}-{step}.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
+    import torch
+
+    from benchmarks.harness import device_name, pick_device
     from sharing.pretrained import PretrainedSiT
 
-    model = PretrainedSiT.from_pretrained(trained(settings, folders, arm, seed, step))
-    row: dict[str, object] = {"arm": arm, "seed": seed, "step": step}
+    device = pick_device("auto")
+    model = PretrainedSiT.from_pretrained(trained(settings, folders, arm, seed, step)).to(device)
+    machine = f"{device_name(device)}, torch {torch.__version__}"
+    row: dict[str, object] = {"arm": arm, "seed": seed, "step": step, "machine": machine}
     count = model.info.network.num_classes
     pixels = []
     labels = [i % count for i in range(settings.samples)]
     for start in range(0, settings.samples, 100):
         state = model.sample(labels[start : start + 100], seed=seed * 1000 + start, num_steps=settings.num_steps)
-        pixels.append(model.autoencoder.decode(state.latent).numpy())
+        pixels.append(model.autoencoder.decode(state.latent).cpu().numpy())
     made = np.concatenate(pixels)
     row |= judged(settings, folders, made, None if arm == "base" else np.array(labels))
-    if arm == "base" or seed == settings.seeds[0]:
-        _sheet(settings, made, labels, count, f"{arm}-{step}")
+    _sheet(settings, made, labels, count, f"{arm}-{seed}-{step}")
     write_json(file, row)
     return row
 
@@ -224,13 +233,14 @@ def judged(
     """What the judge says of images (N, 3, H, W)."""
     import torch
 
+    from benchmarks.harness import pick_device
     from evaluations.features import load_timm
     from evaluations.image_sets import open_images
     from evaluations.memorization import copying
     from evaluations.metrics import frechet_distance
     from evaluations.statistics import compute_moments
 
-    judge = load_timm(folders.judge, classifier=True)
+    judge = load_timm(folders.judge, device=pick_device("auto"), classifier=True)
     sets = {}
     for name, place in (("train", folders.train), ("test", folders.test)):
         images = open_images([place], fallback=settings.resolution)
@@ -316,6 +326,7 @@ def markdown(content: dict[str, Any]) -> str:
     lines[-1] += (
         f"{real_images['fd']:.2f}, accuracy {real_images['accuracy']:.3f}, nearer {real_images['nearer_to_training']:.3f}."
     )
+    lines += ["", f"Trained and measured on {' and '.join(sorted({row['machine'] for row in rows}))}."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """The benchmark of fine-tuning, on tiny networks and noise."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def flags(tools, judge, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_benchmark_runs_and_goes_on(flags, tmp_path, capsys):
-    """A row for each arm and step, before and the real images; a second start measures nothing again."""
+    """A row for each arm and step, before and the real images; a second start packs, trains and measures nothing again."""
     finetune.main([*flags, "--new", "c", "d"])
     rows = json.loads((tmp_path / "results/finetune-digits.json").read_text())["rows"]
     assert [(row["arm"], row["step"]) for row in rows] == [
@@ -41,9 +42,12 @@ def test_the_benchmark_runs_and_goes_on(flags, tmp_path, capsys):
     assert all(row["fd"] > 0 and 0 <= row["nearer_to_training"] <= 1 for row in rows)
     table = (tmp_path / "results/finetune-digits.md").read_text()
     assert table.count("\n") >= 5 and "The training images themselves" in table
+    assert "torch" in table.splitlines()[-1]
+    shutil.rmtree(tmp_path / "out/base")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/results").iterdir()}
     finetune.main([*flags, "--new", "c", "d"])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/results").iterdir()} == times
+    assert not (tmp_path / "out/base").exists()  # the base model is there
 
 
 def test_a_folder_is_never_used_for_other_settings(flags, tmp_path):
