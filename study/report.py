@@ -80,7 +80,11 @@ class Page:
                     kinds = self.machines(row) | self.machines(base)
                     mixed = f"; on {' and '.join(sorted(kinds))}" if len(kinds) > 1 else ""
                     pair = f"{TITLES[name]} against {TITLES[other]} ({seeds}{mixed})"
-                    yield f"- {where}, {pair}: {in_words(verdicts) if known else 'too few seeds to say'}."
+                    inside = [step for step, verdict in verdicts.items() if verdict == SPREAD]
+                    own = {step: self.curves.verdict(row, base, step, self.spaces[0].key) for step in inside}
+                    alone = in_words({step: one for step, one in own.items() if one != SPREAD}, self.spaces[0].title)
+                    said = "; ".join([in_words(verdicts), *([alone] if alone else [])])
+                    yield f"- {where}, {pair}: {said if known else 'too few seeds to say'}."
 
     def machines(self, row: Row) -> set[str]:
         """Those that the judged steps of a row come from."""
@@ -307,13 +311,14 @@ def label(row: Row) -> str:
     return title if row.teacher == NO_TEACHER else f"{title}, {row.teacher}"
 
 
-def in_words(verdicts: dict[int, str]) -> str:
-    """`lower in all feature spaces after 500, 750 steps; elsewhere within the spread of the seeds`."""
+def in_words(verdicts: dict[int, str], space: str = "") -> str:
+    """`lower in all feature spaces after 500, 750 steps; within the spread ...`, or of one space alone."""
     parts = []
     for verdict in (LOWER, HIGHER):
         steps = [f"{step:,}" for step, found in verdicts.items() if found == verdict]
         if steps:
-            parts.append(f"{verdict} in all feature spaces after {', '.join(steps)} steps")
+            where = f"the space of {space} alone" if space else "all feature spaces"
+            parts.append(f"{verdict} in {where} after {', '.join(steps)} steps")
     inside = [f"{step:,}" for step, found in verdicts.items() if found == SPREAD]
     if inside:
         parts.append(f"within the spread of the seeds, or not in all feature spaces, after {', '.join(inside)} steps")

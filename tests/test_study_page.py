@@ -11,7 +11,7 @@ from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, first_pass
 from study.ledger import Ledger
 from study.plan import DATA, EMA, NO_TEACHER
 from study.readme import BEGIN, END, fill, summary
-from study.report import report, write
+from study.report import Page, report, write
 from study.settings import ReportConfig
 from tests.toy_study import settings
 
@@ -98,6 +98,17 @@ def test_the_same_runs_on_two_machines(tmp_path):
     repa = [{**x, "machine": {}} for x in lines_of([[7]], "repa", steps=(100,))]
     whole = summary(level, Curves([*lines, *repa], EMA), "fd_judge")
     assert whole == [["Digits without labels, 100 steps", "9.00, 10.00, 11.00", "7.00", "4.00, 5.00, 6.00"]]
+
+
+def test_a_difference_in_one_space_alone(tmp_path):
+    """Is said of that space, and of no more than it."""
+    level = settings(tmp_path, steps=("100", "200"), lines=("unlabelled supervised sit,reg 0,1,2",))
+    sit = lines_of([[9, 8], [9, 8.1], [9, 8.2]], "sit", teacher=NO_TEACHER, steps=(100, 200))
+    for number, line in enumerate([*sit, *lines_of([[9, 6], [9, 6.1], [9, 6.2]], steps=(100, 200))]):
+        line["metrics"]["fd_other"] = 1.0
+        Ledger(level.results / "digits.jsonl").append({"key": str(number), **line})
+    (claim,) = Page(level, tmp_path).claims()
+    assert claim.endswith("after 100, 200 steps; lower in the space of judge alone after 200 steps.")
 
 
 def test_when_a_value_is_reached():
