@@ -99,6 +99,8 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callab
     try:
         with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):  # else it would fail in backward
             return compile_fx(graph, inputs, config_patches=patches)
+    except torch._dynamo.exc.RestartAnalysis:  # no failure: Dynamo traces the region anew, with a number as a constant
+        raise
     except Exception as error:
         _warn("torch.compile failed for a part of the network", error)
         return graph.forward

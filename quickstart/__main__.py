@@ -56,6 +56,7 @@ def prepare(out: Path) -> list[Stage]:
         str(networks / "vae"),
         "--enc-type",
         str(networks / "encoder"),
+        "--no-compile",
     )
     return [*stages, Stage("pack", pack, (out / "packed" / "dataset.json",), ("images", "vae", "encoder"))]
 

@@ -61,6 +61,22 @@ def test_a_region_that_inductor_cannot_compile_runs_eagerly(broken, capsys):
     assert capsys.readouterr().out.count("warning: torch.compile failed for a part of the network") == 1
 
 
+def test_a_region_that_dynamo_traces_again_is_no_failure(monkeypatch, capsys):
+    """Inductor asks for it where a number that may change between calls has to be a constant, as in packing."""
+    answers = [torch._dynamo.exc.TensorifyScalarRestartAnalysis(), lambda *inputs: (torch.full((2,), 7.0),)]
+
+    def compile_fx(*args, **kwargs):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    region = acceleration.compile_region(lambda x, scale: x * 2.0**scale, dynamic=True)
+    assert region(torch.ones(2), 1.5).tolist() == [7.0, 7.0] and not answers
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_sums_over_tokens_are_taken_sample_by_sample():
     """The pass finds gradients of biases, leaves other sums alone, and changes no result but its rounding."""
 
