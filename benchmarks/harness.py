@@ -126,7 +126,7 @@ def ratio(numerator: Spread, denominator: Spread) -> Spread:
 
 def count_operations(function: Callable[[], Any]) -> int:
     """ATen operations of one call, forward and backward, nested ones included, by torch.profiler (host side)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         function()
     return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
 
