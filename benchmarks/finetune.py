@@ -276,7 +276,7 @@ def _sheet(settings: FinetuneBenchmark, pixels: np.ndarray, labels: list[int], c
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
-    """Curves over the steps: mean of the seeds and their range; dotted: the training images themselves."""
+    """Curves over the steps: mean of the seeds and their range; dashed: the base model; dotted: the training images."""
     from matplotlib.figure import Figure
 
     figure = Figure((10, 3), layout="constrained")
@@ -285,6 +285,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
         "accuracy": "class accuracy",
         "nearer_to_training": "nearer to training images",
     }
+    before = next(row for row in content["rows"] if row["arm"] == "base")
     for axes, (key, title) in zip(figure.subplots(1, 3), titles.items()):
         for arm in ARMS:
             found: dict[int, list[float]] = {}
@@ -294,8 +295,11 @@ def plot(content: dict[str, Any], path: Path) -> None:
             steps = sorted(found)
             axes.plot(steps, [np.mean(found[step]) for step in steps], marker="o", label=arm)
             axes.fill_between(steps, *([side(found[step]) for step in steps] for side in (min, max)), alpha=0.25)
-        axes.axhline(content["real"][key], color="grey", linestyle=":")
-        axes.set(title=title, xlabel="steps", xscale="log", ylim=(0, None))
+        if key in before:
+            axes.axhline(before[key], color="grey", linestyle="--", label="before")
+        axes.axhline(content["real"][key], color="grey", linestyle=":", label="training images")
+        axes.set(title=title, xlabel="steps", xscale="log")
+        axes.set(yscale="log") if key == "fd" else axes.set(ylim=(0, None))
         axes.set_xticks(content["settings"]["steps"], map(str, content["settings"]["steps"]))
         axes.minorticks_off()
     axes.legend()
