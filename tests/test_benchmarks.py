@@ -48,13 +48,16 @@ def test_spread_is_median_and_quartiles():
     assert harness.spread([7.0])[:3] == (7.0, 7.0, 7.0)
 
 
-def test_results_are_written_and_replaced(tmp_path):
-    """JSON with hardware and versions, one Markdown table for each label; the same label replaces its rows."""
+def test_results_are_written_and_replaced(tmp_path, monkeypatch):
+    """JSON with hardware, versions and the commit that is named; one Markdown table for each label; the same label replaces
+    its rows."""
+    monkeypatch.setenv("COMMIT", "0123456789abcdef")
     for value in (1.0, 2.5):
         path = harness.write("demo", "a", {"rounds": 3}, [{"ms": harness.spread([value]), "batch": 8}], folder=tmp_path)
     harness.write("demo", "b", {}, [{"ms": 7.0}], folder=tmp_path)
     record = json.loads(path.read_text())
     assert record["rows"][0]["ms"]["median"] == 2.5
+    assert record["environment"]["commit"] == "0123456789"
     assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
     text = (tmp_path / "demo.md").read_text()
     assert "| 2.5 (2.5 to 2.5) | 8 |" in text and "## b" in text and "| 1 (" not in text

@@ -1,6 +1,7 @@
 """The step does no needless work: operations, synchronisation, attention kernels."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from benchmarks import harness
 from benchmarks.train_variants import OurStep, encoded_ahead
 from dataset import Batch, PackedDataset, StepSampler, read_ahead
 from models import acceleration
-from models.cost import GPUS, cost, encoder_macs, step_cost, training_memory
+from models.cost import GAP, GPUS, HOST, cost, counted_seconds, encoder_macs, step_cost, training_memory
 from models.sit import SiTConfig, preset
 from packed.format import MOMENTS_STD_SCALE
 from tests.tiny import write_dataset
@@ -160,7 +161,10 @@ def test_step_cost_is_a_roofline():
     assert step_cost(config, 32, gpu, encoder_macs=encoder).encoder_flops == 32 * 2 * encoder
     again = step_cost(config, 32, gpu, recompute=True)
     assert again.compute > one.compute and again.host > one.host == two.host
-    assert one.expected == one.host > one.device and step_cost(config, 256, gpu).expected > one.host
+    whole = step_cost(config, 256, gpu)
+    assert one.expected == one.host > one.device and whole.expected == whole.device > one.host
+    counted = partial(counted_seconds, config, 256, gpu, traffic=whole.traffic, launches=whole.gaps / GAP)
+    assert counted(host=0.0) == pytest.approx(whole.device) and counted(host=1.0) == HOST
 
 
 @pytest.mark.parametrize("half", [False, True])
