@@ -34,7 +34,9 @@ class CountBenchmark:
     precision: str = setting("bf16", "ours", group="how", choices=("fp32", "fp16", "bf16"))
     compile: bool = setting(False, "the compiled step", group="how")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass", group="how")
-    names: int = setting(0, "also print so many of the most frequent kernels", group="how", at_least=0)
+    names: int = setting(
+        0, "also print so many kernels, the most frequent and those that move most", group="how", at_least=0
+    )
     published: Path | None = setting(None, "clone of the published code at 021ea2e, for the table", group="table")
     label: str = setting("", "count all variants, and name the files in benchmarks/results", group="table")
     gib: float = setting(141, "memory of the simulated device", group="how", above=0)
@@ -161,23 +163,25 @@ def count(build: Build, names: int = 0) -> Counted:
         began = time.process_time()
         step()
         hosts.append(time.process_time() - began)
-    counted = Counted(*simulated.counts(found), traffic(step), peak, min(hosts))
+    counted = Counted(*simulated.counts(found), traffic(step, names), peak, min(hosts))
     del step
     free()
     return counted
 
 
-def traffic(step: Callable[[], Any]) -> float:
+def traffic(step: Callable[[], Any], names: int = 0) -> float:
     """Bytes that a step reads and writes outside of matrix products and attention."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     from benchmarks.traffic import Traffic, size_of
 
-    generated, original, eager = [0.0], CachingAutotuner.run, Traffic()
+    generated: dict[Any, list[float]] = {}  # kernel => bytes of each call
+    original, eager = CachingAutotuner.run, Traffic()
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         # not known of models/norm_kernel.py, and too small of kernels that read what it has written
-        generated[0] += max(size_of(args), 1e9 * self.inductor_meta.get("kernel_num_gb", 0))
+        moved = max(size_of(args), 1e9 * self.inductor_meta.get("kernel_num_gb", 0))
+        generated.setdefault(self, []).append(moved)
         return original(self, *args, **kwargs)
 
     CachingAutotuner.run = launch
@@ -185,7 +189,9 @@ def traffic(step: Callable[[], Any]) -> float:
         step()
     finally:
         CachingAutotuner.run = original
-    if not generated[0]:
+    for kernel, moved in sorted(generated.items(), key=lambda item: -sum(item[1]))[:names]:
+        print(f"{sum(moved) / 1e9:8.2f} GB {len(moved):4} x {moved[0] / 1e9:.3f} GB {kernel.fn.__name__}")
+    if not generated:
         with eager:
             step()
         return eager.bytes
@@ -198,7 +204,7 @@ def traffic(step: Callable[[], Any]) -> float:
 
     train_step.update = watched
     step()
-    return generated[0] + eager.bytes
+    return sum(map(sum, generated.values())) + eager.bytes
 
 
 if __name__ == "__main__":
