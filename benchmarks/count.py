@@ -33,6 +33,7 @@ class CountBenchmark:
     encoder: str = setting("cached", "cached: tokens are given; or what runs in the step: dinov2-vit-b", group="what")
     precision: str = setting("bf16", "ours", group="how", choices=("fp32", "fp16", "bf16"))
     compile: bool = setting(False, "the compiled step", group="how")
+    norm_kernel: bool = setting(False, "the compiled step with models/norm_kernel.py", group="how")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass", group="how")
     names: int = setting(
         0, "also print so many kernels, the most frequent and those that move most", group="how", at_least=0
@@ -118,7 +119,7 @@ def variants(settings: CountBenchmark, config: "SiTConfig", n: int) -> dict[str,
     """What is counted: with a label all variants, else the one that is asked for."""
     from benchmarks.train_variants import OurStep, published_step
 
-    def ours(compiled: bool) -> Build:
+    def ours(compiled: bool, norm_kernel: bool = False) -> Build:
         return lambda: OurStep(
             config,
             n,
@@ -126,6 +127,7 @@ def variants(settings: CountBenchmark, config: "SiTConfig", n: int) -> dict[str,
             encoder=settings.encoder,
             precision=settings.precision,
             compiled=compiled,
+            norm_kernel=norm_kernel,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
 
@@ -135,10 +137,11 @@ def variants(settings: CountBenchmark, config: "SiTConfig", n: int) -> dict[str,
             settings.published, config, n, "cuda", encoder=settings.encoder, precision="fp16", read_back=True
         )
 
+    with_kernel: dict[str, Build] = {"compiled, norm kernel": ours(True, True)} if settings.norm_kernel else {}
     if not settings.label:
-        return {"compiled" if settings.compile else "eager": ours(settings.compile)}
+        return with_kernel or {"compiled" if settings.compile else "eager": ours(settings.compile)}
     both: dict[str, Build] = {"eager": ours(False), "compiled": ours(True)}
-    return ({"published": theirs} if settings.published else {}) | both
+    return ({"published": theirs} if settings.published else {}) | both | with_kernel
 
 
 def count(build: Build, names: int = 0) -> Counted:

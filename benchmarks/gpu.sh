@@ -2,7 +2,7 @@
 # What a machine with one GPU can tell in seven minutes (the parts' limits sum to ten), on an image with torch, timm,
 # accelerate, pytest, numpy and tqdm.
 #
-#   bash benchmarks/gpu.sh [PART...]        parts: smoke ceilings tests cached online small sample (default: these), block
+#   bash benchmarks/gpu.sh [PART...]        parts: smoke ceilings tests cached online small sample (default: these), norms block
 #   PUBLISHED=path/to/REG bash benchmarks/gpu.sh    the published code beside ours (a copy of 021ea2e)
 #   PYTHON=python3  COMMIT=hash (of copied files: it goes into the records)  OUT=folder (default: gpu-results)
 #
@@ -73,13 +73,17 @@ tests() { # a process for each file, at once: most of the time is compilation, o
         exit "${failed:-0}"' "$python"
     if [ $? -eq 124 ]; then tail -n 3 "$RESULTS"/test_*.log | cut -c 1-240 | tee -a "$out/log.txt"; fi
 }
-cached() { step cached 90 --model SiT-XL/2 --batch-size "$large" --graph --profile --label gpu-xl2-cached; }
+cached() { step cached 120 --model SiT-XL/2 --batch-size "$large" --graph --profile --label gpu-xl2-cached; }
 online() {
-    step online 60 --model SiT-XL/2 --batch-size "$large" --encoder dinov2-vit-b --label gpu-xl2-online \
+    step online 70 --model SiT-XL/2 --batch-size "$large" --encoder dinov2-vit-b --label gpu-xl2-online \
         --only "ours, compiled" ${PUBLISHED:+published}
 }
 small() { step small 100 --model SiT-B/2 --batch-size 32 256 --graph --label gpu-b2-cached; }
-block() { part block 80 "$python" -m benchmarks.block --batch-size "$large" --tune --label gpu-xl2; }
+norms() { # models/norm_kernel.py, which compiles longer, beside the compiled step without it
+    step norms 180 --model SiT-XL/2 --batch-size "$large" --norm-kernel --profile --label gpu-xl2-norms \
+        --only "ours, compiled" "ours, compiled, norm kernel"
+}
+block() { part block 120 "$python" -m benchmarks.block --batch-size "$large" --tune --label gpu-xl2; }
 sample() {
     part sample 50 "$python" -m benchmarks.sample --device cuda --model SiT-XL/2 --batch-size 64 --steps 6 --dtypes bf16 \
         --compile --rounds 2 "${published[@]}" --label gpu-xl2
@@ -88,7 +92,7 @@ sample() {
 if [ $# -eq 0 ]; then set -- smoke ceilings tests cached online small sample; fi
 for name in "$@"; do
     case "$name" in
-        smoke | ceilings | tests | cached | online | small | block | sample) "$name" ;;
+        smoke | ceilings | tests | cached | online | small | norms | block | sample) "$name" ;;
         *) echo "error: unknown part $name; see the head of benchmarks/gpu.sh" >&2; exit 2 ;;
     esac
 done

@@ -33,6 +33,7 @@ class TrainStepBenchmark:
     encoder: str = setting("cached", "cached: tokens are given; or what runs in the step: dinov2-vit-b", group="what")
     precision: str = setting("auto", "ours", group="how", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "also measure ours with its regions compiled", group="how")
+    norm_kernel: bool = setting(False, "also measure ours compiled with models/norm_kernel.py (CUDA)", group="how")
     graph: bool = setting(False, "also measure ours as a CUDA graph, compiled with --compile (CUDA)", group="how")
     only: tuple[str, ...] = setting((), "measure these variants alone, by their names in the table", group="how")
     stream: bool = setting(False, "also measure ours with the next batch encoded on a side stream (CUDA)", group="how")
@@ -134,7 +135,7 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
     """What is compared."""
     from benchmarks.train_variants import OurStep, encoded_ahead, published_step
 
-    def ours(n: int, compiled: bool, graph: bool = False) -> OurStep:
+    def ours(n: int, compiled: bool, *, norm_kernel: bool = False, graph: bool = False) -> OurStep:
         return OurStep(
             config,
             n,
@@ -142,6 +143,7 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
             encoder=settings.encoder,
             precision=precision,
             compiled=compiled,
+            norm_kernel=norm_kernel,
             graph=graph,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
@@ -161,6 +163,8 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
     builders["ours"] = lambda n: ours(n, False)
     if settings.compile:
         builders["ours, compiled"] = lambda n: ours(n, True)
+    if settings.norm_kernel and cuda:
+        builders["ours, compiled, norm kernel"] = lambda n: ours(n, True, norm_kernel=True)
     if settings.stream and cuda and settings.encoder != "cached":
         builders["ours, encoder on a stream"] = lambda n: encoded_ahead(ours(n, settings.compile))
     if settings.graph and cuda:

@@ -69,6 +69,7 @@ class OurStep:
         encoder: str = CACHED,
         precision: str = "fp32",
         compiled: bool = False,
+        norm_kernel: bool = False,
         graph: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -78,7 +79,7 @@ class OurStep:
         network.gradient_checkpointing = gradient_checkpointing
         encoders = [] if encoder == CACHED else [random_encoder(encoder, config, device)]
         if compiled:
-            acceleration.compile_network(network)
+            acceleration.compile_network(network, norm_kernel=norm_kernel)
             for module in encoders:
                 acceleration.compile_encoder(module)
         make = GraphedStep if graph else TrainStep

@@ -125,13 +125,16 @@ def compile_region(region: T, *, dynamic: bool = False) -> T:
     return torch.compile(region, backend=_inductor, dynamic=dynamic)
 
 
-def compile_network(network: nn.Module) -> None:
+def compile_network(network: nn.Module, *, norm_kernel: bool = False) -> None:
     """Compile a SiT in place, by region: its embeddings, its blocks, its output layer and its projectors.
 
     All blocks share one compiled graph, so that compilation takes the time of one block instead of `depth` of them. It works
     below DDP and gradient checkpointing. Shapes are static: a batch of another size compiles again.
+
+    Args:
+        norm_kernel: the blocks take models/norm_kernel.py (on a GPU).
     """
-    if next(network.parameters()).is_cuda:
+    if norm_kernel:
         take_norm_kernel(network)
     network.embed = compile_region(network.embed)
     for module in (*network.blocks, network.final_layer, *network.projectors):
@@ -149,6 +152,38 @@ def take_norm_kernel(network: nn.Module) -> None:
         block.norm1.kernel = block.norm2.kernel = adaptive_norm
         block.deferred = compile_region(block.deferred)
     network.deferred = True
+
+
+def check_norm_kernel(width: int, precision: str, device: torch.device | None, compiled: bool | None) -> None:
+    """Launch the kernels of models/norm_kernel.py once in each direction, as wide as they will be.
+
+    Args:
+        width: of the network.
+        precision: "fp32", "fp16" or "bf16".
+        device: None where it is not known yet: nothing is launched.
+        compiled: whether the network is; None where it is not known yet.
+
+    Raises:
+        UserError: the network is not compiled on a GPU, or this GPU does not run them.
+    """
+    if compiled is False or (device is not None and device.type != "cuda"):
+        raise UserError("--norm-kernel needs a compiled network on a GPU: leave --norm-kernel out")
+    if device is None:
+        return
+    try:
+        from models.norm_kernel import adaptive_norm
+
+        x = torch.ones(1, 8, width, device=device, requires_grad=True)
+        branch = torch.ones_like(x, dtype=DTYPES[precision])
+        gate = branch[:, :1]
+        with autocast(device, precision):
+            total, output = adaptive_norm(x, gate, gate, gate, branch, (x, gate, branch), 1e-6)
+        (total.sum() + output.sum()).backward()
+    except Exception as error:  # of Triton or the driver; each has its own types
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"the kernels of --norm-kernel do not run on this GPU ({said}): leave --norm-kernel out"
+        ) from error
 
 
 def compile_encoder(encoder: nn.Module, *, dynamic: bool = False) -> None:

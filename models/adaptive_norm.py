@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class AdaptiveNorm(nn.LayerNorm):
     """Add a branch through its gate, normalise, shift and scale. It has no parameters: the conditioning gives them.
 
-    `kernel` computes the same with a faster backward pass; models/acceleration.py sets it on a GPU.
+    `kernel` computes the same with a faster backward pass; models/acceleration.py sets it where it is asked for.
     """
 
     def __init__(self, hidden_size: int) -> None:

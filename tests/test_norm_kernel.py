@@ -10,16 +10,34 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
+import train
+from config import UserError
 from models import acceleration
 from models.acceleration import autocast, compile_region
 from models.adaptive_norm import AdaptiveNorm
 from models.sit import SiTBlock, preset
 from tests.test_architecture import ROOT
 from tests.test_sit import TOY, inputs, randomized
+from tests.tiny import train_flags, write_dataset
 
 norm_kernel = pytest.importorskip("models.norm_kernel", reason="needs Triton", exc_type=ImportError)
 
 
+def test_flag_of_the_program(tmp_path, capsys):
+    """It is refused where nothing is compiled or there is no GPU, before the folder is made, and so by the dry run."""
+    flags = train_flags(write_dataset(tmp_path / "data"), tmp_path, "--norm-kernel")
+    message = "^--norm-kernel needs a compiled network on a GPU: leave --norm-kernel out$"
+    with pytest.raises(UserError, match=message):
+        acceleration.check_norm_kernel(8, "fp32", torch.device("cpu"), True)
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=message):
+            train.main([*flags, "--no-compile", *more])
+    assert not (tmp_path / "run").exists()
+    train.main([*flags, "--dry-run"])
+    assert "; Triton kernels for the norms" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_gradients_are_those_of_autograd():
     """Under Triton's interpreter, which has to be chosen before Triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -132,8 +150,7 @@ def test_a_compiled_network_with_the_kernel_keeps_all_gradients(monkeypatch, pre
     config = replace(TOY, depth=5, align_depth=3)
     eager = randomized(config).train()
     compiled = copy.deepcopy(eager)
-    acceleration.take_norm_kernel(compiled)
-    acceleration.compile_network(compiled)
+    acceleration.compile_network(compiled, norm_kernel=True)
     found = []
     for network in (eager, compiled):
         with autocast("cpu", precision):

@@ -204,12 +204,22 @@ import torch
 from torch._dynamo.utils import counters
 from dataclasses import replace
 from benchmarks.train_variants import OurStep
-from models.acceleration import decide_compile
+from config import UserError
+from models.acceleration import check_norm_kernel, decide_compile
 from models.sit import preset
 assert decide_compile(None, "cuda")
 counters.clear()
-config = replace(preset("SiT-B/2"), depth=3, align_depth=2)
-ours = OurStep(config, 8, "cuda", precision="bf16", compiled=True)
+config, norm_kernel = replace(preset("SiT-B/2"), depth=3, align_depth=2), "norm kernel" in sys.argv
+if norm_kernel:
+    from models import norm_kernel as kernels
+    check_norm_kernel(768, "bf16", torch.device("cuda"), True)
+    kernels.STAGES, usual = 40, kernels.STAGES  # take more of a multiprocessor's memory than there is
+    try:
+        check_norm_kernel(768, "bf16", torch.device("cuda"), True)
+    except UserError as error:
+        print(error)
+    kernels.STAGES = usual
+ours = OurStep(config, 8, "cuda", precision="bf16", compiled=True, norm_kernel=norm_kernel)
 for _ in range(2):
     ours()
 torch.cuda.set_sync_debug_mode("error")
@@ -220,12 +230,18 @@ print(*simulated.counts(), counters["stats"]["unique_graphs"])
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_a_few_graphs(device):
-    """Eight graphs, three of them of the three blocks; at most 45 launches a block and 115 beside them, so 655 at the depth
-    of B/2."""
-    launches, products, waits, graphs = map(int, on_device(device, COMPILED).split()[-4:])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_compiled_step_is_a_few_graphs(device, kernel):
+    """Six graphs, with --norm-kernel eight, three of them of the three blocks; at most 45 launches a block and 115 beside
+    them, so 655 at the depth of B/2. A GPU that does not run the kernels is found before."""
+    *said, counts = on_device(device, COMPILED, "norm kernel" * kernel).splitlines()
+    launches, products, waits, graphs = map(int, counts.split())
     assert 50 < products < launches <= 115 + 3 * 45 and waits == 0
-    assert graphs == 8
+    assert graphs == (8 if kernel else 6)
+    if kernel:
+        assert re.match(
+            r"the kernels of --norm-kernel do not run on this GPU \(out of resource: sh.*\): leave", said[-1]
+        )
 
 
 def test_without_gcc_one_sentence(tmp_path, monkeypatch):

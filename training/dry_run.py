@@ -9,6 +9,7 @@ import torch
 from common.units import duration, size_text
 from config import UserError
 from dataset import PackedDataset, StepSampler
+from models.acceleration import check_norm_kernel
 from models.cost import GPUS, USABLE, TrainingMemory, cost, named_gpu, step_cost, training_memory, vit_macs
 from packed.format import read_manifest
 from training.assumed import assumed_manifest, record_bytes
@@ -56,6 +57,8 @@ def dry_run(settings: TrainConfig) -> str:
     plan, world = make_plan(settings, manifest), int(os.environ.get("WORLD_SIZE", 1))
     if settings.cuda_graph:
         check(precision, world, None)
+    if settings.norm_kernel:
+        check_norm_kernel(plan.network.hidden_size, precision, None, settings.compile)
     check_shares(settings, world)
     if settings.assume is None:
         PackedDataset(settings.data_dir, plan.fields)  # finds missing files and impossible labels
@@ -174,7 +177,7 @@ class Forecast:
             "processes": f"{self.world}, with micro-batches of {self._local(accumulation)} images, "
             f"{accumulation} per step",
             "precision": self._precision(),
-            "compile": COMPILE[settings.compile],
+            "compile": COMPILE[settings.compile] + "; Triton kernels for the norms" * settings.norm_kernel,
             "CUDA graph": CUDA_GRAPH if settings.cuda_graph else None,
             "memory": self._memory_text(),
             "GPU": self._comparison(self.memory) if self.memory is not None else None,

@@ -126,6 +126,7 @@ class TrainConfig:
         "after three steps, replay the whole optimiser step as one CUDA graph: on one GPU, in bf16 or fp32",
         role=RUN,
     )
+    norm_kernel: bool = _speed(False, "Triton kernels for the norms of compiled blocks, on a GPU", role=RUN)
     gradient_checkpointing: bool = _speed(False, "recompute blocks in the backward pass: less memory", role=RUN)
 
     report_to: str = _watching(

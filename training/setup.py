@@ -14,7 +14,7 @@ from common.lock import claim
 from common.processes import broadcast, from_first, in_turn, on_first, share
 from common.reporting import progress, say
 from dataset import PackedDataset, StepSampler, read_ahead
-from models.acceleration import allow_tf32, compile_encoder, compile_network, decide_compile
+from models.acceleration import allow_tf32, check_norm_kernel, compile_encoder, compile_network, decide_compile
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.ema import EMA
 from models.encoder import load_encoder
@@ -56,6 +56,8 @@ def prepare(settings: TrainConfig) -> Iterator[Run]:
     on_first(lambda: trackers.check(settings.report_to))
     plan = make_plan(settings, read_manifest(data_dir))
     check_shares(settings, processes.world)
+    if settings.norm_kernel:
+        check_norm_kernel(plan.network.hidden_size, processes.precision, processes.device, settings.compile)
     settings = with_micro_batches(settings, plan, processes.world, processes.precision, gpu_memory(processes.device))
     dataset = PackedDataset(data_dir, plan.fields)
     micro_batches = settings.gradient_accumulation_steps
@@ -180,7 +182,7 @@ def _build(
             window.values.copy_(merge_windows(loaded.window))
         say(f"resuming from {found} at step {loaded.step} of {settings.max_train_steps}")
     if settings.compile:
-        compile_network(network)
+        compile_network(network, norm_kernel=settings.norm_kernel)
         compile_network(ema.average)  # samples previews; what is not called is not compiled
         for encoder in encoders:
             compile_encoder(encoder)
