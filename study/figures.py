@@ -46,10 +46,11 @@ def draw_curves(file: Path, curves: Curves, panels: Sequence[tuple[str, str, Seq
     figure.tight_layout()
     with replacing(file) as temporary:
         figure.savefig(temporary, dpi=80, format="png", metadata={"Software": None})
+    _shrink(file)
 
 
 def draw_samples(file: Path, grid: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> None:
-    """Pictures of samples in a grid, the upper half of each: one line for each row of the study, one column for each step.
+    """Pictures of samples in a grid, the first samples of each: one line for each row of the study, one column for each step.
 
     Args:
         file: PNG to write.
@@ -61,7 +62,19 @@ def draw_samples(file: Path, grid: Sequence[tuple[str, Sequence[tuple[str, Path]
 
     def upper(path: Path) -> np.ndarray:
         pixels = np.asarray(Image.open(path).convert("RGB"))
-        return pixels[: len(pixels) // 2]
+        size = len(pixels) // 2
+        pixels = pixels[:size, : size * min(10, 400 // size)]  # of a width that a page can show
+        return pixels.repeat(scale := max(1, 32 // size), axis=0).repeat(scale, axis=1)
 
-    cells = [[Cell(upper(path), (Line(f"{name}, {caption}"),)) for caption, path in line] for name, line in grid]
+    cells = [[Cell(upper(path), (Line(name), Line(caption))) for caption, path in line] for name, line in grid]
     write_sheet(file, cells)
+    _shrink(file)
+
+
+def _shrink(file: Path) -> None:
+    """Write a PNG again with 256 colours: a page shows many of them."""
+    from PIL import Image
+
+    few = Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    with replacing(file) as temporary:
+        few.save(temporary, format="png", optimize=True)
