@@ -50,7 +50,7 @@ def draw_curves(file: Path, curves: Curves, panels: Sequence[tuple[str, str, Seq
 
 
 def draw_samples(file: Path, grid: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> None:
-    """Pictures of samples in a grid, the first samples of each: one line for each row of the study, one column for each step.
+    """The first samples in a grid: one line for each row of the study, one column for each step.
 
     Args:
         file: PNG to write.

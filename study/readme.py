@@ -10,7 +10,7 @@ from evaluations.seeds import mean_of
 from study.curves import Curves
 from study.levels import SUPERVISED
 from study.plan import DATA, IN_WORDS, TITLES
-from study.settings import StudyConfig
+from study.settings import LEVELS, StudyConfig
 
 BEGIN, END = "<!-- written by python -m study report -->", "<!-- end of what it writes -->"
 ROWS = ("sit", "repa", "reg")
@@ -23,7 +23,7 @@ def summary(settings: StudyConfig, curves: Curves, metric: str) -> list[list[str
         rows = [curves.row(data, SUPERVISED, name) for name in ROWS]
         values = [list(curves.at(row, settings.headline, metric).values()) for row in rows]
         if all(values):
-            title = f"{settings.level.capitalize()} {IN_WORDS[data]}, {settings.headline:,} steps"
+            title = f"{LEVELS[settings.level]} {IN_WORDS[data]}, {settings.headline:,} steps"
             body.append([title, *(mean_of(one).text(2) for one in values)])
     return body
 

@@ -76,7 +76,7 @@ class Page:
                     known = [step for step, verdict in verdicts.items() if verdict != UNKNOWN]
                     counts = sorted({shared[step] for step in known or verdicts})
                     seeds = f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} seed{'s' * (counts[-1] != 1)}"
-                    where = f"{self.settings.level.capitalize()} {IN_WORDS[data]}, {teacher} teacher"
+                    where = f"{LEVELS[self.settings.level]} {IN_WORDS[data]}, {teacher} teacher"
                     kinds = self.machines(row) | self.machines(base)
                     mixed = f"; on {' and '.join(sorted(kinds))}" if len(kinds) > 1 else ""
                     pair = f"{TITLES[name]} against {TITLES[other]} ({seeds}{mixed})"
@@ -212,7 +212,7 @@ class Page:
 
     def text(self) -> str:
         """Markdown of the level, with its pictures written."""
-        level, parts = self.settings.level, [f"## {self.settings.level.capitalize()}\n"]
+        level, parts = self.settings.level, [f"## {LEVELS[self.settings.level]}\n"]
         for data in DATA:
             rows = list(dict.fromkeys(row for teacher in self.teachers(data) for row in self.rows(data, teacher)))
             if not rows:

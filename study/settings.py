@@ -5,7 +5,12 @@ from pathlib import Path
 
 from config import RUN, parse, setting
 
-LEVELS = ("digits", "mnist", "eurosat", "imagenet")
+LEVELS = {
+    "digits": "Digits",
+    "mnist": "MNIST",
+    "eurosat": "EuroSAT",
+    "imagenet": "ImageNet",
+}  # and what they are called
 RECIPES = Path(__file__).parents[1] / "recipes" / "study"
 
 
@@ -13,7 +18,7 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "study"
 class StudyConfig:
     """One level of the study: images, networks, the runs in their order, and how their samples are judged."""
 
-    level: str = setting(help="which images", group="study", choices=LEVELS)
+    level: str = setting(help="which images", group="study", choices=tuple(LEVELS))
     resolution: int = setting(help="of the images, in pixels", group="images", above=0)
     per_class: int | None = setting(
         None, "take the first images of each class, and a fourth as many held out", group="images", above=3
