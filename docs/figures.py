@@ -1,6 +1,8 @@
-"""Draw the pictures of the README: `python docs/figures.py [runs/quickstart]`, the method and, if given, the digits.
+"""Draw the pictures of the README: `python docs/figures.py [--sheet NPZ NAME ...]`, the method and, if given, sheets.
 
-The digits are those of a finished `bash quickstart.sh`: held-out scans, and the guided SDE samples of its model.
+The sheets are of EuroSAT: `--sheet runs/study/eurosat/images/test.npz eurosat-real.png`, photographs that
+`python -m study eurosat` holds out, and `--sheet samples/places/samples.npz eurosat-generated.png`, the samples of README's
+first command.
 """
 
 import argparse
@@ -108,34 +110,30 @@ def method(file: Path) -> None:
     figure.savefig(file, transparent=True, metadata={"Date": None})
 
 
-def digits(npz: Path, file: Path, rows: int = 4, scale: int = 4, gap: int = 6) -> None:
-    """The first `rows` pictures of each class of an npz, unchosen: a class per column, pixels enlarged `scale` times,
-    `gap` transparent pixels between them."""
+def sheet(npz: Path, file: Path, rows: int = 2, gap: int = 3) -> None:
+    """The first `rows` pictures of each class of an npz, unchosen: a class per column, transparent pixels between them."""
     from PIL import Image
 
     with np.load(npz) as stream:
         pixels, labels = stream["arr_0"], stream["arr_1"]
-    side = pixels.shape[1] * scale
-    sheet = Image.new("RGBA", (10 * (side + gap) - gap, rows * (side + gap) - gap))
-    for label in range(10):
+    side, classes = pixels.shape[1], np.unique(labels)
+    drawn = Image.new("RGBA", (len(classes) * (side + gap) - gap, rows * (side + gap) - gap))
+    for column, label in enumerate(classes):
         for row, picture in enumerate(pixels[labels == label][:rows]):
-            tile = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(tile, (label * (side + gap), row * (side + gap)))
-    sheet.save(file, optimize=True)
+            drawn.paste(Image.fromarray(picture), (column * (side + gap), row * (side + gap)))
+    drawn.save(file, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("quickstart", type=Path, nargs="?", help="folder of a finished quickstart")
-    quickstart = parser.parse_args().quickstart
-    samples = quickstart and quickstart / "samples/reg-sde-guided/samples.npz"
-    if samples and not samples.is_file():
-        parser.error(f"{samples} is missing: {quickstart} is not the folder of a finished quickstart")
+    parser.add_argument(
+        "--sheet", nargs=2, action="append", default=[], metavar=("NPZ", "NAME"), help="images, picture"
+    )
+    sheets = parser.parse_args().sheet
     IMAGES.mkdir(exist_ok=True)
     method(IMAGES / "method.svg")
-    if samples:
-        digits(quickstart / "images/test.npz", IMAGES / "digits-real.png")
-        digits(samples, IMAGES / "digits-generated.png")
+    for npz, name in sheets:
+        sheet(Path(npz), IMAGES / name)
 
 
 if __name__ == "__main__":
