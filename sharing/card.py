@@ -14,11 +14,11 @@ from sharing.settings import ExportConfig
 
 _USE = {
     "model": """```python
-from sharing.pretrained import PretrainedSiT   # in a clone of the project
+from sharing.pretrained import PretrainedSiT  # in a clone of the project
 
 model = PretrainedSiT.from_pretrained("{name}")
 state = model.sample({labels}, num_steps=50, cfg_scale={scale})
-pictures = model.autoencoder.decode(state.latent)   # uint8 (N, 3, {pixels}, {pixels})
+pictures = model.autoencoder.decode(state.latent)  # uint8 (N, 3, {pixels}, {pixels})
 ```
 
 or `python generate.py --checkpoint {name} --out samples --preset preview`.
