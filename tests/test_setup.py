@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = ("requirements.txt", "requirements-quickstart.txt", "requirements-dev.txt", "constraints.txt", "setup.sh")
-COME_WITH_OTHERS = {"huggingface-hub", "requests"}  # with timm, diffusers and accelerate; with wandb and diffusers
+# with timm, diffusers and accelerate; with wandb and diffusers; with torch for GPUs
+COME_WITH_OTHERS = {"huggingface-hub", "requests", "triton"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
 OURS = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/*.py")}
 PIP = '#!/bin/sh\necho "$@" >> pip.log\nexit ${PIP_STATUS:-0}\n'
