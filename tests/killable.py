@@ -79,6 +79,7 @@ def start(function: Any, *arguments: Any) -> Any:
 def run_training(flags: list[str], log: str, stage: str | None = None) -> None:
     """Train with these flags; output goes to the file `log`; kill -9 at `stage`."""
     _redirect(log)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup ignore it, and so would the run
     if stage is not None:
         at_stage(stage, kill)
     train.run(lambda: train.main(flags))

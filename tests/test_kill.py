@@ -239,6 +239,7 @@ def test_signals_finish_the_step_and_save(data, tmp_path, name, status):
         time.sleep(0.02)
     os.kill(process.pid, getattr(signal, name))
     process.join(60)
+    process.kill()  # or it would go on for an hour
     log = (tmp_path / "log").read_text()
     assert process.exitcode == status, log
     assert f"stopped by {name}, the same command resumes" in log
