@@ -1,8 +1,8 @@
-"""Forward and backward pass of one compiled block on a GPU, kernel by kernel; with models/norm_kernel.py and without.
+"""Forward and backward pass of one compiled block on a GPU, kernel by kernel; also with models/norm_kernel.py.
 
-    python -m benchmarks.block --model SiT-XL/2 --batch-size 256 --tune
+    python -m benchmarks.block --model SiT-XL/2 --batch-size 256 --norm-kernel --tune
 
-Both compute what the eager block computes: the largest differences of its output and gradients are shown, relative to the
+All compute what the eager block computes: the largest differences of its output and gradients are shown, relative to the
 largest value of each.
 """
 
@@ -18,7 +18,10 @@ from config import parse, setting
 class BlockBenchmark:
     model: str = setting("SiT-XL/2", "SiT-{S,B,L,XL}/{2,4,8}", group="what")
     batch_size: int = setting(256, "images per step on this device", group="what", at_least=1)
-    tune: bool = setting(False, "also time the kernel with other numbers of warps, stages and programs", group="what")
+    norm_kernel: bool = setting(False, "also the compiled block with models/norm_kernel.py", group="what")
+    tune: bool = setting(
+        False, "also time its kernels alone, with other numbers of warps, stages and programs", group="what"
+    )
     rounds: int = setting(9, "timed steps of each variant", group="how", at_least=1)
     label: str = setting("run", "names the result files", group="how")
 
@@ -29,7 +32,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from benchmarks import harness, kernels
     from models.acceleration import compile_region
-    from models.norm_kernel import adaptive_norm
     from models.sit import SiTBlock, preset
 
     config = preset(settings.model)
@@ -40,11 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         target = torch.randn_like(x)
         plain = SiTBlock(config)
     steps: dict[str, Callable[..., list[Any]]] = {}
-    for name in ("eager", "compiled", "compiled, norm kernel"):
+    for name in ("eager", "compiled", *["compiled, norm kernel"] * settings.norm_kernel):
         with torch.device("cuda"):
             block = SiTBlock(config)
         block.load_state_dict(plain.state_dict())
         if "kernel" in name:
+            from models.norm_kernel import adaptive_norm  # needs Triton
+
             block.norm1.kernel = block.norm2.kernel = adaptive_norm
 
         if name != "eager":

@@ -35,7 +35,7 @@ train() {
         name="$(echo "$model" | sed 's/SiT-//' | tr -d / | tr 'A-Z' 'a-z')"
         measure train_step --device cuda --model "$model" --batch-size "$batch" --encoder dinov2-vit-b --compile --graph --stream --parts \
             --rounds "$rounds" "${published[@]}" --label "$name-$slug-online"
-        measure train_step --device cuda --model "$model" --batch-size "$batch" --compile --graph --rounds "$rounds" "${published[@]}" \
+        measure train_step --device cuda --model "$model" --batch-size "$batch" --compile --norm-kernel --graph --rounds "$rounds" "${published[@]}" \
             --label "$name-$slug-cached"
     done
 }

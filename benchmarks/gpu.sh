@@ -83,7 +83,7 @@ norms() { # models/norm_kernel.py, which compiles longer, beside the compiled st
     step norms 180 --model SiT-XL/2 --batch-size "$large" --norm-kernel --profile --label gpu-xl2-norms \
         --only "ours, compiled" "ours, compiled, norm kernel"
 }
-block() { part block 120 "$python" -m benchmarks.block --batch-size "$large" --tune --label gpu-xl2; }
+block() { part block 120 "$python" -m benchmarks.block --batch-size "$large" --norm-kernel --tune --label gpu-xl2; }
 sample() {
     part sample 50 "$python" -m benchmarks.sample --device cuda --model SiT-XL/2 --batch-size 64 --steps 6 --dtypes bf16 \
         --compile --rounds 2 "${published[@]}" --label gpu-xl2

@@ -166,9 +166,10 @@ def test_a_compiled_network_with_the_kernel_keeps_all_gradients(monkeypatch, pre
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision, limit", [("fp32", 1e-4), ("bf16", 3e-2)])
 def test_a_compiled_block_with_the_kernel_equals_the_eager_one(precision, limit):
-    """Output and all gradients, relative to the largest value of each."""
+    """Output and all gradients, relative to the largest value of each; the kernels are found to run here."""
     torch.manual_seed(0)
     config = preset("SiT-B/2")
+    acceleration.check_norm_kernel(config.hidden_size, precision, torch.device("cuda"), True)
     eager = SiTBlock(config).cuda()
     compiled = copy.deepcopy(eager)
     compiled.norm1.kernel = compiled.norm2.kernel = norm_kernel.adaptive_norm
