@@ -168,7 +168,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions(("torch", "timm", "numpy", "diffusers", "accelerate")),
     }
     if device.type == "cuda":

@@ -9,7 +9,7 @@ KINDS = {  # the first that is found in a kernel's name
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|cublas",
     "optimiser and EMA": r"multi_tensor|adam|foreach",
     "copies": r"memcpy|memset",
-    "normalisation kernel": r"norm_backward",
+    "normalisation kernel": r"^_norm_(forward|backward)",
     "elementwise": "",
 }
 

@@ -177,12 +177,14 @@ def builders_of(settings: TrainStepBenchmark, config: "SiTConfig", device: str, 
 
 
 def profile(build: Callable[[int], Callable[[], Any]], n: int, device: str) -> "Profile":
-    """The kernels (on a CPU: operations) of one step, after two others."""
+    """The kernels (on a CPU: operations) of one step, after enough others for the replay of a CUDA graph."""
     from benchmarks import kernels
     from benchmarks.turns import free, start
+    from training.graph import WARM_UP
 
     variant = start(build, n, device)
-    variant.step()
+    for _ in range(WARM_UP + 1):
+        variant.step()
     found = kernels.profile(variant.step, device)
     del variant
     free()

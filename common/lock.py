@@ -93,7 +93,7 @@ class FolderLock:
         try:
             self._made = make_folder(folder)
             try:
-                self._stream = _locked(self._path, joins)
+                self._stream = _locked(self._path, joins, self._made)
             except BlockingIOError as error:
                 raise InUse(f"{folder} is in use by {_text(self._path)}; {advice}") from error
             except OSError as error:
@@ -137,15 +137,15 @@ def _forget_all() -> None:
 os.register_at_fork(after_in_child=_forget_all)
 
 
-def _locked(path: Path, joins: bool) -> TextIO:
-    """The open lock file, locked. Raises BlockingIOError if another program has it."""
+def _locked(path: Path, joins: bool, made: list[Path]) -> TextIO:
+    """The open lock file, locked; folders that it makes are added. Raises BlockingIOError if another program has it."""
     while True:
         try:
             stream = path.open("a+", encoding="utf-8")
         except FileNotFoundError:
             if path.parent.is_dir():
                 raise
-            make_folder(path.parent)  # its last holder has removed it since it was made
+            made += make_folder(path.parent)  # its last holder has removed it since it was made
             continue
         try:
             fcntl.flock(stream, (fcntl.LOCK_SH if joins else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -96,7 +96,7 @@ def named_gpu(name: str) -> str | None:
 # XL/2 with 256 images unless it says otherwise. Shares are of the data sheet; other GPUs are assumed to reach the same.
 REACHED = 0.795  # of the rate of matrix products: 786 TFLOP/s at 8192^3
 SHORT = 89  # a product over K reaches K / (K + SHORT) of that: those over 1,152 took 246 ms, 730 TFLOP/s
-ATTENTION = 0.092  # of the rate of matrix products: 6.5 TFLOP in 73 ms; tiles pad 257 tokens and heads of 72
+ATTENTION = 0.092  # of the rate of matrix products: 6.5 TFLOP in 72 to 73 ms; tiles pad 257 tokens and heads of 72
 BANDWIDTH = 0.60  # of the memory's: 334 GB in 116 ms; a copy reaches 0.86
 GAP = 2.5e-6  # seconds between two kernels: 3 ms
 HOST = (

@@ -87,7 +87,7 @@ TOY = ("--model", "SiT-S/2", "--depth", "2", "--input-size", "4", "--rounds", "2
 
 def test_a_profile_adds_up_kernels_and_gaps():
     """Kernels that overlap leave no gap; the longest come first."""
-    runs = [("nvjet_tst_128x256", 0.0, 2.0), ("_norm_backward_0", 3.0, 4.0), ("triton_red_fused_3", 3.5, 5.0)]
+    runs = [("nvjet_tst_128x256", 0.0, 2.0), ("_norm_forward_0", 3.0, 4.0), ("triton_red_fused_3", 3.5, 5.0)]
     found = kernels.summary([*runs, ("nvjet_tst_128x256", 5.0, 6.0), ("cudnn::fusion::compute_dot_do_o", 6.5, 7.0)])
     shares = {kind: ms for kind, ms in found.kinds.items() if ms}
     expected = {"matrix products": 3.0, "normalisation kernel": 1.0, "elementwise": 1.5, "attention": 0.5, "gaps": 1.5}

@@ -163,8 +163,12 @@ def verify(checkpoint: Path) -> State:
     return state
 
 
-def load(checkpoint: Path) -> TrainingState:
+def load(checkpoint: Path, *, mapped: bool = True) -> TrainingState:
     """Verify a checkpoint and map its files: what is read of a tensor stays in the page cache, which all ranks share.
+
+    Args:
+        checkpoint: its folder.
+        mapped: otherwise the optimiser's state is read into memory.
 
     Raises as `verify` does.
     """
@@ -173,7 +177,7 @@ def load(checkpoint: Path) -> TrainingState:
 
     state = verify(checkpoint)
     try:
-        rest = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        rest = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True, mmap=mapped)
         ema = load_file(checkpoint / MODEL_FILE)
         ema.pop("class_means", None)
         return TrainingState(

@@ -268,7 +268,8 @@ class Forecast:
             gpu = gpu._replace(tflops=gpu.tflops / 2)  # TF32
         macs, recompute = sum(map(vit_macs, self.plan.online)), self.settings.gradient_checkpointing
         step = step_cost(self.plan.network, self._local(1), gpu, encoder_macs=macs, recompute=recompute)
-        seconds = step.device if self.settings.cuda_graph else step.expected
+        launching = self.settings.gradient_accumulation_steps * step.host  # of each micro-batch
+        seconds = step.device if self.settings.cuda_graph else max(launching, step.device)
         return self.settings.max_train_steps * seconds / 3600
 
 

@@ -158,8 +158,9 @@ def _build(
         for e in plan.online
     ]
     found = share(on_first(lambda: checkpoints.newest(folder, say)))
-    # Each rank maps the files: those of a node share their pages, and no rank has a copy of its own in host memory.
-    loaded = None if found is None else checkpoints.load(found)
+    # On GPUs each rank maps the files: those of a node share their pages, and no rank has a copy of its own in host memory.
+    # On a CPU the moments would stay pages of a file that is rotated away.
+    loaded = None if found is None else checkpoints.load(found, mapped=processes.device.type != "cpu")
     network, ema = _networks(settings, plan, source, processes, loaded)
     adam: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -215,7 +216,7 @@ def _networks(
 ) -> tuple[SiT, EMA]:
     """The network and its EMA on the device: of the checkpoint, or made by rank 0 and handed to the others.
 
-    Only rank 0's fresh weights are ever made in host memory; all else begins on the device, uninitialised.
+    Only rank 0's fresh weights are ever initialised; all else begins on the device, uninitialised.
     """
 
     def fresh() -> SiT:
