@@ -4,7 +4,8 @@ python -m benchmarks.finetune --out runs/finetune            # digits: a model o
 python -m benchmarks.finetune --out runs/places --images IMAGES --vae VAE --encoder ENCODER --judge JUDGE --resolution 64 \
     --new Pasture PermanentCrop Residential --recipe recipes/study/eurosat-finetune.yaml --label eurosat
 
-The same command goes on where it was cut; several at once share the work where each has its own --seeds. `--images` holds
+The same command goes on where it was cut; several at once share the work where each has its own
+--seeds, and the command with all seeds then writes the table. `--images` holds
 train/CLASS/FILE and test/CLASS/FILE. VAE, encoder and judge are trained on all classes, so that only the diffusion model is
 new to the new ones.
 """

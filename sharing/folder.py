@@ -64,6 +64,7 @@ def write_pipeline(out: Path, model: Model, autoencoder: Autoencoder, dtype: str
     transformer.network.to(DTYPES[dtype])
     transformer.save_pretrained(out / "transformer")
     REGScheduler(path_type=model.info.path).save_pretrained(out / "scheduler")
+    autoencoder.vae.register_to_config(_name_or_path="")  # diffusers keeps where it was read
     autoencoder.vae.save_pretrained(out / "vae")
     for part in PARTS:
         (out / part / f"reg_{part}.py").write_text(bundle(f"sharing.reg_{part}"), encoding="utf-8")

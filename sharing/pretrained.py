@@ -133,6 +133,7 @@ class PretrainedSiT(ModelHubMixin):
         """
         info = self._shared_info()
         if is_local(info.vae):
+            self.autoencoder.vae.register_to_config(_name_or_path="")  # diffusers keeps where it was read
             self.autoencoder.vae.save_pretrained(folder / "vae")
             info = replace(info, vae_weights=weights_sha256(self.autoencoder, by_name=True))
         weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in self.network.state_dict().items()}

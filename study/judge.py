@@ -210,7 +210,7 @@ def reconstructions(autoencoder: Autoencoder, pixels: Tensor, batch: int) -> Ten
 
 
 def floors(judge: Judge, autoencoder: Autoencoder, held_out: Path) -> dict[str, dict[str, float]]:
-    """What perfect samples would reach: held-out images themselves, and these through the VAE."""
+    """What real images reach: all that were held out, more or fewer than the samples of a row, and these through the VAE."""
     images = open_images([held_out])
     pixels = torch.from_numpy(np.array(images.read(0, len(images)))).permute(0, 3, 1, 2)
     label = None if images.labels is None else torch.from_numpy(images.labels)

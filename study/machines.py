@@ -32,7 +32,8 @@ def agreement(
         two values.
     """
     first = {line["key"]: line for line in lines if line.get("weights") == EMA}
-    pairs = [(first[line["key"]], line) for line in again if line["key"] in first]
+    same_networks = (line for line in again if line.get("networks") == first.get(line["key"], {}).get("networks"))
+    pairs = [(first[line["key"]], line) for line in same_networks if line["key"] in first]
     seeds: dict[tuple[Any, ...], list[Mapping[str, float]]] = {}
     for line, _ in pairs:
         seeds.setdefault(tuple(line[name] for name in ("data", "teacher", "row", "step")), []).append(line["metrics"])

@@ -195,9 +195,11 @@ class Page:
         done = {tuple(line[name] for name in names) for line in self.lines if "step" in line}
         judged = [line for line in self.lines if line.get("weights") == EMA]
         machine = max(kinds := list(map(kind, judged)), key=kinds.count)
-        costs = [line["cpu_seconds"] for line in judged if kind(line) == machine]
-        judging = float(np.mean([cost["judging"] for cost in costs])) if costs else 0.0
-        training = max((cost["training"] for cost in costs if cost["training"] is not None), default=0.0)
+        costs = [
+            (line["cpu_seconds"], self.settings.steps[-1] / line["step"]) for line in judged if kind(line) == machine
+        ]
+        judging = float(np.mean([cost["judging"] for cost, _ in costs])) if costs else 0.0
+        training = max((cost["training"] * rest for cost, rest in costs if cost["training"] is not None), default=0.0)
         count: dict[tuple[str, str, str], list[int]] = {}
         for spec in runs(self.settings):
             run = (spec.data, spec.teacher, spec.row, spec.seed)

@@ -185,7 +185,8 @@ class Study:
                 **{"samples": count, "metrics": metrics, "train_flops_per_image": cost(network.config).train_flops},
                 **{"cpu_seconds": {"training": trained, "judging": time.process_time() - started}},
                 "networks": self.digests(spec),
-                "machine": machine(),
+                "machine": machine()
+                | {name: True for name in ("compile", "cuda_graph") if getattr(self.settings, name)},
             }
             self.ledger.append(line)
             say(f"{spec.name}, step {run.step}, {weights}: {shown(metrics)}")

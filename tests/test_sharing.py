@@ -58,6 +58,7 @@ def test_the_library_samples_as_the_program(model, tmp_path):
     for text in (
         read_header(tmp_path / "saved/model.safetensors")["reg"],
         (tmp_path / "saved/config.json").read_text(),
+        (tmp_path / "saved/vae/config.json").read_text(),
     ):
         assert str(folder) not in text
     moved = shutil.move(tmp_path / "saved", tmp_path / "moved")
