@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from common.files import read_json, replacing, sha256, write_json, write_text
-from common.lock import wait_for
 from common.reporting import run, say
 from config import RUN, MissingFile, UserError, differences, identity, parse, setting
 
@@ -59,6 +58,8 @@ class FinetuneBenchmark:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(FinetuneBenchmark, (__doc__ or "").splitlines()[0], argv)
+    from common.lock import wait_for  # needs torch
+
     with closing(wait_for(settings.out, "prepare.lock")):
         folders = prepare(settings)
         before = measure(settings, folders, "base", 0, 0)  # the base model, whose rows of the new classes are fresh
