@@ -108,7 +108,7 @@ def calls(settings: Ceilings, device: str, dtype: Any) -> Calls:
 
 
 def table(folder: Path) -> list[str]:
-    """A line for each variant that the results in a folder tell of; of the ceilings the first two.
+    """A line for each variant in the results of a folder; of the ceilings the first two.
 
     Raises:
         UserError: there are none.

@@ -36,7 +36,7 @@ class CountBenchmark:
     norm_kernel: bool = setting(False, "the compiled step with models/norm_kernel.py", group="how")
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass", group="how")
     names: int = setting(
-        0, "also print so many kernels, the most frequent and those that move most", group="how", at_least=0
+        0, "also print this number of kernels, the most frequent and those that move most", group="how", at_least=0
     )
     published: Path | None = setting(None, "clone of the published code at 021ea2e, for the table", group="table")
     label: str = setting("", "count all variants, and name the files in benchmarks/results", group="table")

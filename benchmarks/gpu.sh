@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a machine with one GPU can tell in seven minutes (the parts' limits sum to ten), on an image with torch, timm,
+# Measure what matters on one GPU in about seven minutes (the parts' limits sum to ten), on an image with torch, timm,
 # accelerate, pytest, numpy and tqdm.
 #
 #   bash benchmarks/gpu.sh [PART...]        parts: smoke ceilings tests cached online small sample (default: these), norms block

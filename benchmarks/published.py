@@ -23,7 +23,7 @@ _SHA256 = "bef97bbac0e40caa579f3dc2876f9422cffe2c5559ea5f02984ecb9ea9ae2c08"  # 
 
 
 def check(clone: Path) -> str:
-    """The commit of the clone, for the record; its files tell, so that a copy without .git serves as well.
+    """The commit of the clone, for the record; it is known by its files, so that a copy without .git serves as well.
 
     Raises MissingFile if it is not a clone of the published code.
     """

@@ -39,8 +39,8 @@ def compare(
 ) -> Iterator[tuple[str, Measured | Exception]]:
     """Time all variants; each row comes as soon as it is known.
 
-    On a CPU they take turns. On a GPU, whose memory may not hold two, each is alone, one after the other; one that fails is
-    told of by its error, and does not end the others.
+    On a CPU they take turns. On a GPU, whose memory may not hold two, each is alone, one after the other; for one that
+    fails its error is yielded, and the others go on.
 
     Args:
         builders: what is compared.

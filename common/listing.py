@@ -23,7 +23,7 @@ def list_contents(path: Path) -> Contents:
     """Find all images of a folder, zip, tar, folder of archives, or of a folder inside an archive (`images.zip/train`).
 
     Raises:
-        UserError: names what cannot be read, or what must not be passed over.
+        UserError: names what cannot be read, or what must not be skipped.
     """
     place = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
     inside = "/".join(path.parts[len(place.parts) :])

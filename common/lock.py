@@ -50,14 +50,14 @@ def claim_if_free(folder: Path, name: str, advice: str) -> "FolderLock | None":
 
 def wait_for(folder: Path, name: str) -> "FolderLock":
     """Lock a folder for this process alone, as soon as no other program has it; who has it is said once."""
-    told = False
+    said = False
     while True:
         try:
             return FolderLock(folder, name, "waiting for it")
         except InUse as error:
-            if not told:
+            if not said:
                 say(str(error))
-            told = True
+            said = True
             time.sleep(0.2)
 
 

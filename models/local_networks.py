@@ -52,7 +52,7 @@ def open_network(
 
     A local one is looked for under its name as a path, beside the model file, where the run's config.json says, and where
     it was when something was packed with it on this machine; with a known digest it must be the same network. A folder from
-    which it cannot be loaded is passed over.
+    which it cannot be loaded is skipped.
 
     Args:
         name: of a VAE or encoder, as in the model file.
@@ -63,8 +63,8 @@ def open_network(
         shared: name of the folder that it has beside a shared model, None if it has none.
 
     Raises:
-        MissingFile: it is nowhere; says why the folders that were tried are not it. Of a name that is no path, what `load`
-            raises.
+        MissingFile: it is nowhere; says why the folders that were tried are not it. Of a name that is not a path,
+            what `load` raises.
     """
     if not is_local(name):
         try:

@@ -133,9 +133,8 @@ class SiTBlock(nn.Module):
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
 
     def forward(self, x: Tensor, c: Tensor, gate: Tensor | None = None, branch: Tensor | None = None) -> Tensor:
-        x, gate, branch = SiTBlock.deferred(
-            self, x, c, gate, branch
-        )  # not the compiled one: the block is a region itself
+        # not self.deferred, which may be compiled by itself: the whole block is one region
+        x, gate, branch = SiTBlock.deferred(self, x, c, gate, branch)
         return x + gate * branch
 
     def deferred(self, x: Tensor, c: Tensor, gate: Tensor | None, branch: Tensor | None) -> tuple[Tensor, ...]:

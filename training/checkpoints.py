@@ -235,7 +235,7 @@ def rotate(folder: Path, keep_last: int, keep_every: int, saved: int, before: in
         folder: of all checkpoints of the run.
         keep_last, keep_every: see `superseded`.
         saved: step of the checkpoint that was just saved, which always stays.
-        before: step of the newest intact one before it; what is newer was passed over when the run was resumed.
+        before: step of the newest intact one before it; what is newer was skipped when the run was resumed.
     """
     checkpoints = {step: path for step, path in by_step(folder).items() if not _foreign(path)}
     for step in [step for step in checkpoints if keep_last and step > before and step != saved]:

@@ -71,7 +71,7 @@ def dry_run(settings: TrainConfig) -> str:
 
 
 def check_shares(settings: TrainConfig, world: int) -> None:
-    """Raise UserError where so many processes cannot share the images of a step, or the samples of the Frechet probe."""
+    """Raise UserError where `world` processes cannot share the images of a step, or the samples of the Frechet probe."""
     if settings.batch_size % world:
         raise UserError(f"batch size {settings.batch_size} must be divisible by {world} processes")
     if settings.eval_every and settings.eval_samples < world:
