@@ -25,9 +25,7 @@ from common.provenance import processor, versions
 from models.sit import SiTConfig
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(
-    os.environ.get("RESULTS") or ROOT / "benchmarks" / "results"
-)  # the variable: a folder to write to instead
+RESULTS = Path(os.environ.get("RESULTS") or ROOT / "benchmarks" / "results")  # the variable: another folder to write to
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
