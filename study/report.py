@@ -69,15 +69,16 @@ class Page:
             for teacher in self.teachers(data):
                 for name, other in PAIRS:
                     row, base = (self.curves.row(data, teacher, one) for one in (name, other))
-                    shared = {s: len(self.curves.shared(row, base, s, self.spaces[0].key)) for s in self.steps}
-                    verdicts = {step: self.verdict(row, base, step) for step, seeds in shared.items() if seeds}
+                    both = {s: self.curves.shared(row, base, s, self.spaces[0].key) for s in self.steps}
+                    shared = {step: len(seeds) for step, seeds in both.items()}
+                    verdicts = {step: self.verdict(row, base, step) for step, seeds in both.items() if seeds}
                     if not verdicts:
                         continue
                     known = [step for step, verdict in verdicts.items() if verdict != UNKNOWN]
                     counts = sorted({shared[step] for step in known or verdicts})
                     seeds = f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} seed{'s' * (counts[-1] != 1)}"
                     where = f"{LEVELS[self.settings.level]} {IN_WORDS[data]}, {teacher} teacher"
-                    kinds = self.machines(row) | self.machines(base)
+                    kinds = self.machines(row, *both.values()) | self.machines(base, *both.values())
                     mixed = f"; on {' and '.join(sorted(kinds))}" if len(kinds) > 1 else ""
                     pair = f"{TITLES[name]} against {TITLES[other]} ({seeds}{mixed})"
                     inside = [step for step, verdict in verdicts.items() if verdict == SPREAD]
@@ -86,9 +87,11 @@ class Page:
                     said = "; ".join([in_words(verdicts), *([alone] if alone else [])])
                     yield f"- {where}, {pair}: {said if known else 'too few seeds to say'}."
 
-    def machines(self, row: Row) -> set[str]:
-        """Those that the judged steps of a row come from."""
-        return {name for (one, _), names in self.curves.machines.items() if one == row for name in names}
+    def machines(self, row: Row, *seeds: Sequence[int]) -> set[str]:
+        """Those that the judged steps of a row come from, of these lists of seeds alone if any are given."""
+        known = self.curves.machines.items()
+        wanted = {seed for some in seeds for seed in some} if seeds else {seed for (_, seed), _ in known}
+        return {name for (one, seed), names in known if one == row and seed in wanted for name in names}
 
     def verdict(self, row: Row, base: Row, step: int) -> str:
         """The verdict if all spaces agree on it; else that nothing is known beyond the spread."""
