@@ -18,7 +18,7 @@ RESULTS="$(mktemp -d)" # where the benchmarks write
 export RESULTS PYTHONUNBUFFERED=1
 trap 'rm -r "$RESULTS"' EXIT
 
-gib="$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory >> 30)')" || {
+gib="$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory >> 30)' 2> /dev/null)" || {
     echo "error: torch sees no CUDA device" >&2
     exit 2
 }
