@@ -161,9 +161,10 @@ def _kernel_distance(inputs: Inputs) -> Numbers:
 
 
 def _mind(inputs: Inputs) -> Numbers:
-    from evaluations.sliced import mind
+    from evaluations.sliced import Mind
 
-    return [mind(*inputs.rows, seed=inputs.settings.seed)]
+    reference, samples = inputs.rows
+    return [Mind(reference, seed=inputs.settings.seed)(samples)]
 
 
 def _clip_mmd(inputs: Inputs) -> Numbers:

@@ -6,45 +6,83 @@ from torch import Tensor
 from config import UserError
 from evaluations.metrics import Estimate
 
+DIRECTIONS_AT_A_TIME = 50  # bounds the memory: each takes some copies of the reference's projections in float64
 
-def mind(reference: Tensor, samples: Tensor, *, directions: int = 1000, seed: int = 0) -> Estimate:
+
+class Mind:
     """MIND (arXiv 2605.06797): 3 D times the mean over directions of the squared 1-D Wasserstein-2 distance.
 
-    Args:
-        reference: (N, D) features.
-        samples: (M, D) features.
-        directions: number of random unit vectors.
-        seed: of the directions.
-
-    Returns:
-        The value, and its standard error from the directions and from two halves of the samples together; the halves are
-        biased alike, so that their difference measures the sampling alone.
-
-    Raises:
-        UserError: a set has fewer than two images.
+    Of the reference it keeps what samples of one number need, so that further sets of as many are quick.
     """
-    if min(len(reference), len(samples)) < 2:
-        raise UserError(f"MIND needs at least 2 images in each set, got {len(reference)} and {len(samples)}")
-    dim = reference.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.nn.functional.normalize(torch.randn(directions, dim, generator=generator, dtype=torch.float64))
-    vectors = vectors.to(reference.device)
-    a, b = (vectors @ side.double().T for side in (reference, samples))  # (L, N), (L, M)
-    a = a.sort(1).values
-    values = 3 * dim * _transport(a, b.sort(1).values)
-    halves = [3 * dim * _transport(a, half.sort(1).values).mean() for half in (b[:, ::2], b[:, 1::2])]
-    error = (values.var() / directions + ((halves[0] - halves[1]) / 2) ** 2).sqrt()
-    return Estimate(values.mean().item(), error.item())
+
+    def __init__(self, reference: Tensor, *, directions: int = 1000, seed: int = 0) -> None:
+        """Draw the directions.
+
+        Args:
+            reference: (N, D) features.
+            directions: number of random unit vectors.
+            seed: of the directions.
+        """
+        self.reference = reference
+        generator = torch.Generator().manual_seed(seed)
+        vectors = torch.randn(directions, reference.shape[1], generator=generator, dtype=torch.float64)
+        self._blocks = torch.nn.functional.normalize(vectors).to(reference.device).split(DIRECTIONS_AT_A_TIME)
+        self._cells: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, samples: Tensor) -> Estimate:
+        """Measure a set of samples.
+
+        Args:
+            samples: (M, D) features.
+
+        Returns:
+            The value, and its standard error from the directions and from two halves of the samples together; the halves are
+            biased alike, so that their difference measures the sampling alone.
+
+        Raises:
+            UserError: a set has fewer than two images.
+        """
+        if min(len(self.reference), len(samples)) < 2:
+            raise UserError(f"MIND needs at least 2 images in each set, got {len(self.reference)} and {len(samples)}")
+        rows = torch.cat([vectors @ samples.double().T for vectors in self._blocks])  # (L, M)
+        parts = rows, rows[:, ::2], rows[:, 1::2]
+        self._read_reference({part.shape[1] for part in parts})
+        values, *halves = (3 * samples.shape[1] * self._transport(part) for part in parts)
+        error = (values.var() / len(values) + ((halves[0].mean() - halves[1].mean()) / 2) ** 2).sqrt()
+        return Estimate(values.mean().item(), error.item())
+
+    def _transport(self, rows: Tensor) -> Tensor:
+        """Squared Wasserstein-2 distance to the reference in each direction: projections (L, M) => (L,)."""
+        means, scatter = self._cells[rows.shape[1]]
+        return (rows.sort(1).values - means).square().mean(1) + scatter
+
+    def _read_reference(self, counts: set[int]) -> None:
+        """Cut the reference's quantile functions into as many equal cells as there are samples.
+
+        The distance is the integral over u of the squared difference of both quantile functions, and that of M samples is
+        constant in each of M cells. So the reference's mean in each cell, (L, M), and the mean square of what it deviates
+        from these, (L,), say all.
+        """
+        counts = counts - self._cells.keys()
+        if not counts:
+            return
+        n = len(self.reference)
+        found: dict[int, tuple[list[Tensor], list[Tensor]]] = {count: ([], []) for count in counts}
+        pieces = {count: _pieces(n, count, self.reference.device) for count in counts}
+        for vectors in self._blocks:
+            ordered = (vectors @ self.reference.double().T).sort(1).values
+            for count, (row, cell, width) in pieces.items():
+                values = ordered[:, row]
+                means = values.new_zeros(len(values), count).index_add_(1, cell, values * width)
+                found[count][0].append(means)
+                found[count][1].append(((values - means[:, cell]).square() * width).sum(1) / count)
+        self._cells |= {count: (torch.cat(means), torch.cat(scatter)) for count, (means, scatter) in found.items()}
 
 
-def _transport(a: Tensor, b: Tensor) -> Tensor:
-    """Squared Wasserstein-2 distance of two samples on a line: sorted (L, N) and (L, M) => (L,).
-
-    The integral over u of the squared difference of the two quantile functions, which are steps; for N = M it is the mean
-    squared difference of the sorted values.
-    """
-    n, m = a.shape[1], b.shape[1]
-    # where either quantile function steps, times N M, so that integers decide which value holds
-    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique().to(a.device)
+def _pieces(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a quantile function of n values crosses m cells: value, cell and part of the cell of each piece."""
+    # ends of values and cells times n m, so that integers decide which one holds
+    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    return ((a[:, starts // m] - b[:, starts // n]) ** 2 * ((ends - starts).double() / (n * m))).sum(1)
+    row, cell, width = starts // m, starts // n, (ends - starts).double() / n
+    return row.to(device), cell.to(device), width.to(device)

@@ -23,7 +23,7 @@ from evaluations.image_sets import ImageSet, open_images
 from evaluations.layers import measure, read_targets
 from evaluations.metrics import frechet_distance
 from evaluations.settings import CknnaConfig
-from evaluations.sliced import mind
+from evaluations.sliced import Mind
 from evaluations.statistics import compute_statistics
 from models.autoencoder import Autoencoder
 from models.class_token import nearest_class
@@ -106,8 +106,10 @@ class Judge:
         classes = 0 if images.labels is None else len(np.unique(images.labels))
         named = [space.space for space in self.spaces if space.classes == classes > 0]
         self.classifier = named[0] if named else None  # others have no classes, or those of other images
-        self.train = {s.space: _features(images, s, batch, cache).to(device) for s in self.spaces}
-        self.statistics = {name: compute_statistics(rows) for name, rows in self.train.items()}
+        self.statistics, self.mind = {}, {}
+        for space in self.spaces:
+            train = _features(images, space, batch, cache).to(device)
+            self.statistics[space.space], self.mind[space.space] = compute_statistics(train), Mind(train)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -129,7 +131,7 @@ class Judge:
                 named = torch.cat([part.logits.argmax(1).cpu() for part in parts if part.logits is not None])
                 found["class_accuracy"] = (named == label).double().mean().item()
             found[f"fd_{space.space}"] = frechet_distance(self.statistics[space.space], compute_statistics(pooled))
-            estimate = mind(self.train[space.space], pooled.to(self.device))
+            estimate = self.mind[space.space](pooled.to(self.device))
             found[f"mind_{space.space}"] = estimate.value
             found[f"mind_{space.space}_error"] = estimate.error or 0.0
         return found

@@ -7,7 +7,7 @@ import torch
 from benchmarks.train_variants import OurStep
 from evaluations.metrics import InceptionScore, clip_mmd, kernel_distance
 from evaluations.neighbours import density_coverage, precision_recall
-from evaluations.sliced import mind
+from evaluations.sliced import Mind
 from evaluations.statistics import Moments
 from models import acceleration
 from models.encoder import VisionEncoder
@@ -60,7 +60,7 @@ def test_metrics_are_the_same():
                 torch.from_numpy(statistics.covariance),
                 *map(torch.tensor, score.estimate()),
                 *map(torch.tensor, kernel_distance(a, b, subsets=5, subset_size=200)),
-                *map(torch.tensor, mind(a, b, directions=50)),
+                *map(torch.tensor, Mind(a, directions=50)(b)),
                 torch.tensor(clip_mmd(a, b)),
             ]
         )

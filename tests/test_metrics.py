@@ -9,7 +9,7 @@ import torch
 
 from evaluations.coherence import token_metrics
 from evaluations.metrics import InceptionScore, clip_mmd, frechet_distance, kernel_distance
-from evaluations.sliced import mind
+from evaluations.sliced import Mind
 from evaluations.statistics import (
     Moments,
     Statistics,
@@ -248,21 +248,21 @@ def test_mind_of_equal_numbers_and_of_a_shift():
     u = torch.randn(1000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
     u /= np.linalg.norm(u, axis=1, keepdims=True)
     a, b = (np.sort(u @ side.double().numpy().T, axis=1) for side in (x, y))
-    found = mind(x, y)
+    found = Mind(x)(y)
     assert found.value == pytest.approx(3 * 5 * np.mean((a - b) ** 2), rel=1e-9)
     shift = torch.tensor([1.0, -2, 0, 0, 0.5])
-    moved = mind(x, x + shift, directions=20_000)
+    moved = Mind(x, directions=20_000)(x + shift)
     assert moved.value == pytest.approx(3 * shift.square().sum().item(), rel=0.02)
-    assert mind(x, x).value == 0 and mind(x, y.flip(0)).value == pytest.approx(found.value, rel=1e-12)
+    assert Mind(x)(x).value == 0 and Mind(x)(y.flip(0)).value == pytest.approx(found.value, rel=1e-12)
 
 
 def test_mind_of_unequal_numbers():
     """As if every image were there several times, so that both sets have as many; the error falls with the samples."""
     x, y = normal(6, 3), normal(10, 3, seed=1)
-    both = mind(x.repeat_interleave(5, 0), y.repeat_interleave(3, 0)).value
-    assert mind(x, y).value == pytest.approx(both, rel=1e-9)
-    assert mind(y, x).value == pytest.approx(both, rel=1e-9)
-    few, many = (mind(normal(4000, 3), normal(n, 3, seed=2)).error for n in (40, 4000))
+    both = Mind(x.repeat_interleave(5, 0))(y.repeat_interleave(3, 0)).value
+    assert Mind(x)(y).value == pytest.approx(both, rel=1e-9)
+    assert Mind(y)(x).value == pytest.approx(both, rel=1e-9)
+    few, many = (Mind(normal(4000, 3))(normal(n, 3, seed=2)).error for n in (40, 4000))
     assert many < few / 4
     with pytest.raises(ValueError, match="at least 2 images"):
-        mind(x, y[:1])
+        Mind(x)(y[:1])
