@@ -2,51 +2,71 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common.files import replacing
 from study.curves import Curves, Row
+from study.plan import NO_TEACHER
 
 COLOURS = {"sit": "#57606a", "token": "#d9730d", "repa": "#2da44e", "reg": "#1f6feb"}
 STYLES = ("-", "--", ":")
 
 
-def draw_curves(file: Path, curves: Curves, panels: Sequence[tuple[str, str, Sequence[tuple[str, Row]]]]) -> None:
-    """One panel for each metric and list of rows: the mean over seeds, between their smallest and largest value.
+class Panel(NamedTuple):
+    """One pair of axes: a metric; of all rows over the mean of `base` at the same step, where it is given."""
+
+    title: str
+    metric: str
+    base: Row | None = None
+
+
+def draw_curves(file: Path, curves: Curves, rows: Sequence[tuple[str, Row]], panels: Sequence[Panel]) -> None:
+    """Curves over the steps: the mean over seeds, between their smallest and largest value.
 
     Args:
         file: PNG to write.
         curves: the results.
-        panels: title, metric, and (label, row) of each curve.
+        rows: label and row of each curve.
+        panels: in their order, two in a line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = -(-len(panels) // 2)
-    figure = Figure(figsize=(10.4, 3.8 * lines))
+    figure = Figure(figsize=(10.4, 3.6 * lines + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
-    for number, (title, metric, rows) in enumerate(panels, start=1):
+    teachers = list(dict.fromkeys(row.teacher for _, row in rows if row.teacher != NO_TEACHER))
+    ticks = sorted({step for _, row in rows for step in curves.steps(row)})
+    for number, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(lines, 2, number)
-        teachers = list(dict.fromkeys(row.teacher for _, row in rows))
         for label, row in rows:
-            points = [(step, list(curves.at(row, step, metric).values())) for step in curves.steps(row)]
-            points = [(step, values) for step, values in points if values]
-            steps = [step for step, _ in points]
-            colour = COLOURS.get(row.row, "#8250df")
-            style = STYLES[max(teachers.index(row.teacher) - 1, 0) % len(STYLES)] if len(teachers) > 2 else "-"
-            axes.plot(steps, [np.mean(v) for _, v in points], style, color=colour, marker="o", ms=3, label=label)
-            axes.fill_between(steps, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15)
-        axes.set(title=title, xscale="log", xlabel="optimiser steps")
-        axes.set_xticks(ticks := sorted({step for _, row in rows for step in curves.steps(row)}), map(str, ticks))
+            points = {step: _over(curves, row, step, panel) for step in curves.steps(row)}
+            points = {step: values for step, values in points.items() if values}
+            style = STYLES[teachers.index(row.teacher) % len(STYLES)] if row.teacher in teachers else "-"
+            colour, steps = COLOURS.get(row.row, "#8250df"), list(points)
+            axes.plot(steps, list(map(np.mean, points.values())), style, color=colour, marker="o", ms=3, label=label)
+            axes.fill_between(
+                steps, list(map(min, points.values())), list(map(max, points.values())), color=colour, alpha=0.12
+            )
+        axes.set(title=panel.title, xscale="log", xlabel="optimiser steps")
+        axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     with replacing(file) as temporary:
         figure.savefig(temporary, dpi=80, format="png", metadata={"Software": None})
     _shrink(file)
+
+
+def _over(curves: Curves, row: Row, step: int, panel: Panel) -> list[float]:
+    values = list(curves.at(row, step, panel.metric).values())
+    if panel.base is None:
+        return values
+    base = list(curves.at(panel.base, step, panel.metric).values())
+    return [value / float(np.mean(base)) for value in values] if base else []
 
 
 def draw_samples(file: Path, grid: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> None:

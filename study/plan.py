@@ -29,6 +29,13 @@ TOKENS = {  # class tokens of a data word such as unlabelled:token-mean => flags
     "token-x2": ("--scale", "2"),
     "token-rms": ("--scale", "0"),
 }
+TOKENS_IN_WORDS = {
+    "token-mean": "class token: the mean of the patch tokens",
+    "token-empty": "class token without content",
+    "token-x0.5": "class token x 0.5",
+    "token-x2": "class token x 2",
+    "token-rms": "class token of unit RMS",
+}
 RAW, EMA = "raw", "ema"  # the weights that are judged; raw ones at the last step alone
 NO_TEACHER = "none"  # the word of a row that reads no token of any encoder
 
@@ -75,6 +82,18 @@ def runs(settings: StudyConfig) -> list[Spec]:
         UserError: a line of `runs` cannot be read.
     """
     return list(dict.fromkeys(spec for line in settings.runs for spec in _read(line)))
+
+
+def row_title(row: str) -> str:
+    """A row in words, with its changed flags: `SiT + REG, --class-coeff 0.1`."""
+    base, *changes = row.split("+")
+    return ", ".join([TITLES[base], *(f"--{change.replace('=', ' ')}" for change in changes)])
+
+
+def data_title(data: str) -> str:
+    """A data word in words: `without labels, class token x 2`."""
+    base, _, token = data.partition(":")
+    return ", ".join([IN_WORDS[base], *([TOKENS_IN_WORDS[token]] if token else [])])
 
 
 def judgements(spec: Spec, settings: StudyConfig) -> list[tuple[int, str]]:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from config import UserError
+from study.claims import answer, verdicts
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, first_pass
+from study.findings import Findings
 from study.ledger import Ledger
 from study.plan import DATA, EMA, NO_TEACHER
 from study.readme import BEGIN, END, fill, summary
-from study.report import Page, report, write
+from study.report import report, write
 from study.settings import ReportConfig
 from tests.toy_study import settings
 
@@ -57,8 +59,10 @@ def test_a_page_of_few_seeds_and_changed_tokens(tmp_path):
         ledger.append({"key": str(number), "machine": {}, "cpu_seconds": cost, **line})
     write(tmp_path / "page.md", [level])
     text = (tmp_path / "page.md").read_text()
-    assert "supervised teacher, SiT + REG against SiT (3 seeds): within the spread" in text
-    assert "after 100 steps; too few seeds after 200 steps." in text
+    assert (
+        "- **SiT + REG against SiT**: nowhere lower or higher in all feature spaces. Within the spread: Digits" in text
+    )
+    assert "\nSiT + REG against SiT | without labels | supervised | 2 to 3 | · | too few seeds | \n" in text
     assert "SiT + REG, supervised | 15.2 | 6.00, 6.10 | 6.0 | too few seeds" in text
     assert "without labels, SiT + REG, supervised | 2 | 1 | 0.8 |  | 9.00\n" in text
     assert "without labels, SiT + REG, random | 2 | 1 | 0.8 |  | 7.00\n" in text
@@ -87,7 +91,11 @@ def test_the_same_runs_on_two_machines(tmp_path):
     (found,) = write(tmp_path / "page.md", [level])
     text = (tmp_path / "page.md").read_text()
     assert "fd_judge | 3 | 2 % | 2 % | 11 %" in text and "apart on C and G, median" in text
-    assert "SiT + REG against SiT (3 seeds; on C and G): lower in all feature spaces after 100 steps" in text
+    assert (
+        "against SiT**: lower in all feature spaces: Digits without labels, supervised teacher (after 100 steps)."
+        in text
+    )
+    assert "SiT + REG against SiT | without labels | supervised | 3 on C and G | **lower** | \n" in text
     readme = tmp_path / "README.md"
     readme.write_text("top\n")
     with pytest.raises(UserError, match=r"README\.md has no place for the table"):
@@ -107,8 +115,9 @@ def test_a_difference_in_one_space_alone(tmp_path):
     for number, line in enumerate([*sit, *lines_of([[9, 6], [9, 6.1], [9, 6.2]], steps=(100, 200))]):
         line["metrics"]["fd_other"] = 1.0
         Ledger(level.results / "digits.jsonl").append({"key": str(number), **line})
-    (claim,) = Page(level, tmp_path).claims()
-    assert claim.endswith("after 100, 200 steps; lower in the space of judge alone after 200 steps.")
+    (line,) = verdicts(found := Findings(level))[1:]
+    assert line[:6] == ["SiT + REG against SiT", "without labels", "supervised", "3", "·", "lower: judge"]
+    assert "Within the spread" in answer([found], "reg", "sit")
 
 
 def test_when_a_value_is_reached():
