@@ -39,8 +39,8 @@ def by_spelling(names: Iterable[str], where: str) -> dict[str, str]:
 def class_number(word: str, names: Sequence[str], count: int, flag: str) -> int | None:
     """The class that a word of the command line means; None if it means none.
 
-    A class's name means that class. Anything else may be a number below `count`. `name:WORD` and `number:WORD` are for words
-    that are both.
+    A class's name means that class; upper and lower case differ only where one of the names is spelled exactly so. Anything
+    else may be a number below `count`. `name:WORD` and `number:WORD` are for words that are both.
 
     Args:
         word: what was given.
@@ -57,6 +57,7 @@ def class_number(word: str, names: Sequence[str], count: int, flag: str) -> int 
     if wanted not in spellings and wanted.partition(":")[0] in ("name", "number"):
         kind, _, wanted = wanted.partition(":")
     named = [number for number, name in enumerate(spellings) if name == wanted]
+    named = named or [number for number, name in enumerate(spellings) if name.casefold() == wanted.casefold()]
     if not named and wanted.isdecimal():  # 1 and 01 are one word to people
         named = [number for number, name in enumerate(spellings) if name.isdecimal() and int(name) == int(wanted)]
     number = int(wanted) if wanted.isdecimal() and int(wanted) < count else None

@@ -37,7 +37,12 @@ def test_balanced_labels_interleave():
 
 
 def test_classes_by_number_and_name():
+    """Upper and lower case are one, unless a class is spelled exactly so."""
     assert labels(classes=("3", "bee"), n=4).tolist() == [3, 1, 3, 1], "alone, --classes is balanced"
+    assert labels(classes=("BEE", "name:Cat"), n=2).tolist() == [1, 2]
+    assert read_labels((), ("crane",), 2, ("Crane", "crane"), 2).values.tolist() == [1]
+    with pytest.raises(ValueError, match="2 classes have this name, those with the numbers 0, 1; give the number"):
+        read_labels((), ("CRANE",), 2, ("Crane", "crane"), 2)
     assert set(labels("random", classes=("3", "bee")).tolist()) == {1, 3}
 
 
