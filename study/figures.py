@@ -1,6 +1,6 @@
 """Pictures of docs/reproduction.md: curves with the spread of the seeds, and samples of the rows side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,25 +69,39 @@ def _over(curves: Curves, row: Row, step: int, panel: Panel) -> list[float]:
     return [value / float(np.mean(base)) for value in values] if base else []
 
 
-def draw_samples(file: Path, grid: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> None:
+def draw_samples(file: Path, steps: Sequence[int], grid: Sequence[tuple[str, Mapping[int, Path]]]) -> None:
     """The first samples in a grid: one line for each row of the study, one column for each step.
 
     Args:
         file: PNG to write.
-        grid: (name of the line, its (caption, picture) entries).
+        steps: of the columns.
+        grid: (name of the line, its picture by step).
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from PIL import Image
-
-    from common.pictures import Cell, Line, write_sheet
 
     def upper(path: Path) -> np.ndarray:
         pixels = np.asarray(Image.open(path).convert("RGB"))
         size = len(pixels) // 2
-        pixels = pixels[:size, : size * min(10, 400 // size)]  # of a width that a page can show
-        return pixels.repeat(scale := max(1, 32 // size), axis=0).repeat(scale, axis=1)
+        return pixels[:size, : size * min(10, 400 // size)]  # of a width that a page can show
 
-    cells = [[Cell(upper(path), (Line(name), Line(caption))) for caption, path in line] for name, line in grid]
-    write_sheet(file, cells)
+    pictures = [{step: upper(path) for step, path in line.items()} for _, line in grid]
+    ratio = max(p.shape[0] / p.shape[1] for line in pictures for p in line.values())
+    figure = Figure(figsize=(11, 0.4 + len(grid) * (9.2 / len(steps) * ratio + 0.06)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(grid), len(steps), squeeze=False)
+    for cells, (name, _), line in zip(axes, grid, pictures):
+        cells[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        for one, step in zip(cells, steps):
+            one.set(xticks=[], yticks=[])
+            one.spines[:].set_visible(False)
+            if step in line:
+                one.imshow(line[step], interpolation="nearest")
+    for one, step in zip(axes[0], steps):
+        one.set_title(f"{step:,} steps", fontsize=9)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=80, format="png", metadata={"Software": None})
     _shrink(file)
 
 

@@ -213,15 +213,15 @@ class Page(Findings):
     def samples(self, data: str, rows: Sequence[Row]) -> str:
         """The sheet of samples of seed 0, where the pictures were kept."""
         folder, grid = self.settings.results / "pictures" / self.settings.level, []
-        few = dict.fromkeys((self.steps[0], self.settings.headline, self.steps[-1]))
+        few = list(dict.fromkeys((self.steps[0], self.settings.headline, self.steps[-1])))
         for row in [row for row in rows if row.row in ("sit", "repa", "reg")]:
-            named = [(f"{s} steps", folder / f"{data}-{row.teacher}-{row.row}-{s}.png") for s in few]
-            found = [(caption, path) for caption, path in named if path.is_file()]
+            named = {step: folder / f"{data}-{row.teacher}-{row.row}-{step}.png" for step in few}
+            found = {step: path for step, path in named.items() if path.is_file()}
             grid += [(label(row), found)] if found else []
         if not grid:
             return ""
         file = self.images / f"study-{self.settings.level}-{data}-samples.png"
-        draw_samples(file, grid)
+        draw_samples(file, few, grid)
         return f"![The same noise in all rows, seed 0](images/{file.name})\n"
 
     def closing(self) -> str:
