@@ -7,24 +7,28 @@ from common.files import write_text
 from config import UserError
 from evaluations.results import as_markdown
 from evaluations.seeds import mean_of
-from study.curves import Curves
+from study.curves import LOWER
+from study.findings import Findings
 from study.levels import SUPERVISED
 from study.plan import DATA, IN_WORDS, TITLES
-from study.settings import LEVELS, StudyConfig
+from study.settings import LEVELS
 
 BEGIN, END = "<!-- written by python -m study report -->", "<!-- end of what it writes -->"
 ROWS = ("sit", "repa", "reg")
 
 
-def summary(settings: StudyConfig, curves: Curves, metric: str) -> list[list[str]]:
-    """A line without and one with labels, where all of ROWS are measured: a metric at the step of the headline."""
-    body = []
+def summary(found: Findings) -> list[list[str]]:
+    """A line without and one with labels, where all of ROWS are measured: the first space's FD at the step of the headline;
+    bold where it is lower than SiT's in all spaces."""
+    body, step, metric = [], found.settings.headline, found.spaces[0].key
     for data in reversed(DATA):
-        rows = [curves.row(data, SUPERVISED, name) for name in ROWS]
-        values = [list(curves.at(row, settings.headline, metric).values()) for row in rows]
+        rows = [found.curves.row(data, SUPERVISED, name) for name in ROWS]
+        values = [list(found.curves.at(row, step, metric).values()) for row in rows]
         if all(values):
-            title = f"{LEVELS[settings.level]} {IN_WORDS[data]}, {settings.headline:,} steps"
-            body.append([title, *(mean_of(one).text(2) for one in values)])
+            cells = [mean_of(one).text(2) for one in values]
+            ahead = [found.verdict(row, rows[0], step) == LOWER for row in rows]
+            title = f"{LEVELS[found.settings.level]} {IN_WORDS[data]}, {step:,} steps"
+            body.append([title, *(f"**{text}**" if lower else text for text, lower in zip(cells, ahead))])
     return body
 
 

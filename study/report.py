@@ -266,7 +266,7 @@ def fold(title: str, parts: Sequence[str]) -> str:
 def report(settings: ReportConfig) -> None:
     """Write the page, its pictures and README's table from the raw results of all levels that have any."""
     found = write(settings.page, [recipe(level, "--results", str(settings.results)) for level in LEVELS])
-    fill(settings.readme, [line for one in found for line in summary(one.settings, one.curves, one.spaces[0].key)])
+    fill(settings.readme, [line for one in found for line in summary(one)])
 
 
 def write(page: Path, levels: Sequence[StudyConfig]) -> list[Page]:

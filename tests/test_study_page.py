@@ -101,11 +101,13 @@ def test_the_same_runs_on_two_machines(tmp_path):
     with pytest.raises(UserError, match=r"README\.md has no place for the table"):
         fill(readme, [])
     readme.write_text(f"top\n{BEGIN}\nold\n{END}\nrest\n")
-    fill(readme, summary(level, found.curves, "fd_judge"))
+    fill(readme, summary(found))
     assert readme.read_text() == f"top\n{BEGIN}\nimages | SiT | SiT + REPA | SiT + REG\n-|-|-|-\n{END}\nrest\n"
-    repa = [{**x, "machine": {}} for x in lines_of([[7]], "repa", steps=(100,))]
-    whole = summary(level, Curves([*lines, *repa], EMA), "fd_judge")
-    assert whole == [["Digits without labels, 100 steps", "9.00, 10.00, 11.00", "7.00", "4.00, 5.00, 6.00"]]
+    Ledger(level.results / "digits.jsonl").append(
+        {**lines_of([[7]], "repa", steps=(100,))[0], "key": "r", "machine": {}}
+    )
+    (line,) = summary(Findings(level))
+    assert line == ["Digits without labels, 100 steps", "9.00, 10.00, 11.00", "7.00", "**4.00, 5.00, 6.00**"]
 
 
 def test_a_difference_in_one_space_alone(tmp_path):
