@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -71,7 +72,11 @@ class Runner:
         start = time.monotonic()
         arguments = [sys.executable, *stage.command[1:]] if stage.command[0] == "python" else _tool(stage.command)
         process = subprocess.Popen(arguments, env=self.environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # or it would go on alone
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         code = os.waitstatus_to_exitcode(status)
         if code:
             print(f"error: stage {stage.name} failed with exit status {code}: {command}", file=sys.stderr)

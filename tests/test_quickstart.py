@@ -1,6 +1,7 @@
 """The quickstart: its images, its stage runner, and its table."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,19 @@ def test_a_failing_stage_ends_the_run_and_is_not_remembered(tmp_path, capfd, cod
         runner.run(stage(tmp_path, code))
     assert words in capfd.readouterr().err
     assert not list((tmp_path / "stages").iterdir())
+
+
+def test_a_stopped_run_takes_its_stage_with_it(tmp_path, capfd):
+    """SIGTERM to the program reaches the stage, which is not remembered; the program's own handler comes back after it."""
+    before = signal.signal(signal.SIGTERM, own := lambda *_: None)
+    try:
+        code = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+        with pytest.raises(SystemExit):
+            Runner(tmp_path, {}).run(stage(tmp_path, code))
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert f"exit status {-signal.SIGTERM}" in capfd.readouterr().err and not any(tmp_path.glob("stages/*"))
 
 
 def test_stages_depend_on_what_they_read():
