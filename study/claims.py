@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Row
-from study.findings import Findings
-from study.plan import DATA, IN_WORDS, TITLES
+from study.findings import Findings, label
+from study.plan import DATA, IN_WORDS, TITLES, data_title
 from study.settings import LEVELS
 
 PAIRS = (("reg", "sit"), ("repa", "sit"), ("reg", "repa"))
@@ -44,18 +44,52 @@ def answer(levels: Sequence[Findings], name: str, other: str) -> str:
                 steps.setdefault(found.verdict(one.row, one.base, step), []).append(step)
             for verdict, places in sure.items():
                 if verdict in steps:
-                    places.append(f"{where} (after {', '.join(f'{step:,}' for step in steps[verdict])} steps)")
+                    places.append(f"{where} (after {in_words(steps[verdict])} steps)")
             if not sure.keys() & steps.keys():
                 unsure[SPREAD if SPREAD in steps else UNKNOWN].append(where)
     said = [f"{verdict} in all feature spaces: {'; '.join(places)}" for verdict, places in sure.items() if places]
     said = said or ["nowhere lower or higher in all feature spaces"]
-    rest = [f"{verdict[0].upper()}{verdict[1:]}: {'; '.join(places)}" for verdict, places in unsure.items() if places]
+    rest = [f"{upper(verdict)}: {'; '.join(places)}" for verdict, places in unsure.items() if places]
     return f"- **{TITLES[name]} against {TITLES[other]}**: {'. '.join(['; '.join(said), *rest])}."
 
 
+def changes(found: Findings) -> str | None:
+    """One paragraph: which changed settings and class tokens leave the row that they change, in which spaces."""
+    said: dict[str, dict[str, list[int]]] = {}
+    for row, plain in found.changed().items():
+        for step in dict.fromkeys((found.settings.headline, found.steps[-1])):
+            verdicts = found.verdicts(row, plain, step)
+            for verdict in (LOWER, HIGHER):
+                spaces = [title for title, one in verdicts.items() if one == verdict]
+                where = (
+                    "all feature spaces"
+                    if len(spaces) == len(verdicts)
+                    else f"the space of {' and '.join(spaces)} alone"
+                )
+                name = f"{data_title(row.data)}: {label(row)}"
+                if spaces:
+                    said.setdefault(f"{verdict} in {where}", {}).setdefault(name, []).append(step)
+    parts = [
+        f"{how}: {'; '.join(f'{name} (after {in_words(steps)} steps)' for name, steps in names.items())}"
+        for how, names in said.items()
+    ]
+    return f"- **Changes of a row, {LEVELS[found.settings.level]}**: {'. '.join(map(upper, parts))}." if parts else None
+
+
+def in_words(steps: Sequence[int]) -> str:
+    """`500, 1,000`"""
+    return ", ".join(f"{step:,}" for step in steps)
+
+
+def upper(text: str) -> str:
+    """With a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
 def answers(levels: Sequence[Findings]) -> Iterator[str]:
-    """An answer for each pair."""
-    return (answer(levels, *pair) for pair in PAIRS if any(any(comparisons(found, *pair)) for found in levels))
+    """An answer for each pair, and for the changed rows of each level."""
+    yield from (answer(levels, *pair) for pair in PAIRS if any(any(comparisons(found, *pair)) for found in levels))
+    yield from filter(None, map(changes, levels))
 
 
 def verdicts(found: Findings) -> list[list[str]]:

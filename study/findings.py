@@ -8,7 +8,7 @@ import numpy as np
 from evaluations.seeds import Mean, mean_of
 from study.curves import SPREAD, UNKNOWN, Curves, Row
 from study.ledger import Ledger
-from study.plan import EMA, NO_TEACHER, RAW, TITLES, runs
+from study.plan import DATA, EMA, NO_TEACHER, RAW, TITLES, row_title, runs
 from study.settings import StudyConfig
 
 
@@ -53,6 +53,11 @@ class Findings:
         found = [self.curves.row(data, teacher, name) for name in TITLES]
         return [row for row in found if row in self.curves.runs]
 
+    def changed(self) -> dict[Row, Row]:
+        """The measured rows with changed settings or class tokens, each with the row that it changes."""
+        rows = [row for row in self.curves.runs if row.data not in DATA or row.row not in TITLES]
+        return {row: Row(row.data.split(":")[0], row.teacher, row.row.split("+")[0]) for row in rows}
+
     def machines(self, row: Row, *seeds: Sequence[int]) -> set[str]:
         """Those that the judged steps of a row come from, of these lists of seeds alone if any are given."""
         known = self.curves.machines.items()
@@ -79,3 +84,8 @@ class Findings:
         factors = [step / value for value in known]
         flops = [factor * self.curves.flops[base] / self.curves.flops[row] for factor in factors]
         return Reached(mean_of(known), mean_of(factors), mean_of(flops))
+
+
+def label(row: Row) -> str:
+    """Title of a row, and its teacher where it has one."""
+    return row_title(row.row) if row.teacher == NO_TEACHER else f"{row_title(row.row)}, {row.teacher}"

@@ -30,7 +30,7 @@ TOKENS = {  # class tokens of a data word such as unlabelled:token-mean => flags
     "token-rms": ("--scale", "0"),
 }
 TOKENS_IN_WORDS = {
-    "token-mean": "class token: the mean of the patch tokens",
+    "token-mean": "mean of the patch tokens as class token",
     "token-empty": "class token without content",
     "token-x0.5": "class token x 0.5",
     "token-x2": "class token x 2",

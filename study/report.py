@@ -12,10 +12,10 @@ from evaluations.seeds import mean_of
 from study.claims import answers, cell, verdicts
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Row
 from study.figures import Panel, draw_curves, draw_samples
-from study.findings import Findings
+from study.findings import Findings, label
 from study.ledger import Ledger
 from study.machines import AGAIN, agreement, kind
-from study.plan import DATA, EMA, IN_WORDS, NO_TEACHER, TITLES, data_title, judgements, row_title, runs
+from study.plan import DATA, EMA, IN_WORDS, TITLES, data_title, judgements, row_title, runs
 from study.readme import fill, summary
 from study.settings import LEVELS, ReportConfig, StudyConfig, recipe
 
@@ -104,10 +104,9 @@ class Page(Findings):
 
     def ablations(self) -> list[list[str]]:
         """Changed settings and class tokens beside the row that they change, at the headline's step and the last one."""
-        changed = [row for row in self.curves.runs if row.data not in DATA or row.row not in TITLES]
-        plain = {row: Row(row.data.split(":")[0], row.teacher, row.row.split("+")[0]) for row in changed}
+        plain = self.changed()
         steps, body = (self.settings.headline, self.steps[-1]), []
-        for row in [*dict.fromkeys(plain.values()), *changed]:
+        for row in [*dict.fromkeys(plain.values()), *plain]:
             values = [list(self.curves.at(row, step, s.key).values()) for s in self.spaces for step in steps]
             against = [cell(self.verdicts(row, plain[row], step)) if row in plain else "" for step in steps]
             names = f"{data_title(row.data)}: {label(row)}"
@@ -251,11 +250,6 @@ class Page(Findings):
             parts.append(f"\n### Not finished\n\n{cost}\n")
             parts.append(as_markdown(table))
         return "\n".join(parts) + "\n"
-
-
-def label(row: Row) -> str:
-    """Title of a row, and its teacher where it has one."""
-    return row_title(row.row) if row.teacher == NO_TEACHER else f"{row_title(row.row)}, {row.teacher}"
 
 
 def fold(title: str, parts: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from study.claims import answer, verdicts
+from study.claims import answer, changes, verdicts
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Curves, first_pass
 from study.findings import Findings
 from study.ledger import Ledger
@@ -119,7 +119,15 @@ def test_a_difference_in_one_space_alone(tmp_path):
         Ledger(level.results / "digits.jsonl").append({"key": str(number), **line})
     (line,) = verdicts(found := Findings(level))[1:]
     assert line[:6] == ["SiT + REG against SiT", "without labels", "supervised", "3", "·", "lower: judge"]
-    assert "Within the spread" in answer([found], "reg", "sit")
+    assert "Within the spread" in answer([found], "reg", "sit") and changes(found) is None
+    for number, line in enumerate(lines_of([[5, 7], [6, 7.1], [5, 7.2]], "reg+class-coeff=0.1", steps=(100, 200))):
+        line["metrics"]["fd_other"] = 1.0
+        Ledger(level.results / "digits.jsonl").append({"key": f"c{number}", **line})
+    name = "without labels: SiT + REG, --class-coeff 0.1, supervised"
+    assert changes(Findings(replace(level, headline=100))) == (
+        f"- **Changes of a row, Digits**: Lower in the space of judge alone: {name} (after 100 steps). "
+        f"Higher in the space of judge alone: {name} (after 200 steps)."
+    )
 
 
 def test_when_a_value_is_reached():
