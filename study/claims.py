@@ -44,7 +44,7 @@ def answer(levels: Sequence[Findings], name: str, other: str) -> str:
                 steps.setdefault(found.verdict(one.row, one.base, step), []).append(step)
             for verdict, places in sure.items():
                 if verdict in steps:
-                    places.append(f"{where} (after {in_words(steps[verdict])} steps)")
+                    places.append(f"{where} (after {comma_separated(steps[verdict])} steps)")
             if not sure.keys() & steps.keys():
                 unsure[SPREAD if SPREAD in steps else UNKNOWN].append(where)
     said = [f"{verdict} in all feature spaces: {'; '.join(places)}" for verdict, places in sure.items() if places]
@@ -70,13 +70,13 @@ def changes(found: Findings) -> str | None:
                 if spaces:
                     said.setdefault(f"{verdict} in {where}", {}).setdefault(name, []).append(step)
     parts = [
-        f"{how}: {'; '.join(f'{name} (after {in_words(steps)} steps)' for name, steps in names.items())}"
+        f"{how}: {'; '.join(f'{name} (after {comma_separated(steps)} steps)' for name, steps in names.items())}"
         for how, names in said.items()
     ]
     return f"- **Changes of a row, {LEVELS[found.settings.level]}**: {'. '.join(map(upper, parts))}." if parts else None
 
 
-def in_words(steps: Sequence[int]) -> str:
+def comma_separated(steps: Sequence[int]) -> str:
     """`500, 1,000`"""
     return ", ".join(f"{step:,}" for step in steps)
 
