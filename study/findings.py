@@ -89,3 +89,8 @@ class Findings:
 def label(row: Row) -> str:
     """Title of a row, and its teacher where it has one."""
     return row_title(row.row) if row.teacher == NO_TEACHER else f"{row_title(row.row)}, {row.teacher}"
+
+
+def sit_of(rows: Sequence[Row]) -> Row | None:
+    """The row that others are compared with, where it is among them."""
+    return next((row for row in rows if row.row == "sit"), None)

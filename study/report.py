@@ -12,7 +12,7 @@ from evaluations.seeds import mean_of
 from study.claims import answers, cell, verdicts
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Row
 from study.figures import Panel, draw_curves, draw_samples
-from study.findings import Findings, label
+from study.findings import Findings, label, sit_of
 from study.ledger import Ledger
 from study.machines import AGAIN, agreement, kind
 from study.plan import DATA, EMA, IN_WORDS, TITLES, data_title, judgements, row_title, runs
@@ -53,7 +53,7 @@ class Page(Findings):
 
     def efficiency(self, rows: Sequence[Row], key: str) -> list[list[str]]:
         """EP@k at SiT's own values: how many times fewer steps, and fewer FLOPs, a row needs for the value."""
-        base = next((row for row in rows if row.row == "sit"), None)
+        base = sit_of(rows)
         body = []
         for step in self.steps[1:] if base else []:
             assert base is not None
@@ -68,7 +68,7 @@ class Page(Findings):
     def paper(self, rows: Sequence[Row]) -> list[list[str]]:
         """The paper's FID beside ours, and whether the direction against SiT agrees."""
         step, space = self.settings.headline, self.spaces[0]
-        base = next((row for row in rows if row.row == "sit"), None)
+        base = sit_of(rows)
         body = []
         for row in rows:
             values = list(self.curves.at(row, step, space.key).values())
@@ -184,7 +184,7 @@ class Page(Findings):
     def section(self, data: str, rows: Sequence[Row]) -> list[str]:
         """Curves, samples and tables with labels or without; what fewer readers need is folded."""
         named = [(label(row), row) for row in rows]
-        base = next((row for row in rows if row.row == "sit"), None)
+        base = sit_of(rows)
         panels = [
             Panel(f"FD {space.title}{' over that of SiT' * bool(base)}", space.key, base) for space in self.spaces
         ]
