@@ -46,6 +46,7 @@ class Study:
     """
 
     def __init__(self, settings: StudyConfig, device: torch.device | str = "cpu") -> None:
+        allow_tf32(False)  # in whatever is judged: a GPU's rows differ from a CPU's by rounding alone
         self.settings = settings
         self.out = settings.out / settings.level
         self.level = Level(self.out, settings)
@@ -281,7 +282,6 @@ def selected(settings: StudyConfig) -> list[Spec]:
 
 def study(settings: StudyConfig) -> None:
     """All runs of a level that the raw results lack, in their order."""
-    allow_tf32(False)  # so that a GPU's rows differ from a CPU's by rounding alone
     work = Study(settings, Processes().device)
     started, specs = time.monotonic(), selected(settings)
     done = from_first(work.ledger.keys)

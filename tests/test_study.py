@@ -220,6 +220,13 @@ def test_a_level_from_end_to_end(toy, monkeypatch, capsys):
     assert {x["key"]: x["metrics"] for x in lines} == again
 
 
+def test_nothing_is_judged_in_tf32(toy, monkeypatch):
+    """Whoever makes a study: the features of the training images are kept, for all later judgements."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Study(toy())
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_a_level_is_prepared_by_one_program_at_a_time(toy, capsys):
     """Another one that starts waits until the stages are finished, and does not run them, too."""
     works, inside = [Study(toy()) for _ in range(2)], []
