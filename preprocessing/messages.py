@@ -49,7 +49,7 @@ def needs(out: Path, plan: Plan, index: Index, todo: list[int], device: torch.de
         first = index.classes[int(np.flatnonzero(counts == 0)[0])]
         lines.append(f"{missing:,} of the {len(index.classes):,} classes have no images, such as {first}")
     lines.append(f"crop {settings['resolution']} x {settings['resolution']}; {networks}")
-    lines.append(f"{settings['dtype']} on {_device(device)}, {world} process{'es' * (world > 1)}")
+    lines.append(f"{_arithmetic(settings['dtype'], device)} on {_device(device)}, {world} process{'es' * (world > 1)}")
     for name, spec in plan.fields.items():
         shape = " x ".join(map(str, spec["shape"])) or "one number"
         lines.append(f"  {name}: {shape} {spec['dtype']}, {Field.of(spec).record_bytes:,} bytes per record")
@@ -100,6 +100,11 @@ def summary(out: Path, source: dict[str, Any], everyone: list[Totals]) -> str:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _arithmetic(dtype: str, device: torch.device) -> str:
+    tf32 = device.type == "cuda" and dtype == "fp32" and torch.backends.cudnn.allow_tf32  # as torch has it by default
+    return f"{dtype} (convolutions in TF32)" if tf32 else dtype
 
 
 def _device(device: torch.device) -> str:

@@ -5,11 +5,12 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 from config import UserError
 from dataset import PackedDataset
 from packed.format import read_manifest
-from preprocessing import pack
+from preprocessing import messages, pack
 from tests.packs import IMAGES, content, flags, records, write_folder, write_zip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,6 +99,14 @@ def test_mistakes_in_flags(toys, tmp_path, monkeypatch, more, message):
     with pytest.raises((UserError, FileNotFoundError, ValueError), match=message):
         pack.main(flags(toys, tmp_path / "new" / "out", *more))
     assert not (tmp_path / "new").exists() or list((tmp_path / "new" / "out").iterdir())
+
+
+def test_float32_on_a_gpu_is_called_what_it_is(monkeypatch):
+    """Convolutions take TF32 by torch's default; bf16 and a CPU have none of it."""
+    for allowed, said in ((True, "fp32 (convolutions in TF32)"), (False, "fp32")):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        machines = [(dtype, torch.device(device)) for dtype in ("fp32", "bf16") for device in ("cuda", "cpu")]
+        assert [messages._arithmetic(*one) for one in machines] == [said, "fp32", "bf16", "bf16"]
 
 
 def test_what_is_said_before_and_during(toys, tmp_path, capsys, monkeypatch):
