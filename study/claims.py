@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Row
 from study.findings import Findings, label
-from study.plan import DATA, IN_WORDS, TITLES, data_title
+from study.plan import DATA, IN_WORDS, TITLES, data_title, teacher_title
 from study.settings import LEVELS
 
 PAIRS = (("reg", "sit"), ("repa", "sit"), ("reg", "repa"))
@@ -33,28 +33,28 @@ def comparisons(found: Findings, name: str, other: str) -> Iterator[Comparison]:
 
 
 def answer(levels: Sequence[Findings], name: str, other: str) -> str:
-    """One paragraph: where a row is lower than another in all feature spaces, where higher, and where neither."""
-    sure: dict[str, list[str]] = {LOWER: [], HIGHER: []}
-    unsure: dict[str, list[str]] = {SPREAD: [], UNKNOWN: []}
+    """In how many comparisons a row is lower or higher than another in all feature spaces, and a list of them."""
+    places: dict[str, list[str]] = {LOWER: [], HIGHER: [], SPREAD: [], UNKNOWN: []}
+    known = 0
     for found in levels:
         for one in comparisons(found, name, other):
-            where = f"{LEVELS[found.settings.level]} {IN_WORDS[one.data]}, {one.teacher} teacher"
+            level, teacher = LEVELS[found.settings.level], teacher_title(one.teacher)
+            where = f"{level} {IN_WORDS[one.data]}, {teacher} teacher"
             steps: dict[str, list[int]] = {}
             for step in one.seeds:
                 steps.setdefault(found.verdict(one.row, one.base, step), []).append(step)
-            for verdict, places in sure.items():
-                if verdict in steps:
-                    places.append(f"{where} (after {comma_separated(steps[verdict])} steps)")
-            if not sure.keys() & steps.keys():
-                unsure[SPREAD if SPREAD in steps else UNKNOWN].append(where)
-    said = [f"{verdict} in all feature spaces: {'; '.join(places)}" for verdict, places in sure.items() if places]
-    said = said or ["nowhere lower or higher in all feature spaces"]
-    rest = [f"{upper(verdict)}: {'; '.join(places)}" for verdict, places in unsure.items() if places]
-    return f"- **{TITLES[name]} against {TITLES[other]}**: {'. '.join(['; '.join(said), *rest])}."
+            known += steps.keys() != {UNKNOWN}
+            for verdict in steps.keys() & {LOWER, HIGHER}:
+                places[verdict].append(f"{where} (after {comma_separated(steps[verdict])} steps)")
+            if not steps.keys() & {LOWER, HIGHER}:
+                places[SPREAD if SPREAD in steps else UNKNOWN].append(where)
+    said = f"lower in {len(places[LOWER])} and higher in {len(places[HIGHER])} of {known} comparisons"
+    lines = [f"- **{TITLES[name]} against {TITLES[other]}**: {said if known else UNKNOWN}"]
+    return "\n".join([*lines, *(f"  - {verdict}: {'; '.join(some)}" for verdict, some in places.items() if some)])
 
 
 def changes(found: Findings) -> str | None:
-    """One paragraph: which changed settings and class tokens leave the row that they change, in which spaces."""
+    """Which changed settings and class tokens leave the row that they change, in which spaces."""
     said: dict[str, dict[str, list[int]]] = {}
     for row, plain in found.changed().items():
         for step in dict.fromkeys((found.settings.headline, found.steps[-1])):
@@ -70,20 +70,15 @@ def changes(found: Findings) -> str | None:
                 if spaces:
                     said.setdefault(f"{verdict} in {where}", {}).setdefault(name, []).append(step)
     parts = [
-        f"{how}: {'; '.join(f'{name} (after {comma_separated(steps)} steps)' for name, steps in names.items())}"
+        f"  - {how}: {'; '.join(f'{name} (after {comma_separated(steps)} steps)' for name, steps in names.items())}"
         for how, names in said.items()
     ]
-    return f"- **Changes of a row, {LEVELS[found.settings.level]}**: {'. '.join(map(upper, parts))}." if parts else None
+    return "\n".join([f"- **Changes of a row, {LEVELS[found.settings.level]}**", *parts]) if parts else None
 
 
 def comma_separated(steps: Sequence[int]) -> str:
     """`500, 1,000`"""
     return ", ".join(f"{step:,}" for step in steps)
-
-
-def upper(text: str) -> str:
-    """With a capital letter."""
-    return text[:1].upper() + text[1:]
 
 
 def answers(levels: Sequence[Findings]) -> Iterator[str]:
@@ -106,7 +101,7 @@ def verdicts(found: Findings) -> list[list[str]]:
             reached = found.reached(one.row, one.base, headline, space.key) if other == "sit" else None
             fewer = reached.fewer_steps.text(2) if reached else ""
             pair = f"{TITLES[name]} against {TITLES[other]}"
-            body.append([pair, IN_WORDS[one.data], one.teacher, seeds, *cells, fewer])
+            body.append([pair, IN_WORDS[one.data], teacher_title(one.teacher), seeds, *cells, fewer])
     steps = [f"{step:,}" for step in found.steps]
     return [["rows", "labels", "teacher", "seeds", *steps, f"times fewer steps to SiT's FD at {headline:,}"], *body]
 

@@ -8,7 +8,7 @@ import numpy as np
 from evaluations.seeds import Mean, mean_of
 from study.curves import SPREAD, UNKNOWN, Curves, Row
 from study.ledger import Ledger
-from study.plan import DATA, EMA, NO_TEACHER, RAW, TITLES, row_title, runs
+from study.plan import DATA, EMA, NO_TEACHER, RAW, TITLES, row_title, runs, teacher_title
 from study.settings import StudyConfig
 
 
@@ -88,7 +88,7 @@ class Findings:
 
 def label(row: Row) -> str:
     """Title of a row, and its teacher where it has one."""
-    return row_title(row.row) if row.teacher == NO_TEACHER else f"{row_title(row.row)}, {row.teacher}"
+    return row_title(row.row) if row.teacher == NO_TEACHER else f"{row_title(row.row)}, {teacher_title(row.teacher)}"
 
 
 def sit_of(rows: Sequence[Row]) -> Row | None:

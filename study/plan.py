@@ -37,6 +37,7 @@ TOKENS_IN_WORDS = {
     "token-rms": "class token of unit RMS",
 }
 RAW, EMA = "raw", "ema"  # the weights that are judged; raw ones at the last step alone
+SIBLING = "efficientnet-lite0"  # of EfficientNet-Lite2, a judge: as a teacher it is marked
 NO_TEACHER = "none"  # the word of a row that reads no token of any encoder
 
 
@@ -94,6 +95,11 @@ def data_title(data: str) -> str:
     """A data word in words: `without labels, class token x 2`."""
     base, _, token = data.partition(":")
     return ", ".join([IN_WORDS[base], *([TOKENS_IN_WORDS[token]] if token else [])])
+
+
+def teacher_title(teacher: str) -> str:
+    """A teacher's name, marked if its sibling is a judge."""
+    return f"{teacher}\u2020" if teacher == SIBLING else teacher
 
 
 def judgements(spec: Spec, settings: StudyConfig) -> list[tuple[int, str]]:

@@ -95,7 +95,7 @@ class Page(Findings):
             values = [list(self.curves.at(row, last, key).values()) for key in keys]
             if any(values):
                 cells = [mean_of(v).text(3) if v else "" for v in values]
-                body.append([f"{IN_WORDS[row.data]}, {row.teacher}, {label(row)}", *cells])
+                body.append([f"{IN_WORDS[row.data]}, {label(row)}", *cells])
         for line in self.lines:
             if line["row"] == "oracle token" and line["data"] in DATA:
                 name = f"{IN_WORDS[line['data']]}, {line['teacher']}, held-out images' own tokens"

@@ -60,7 +60,8 @@ def test_a_page_of_few_seeds_and_changed_tokens(tmp_path):
     write(tmp_path / "page.md", [level])
     text = (tmp_path / "page.md").read_text()
     assert (
-        "- **SiT + REG against SiT**: nowhere lower or higher in all feature spaces. Within the spread: Digits" in text
+        "- **SiT + REG against SiT**: lower in 0 and higher in 0 of 1 comparisons\n  - within the spread: Digits"
+        in text
     )
     assert "\nSiT + REG against SiT | without labels | supervised | 2 to 3 | · | too few seeds | \n" in text
     assert "SiT + REG, supervised | 15.2 | 6.00, 6.10 | 6.0 | too few seeds" in text
@@ -91,10 +92,8 @@ def test_the_same_runs_on_two_machines(tmp_path):
     (found,) = write(tmp_path / "page.md", [level])
     text = (tmp_path / "page.md").read_text()
     assert "fd_judge | 3 | 2 % | 2 % | 11 %" in text and "apart on C and G, median" in text
-    assert (
-        "against SiT**: lower in all feature spaces: Digits without labels, supervised teacher (after 100 steps)."
-        in text
-    )
+    assert "against SiT**: lower in 1 and higher in 0 of 1 comparisons\n  - lower: Digits without labels, " in text
+    assert "supervised teacher (after 100 steps)\n" in text
     assert "SiT + REG against SiT | without labels | supervised | 3 on C and G | **lower** | \n" in text
     readme = tmp_path / "README.md"
     readme.write_text("top\n")
@@ -119,14 +118,14 @@ def test_a_difference_in_one_space_alone(tmp_path):
         Ledger(level.results / "digits.jsonl").append({"key": str(number), **line})
     (line,) = verdicts(found := Findings(level))[1:]
     assert line[:6] == ["SiT + REG against SiT", "without labels", "supervised", "3", "·", "lower: judge"]
-    assert "Within the spread" in answer([found], "reg", "sit") and changes(found) is None
+    assert "  - within the spread" in answer([found], "reg", "sit") and changes(found) is None
     for number, line in enumerate(lines_of([[5, 7], [6, 7.1], [5, 7.2]], "reg+class-coeff=0.1", steps=(100, 200))):
         line["metrics"]["fd_other"] = 1.0
         Ledger(level.results / "digits.jsonl").append({"key": f"c{number}", **line})
     name = "without labels: SiT + REG, --class-coeff 0.1, supervised"
     assert changes(Findings(replace(level, headline=100))) == (
-        f"- **Changes of a row, Digits**: Lower in the space of judge alone: {name} (after 100 steps). "
-        f"Higher in the space of judge alone: {name} (after 200 steps)."
+        f"- **Changes of a row, Digits**\n  - lower in the space of judge alone: {name} (after 100 steps)\n"
+        f"  - higher in the space of judge alone: {name} (after 200 steps)"
     )
 
 
