@@ -96,7 +96,9 @@ def named_gpu(name: str) -> str | None:
 # XL/2 with 256 images unless it says otherwise. Shares are of the data sheet; other GPUs are assumed to reach the same.
 REACHED = 0.795  # of the rate of matrix products: 786 TFLOP/s at 8192^3
 SHORT = 89  # a product over K reaches K / (K + SHORT) of that: those over 1,152 took 246 ms, 730 TFLOP/s
-ATTENTION = 0.092  # of the rate of matrix products: 6.5 TFLOP in 72 to 73 ms; tiles pad 257 tokens and heads of 72
+# Of the rate of matrix products, attention with heads of up to 64 (B/2: 1.87 TFLOP in 16.2 ms), and with wider ones, of 72
+# (6.5 TFLOP in 72 to 73 ms), which tiles pad; they pad the 257 tokens of both:
+ATTENTION = (0.117, 0.092)
 BANDWIDTH = 0.60  # of the memory's: 334 GB in 116 ms; a copy reaches 0.86
 GAP = 2.5e-6  # seconds between two kernels: 3 ms
 HOST = (
@@ -176,17 +178,18 @@ def step_cost(config: SiTConfig, batch: int, gpu: Gpu, *, encoder_macs: int = 0,
         network,
         encoder,
         traffic,
-        product_seconds(network + encoder - attention, attention, config.hidden_size, gpu),
+        product_seconds(network + encoder - attention, attention, config, gpu),
         traffic / (BANDWIDTH * gpu.bandwidth * 1e12),
         GAP * kernels,
         host,
     )
 
 
-def product_seconds(flops: float, attention_flops: float, width: int, gpu: Gpu) -> float:
-    """Predicted seconds of matrix products over `width` and of attention, forward and backward."""
-    rate = gpu.tflops * 1e12
-    return flops / (REACHED * width / (width + SHORT) * rate) + attention_flops / (ATTENTION * rate)
+def product_seconds(flops: float, attention_flops: float, config: SiTConfig, gpu: Gpu) -> float:
+    """Predicted seconds of matrix products over the width of a network and of attention, forward and backward."""
+    rate, width = gpu.tflops * 1e12, config.hidden_size
+    attention = ATTENTION[width > 64 * config.num_heads]
+    return flops / (REACHED * width / (width + SHORT) * rate) + attention_flops / (attention * rate)
 
 
 def counted_seconds(
@@ -201,7 +204,7 @@ def counted_seconds(
     encoder = batch * 2 * encoder_macs
     attention = batch * 6 * c.attention_flops + ENCODER_ATTENTION * encoder
     flops = batch * c.train_flops + encoder
-    products = product_seconds(flops - attention, attention, config.hidden_size, gpu)
+    products = product_seconds(flops - attention, attention, config, gpu)
     return max(HOST * host, products + traffic / (BANDWIDTH * gpu.bandwidth * 1e12) + GAP * launches)
 
 
