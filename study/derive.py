@@ -10,7 +10,7 @@ import torch
 from common.files import sha256
 from common.processes import Processes
 from common.provenance import weights_sha256
-from common.reporting import run, say
+from common.reporting import progress, run, say
 from config import UserError
 from dataset import PackedDataset
 from packed.format import EncoderInfo, write_manifest
@@ -53,7 +53,11 @@ def derive(
             raise UserError(f"{source} holds no pixels, which --encoder reads: pack it with --pixels")
         device, pixels = Processes().device, torch.from_numpy(arrays.pop("pixels")).permute(0, 3, 1, 2)
         teacher = load_teacher(str(encoder), GRID).to(device)
-        parts = [teacher(part.to(device)) for part in pixels.split(100)]
+        parts = []
+        with progress(len(pixels), unit="image", description=f"tokens of {encoder.name}") as bar:
+            for part in pixels.split(100):
+                parts.append(teacher(part.to(device)))
+                bar.update(len(part))
         for name, read in zip(TOKENS, zip(*parts)):
             arrays[name] = torch.cat(read).cpu().numpy()
         arrays["patch_tokens.0"] = arrays["patch_tokens.0"].astype(np.float16)
