@@ -32,6 +32,23 @@ def comparisons(found: Findings, name: str, other: str) -> Iterator[Comparison]:
                 yield Comparison(data, teacher, row, base, seeds)
 
 
+def sentence(levels: Sequence[Findings]) -> str:
+    """Where REG is lower than SiT in all feature spaces after some of its steps, and where it is not."""
+    places: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
+    for found in levels:
+        for one in comparisons(found, "reg", "sit"):
+            verdicts = {found.verdict(one.row, one.base, step) for step in one.seeds}
+            if verdicts != {UNKNOWN}:
+                where = f"{LEVELS[found.settings.level]} {IN_WORDS[one.data]}"
+                places[LOWER in verdicts].setdefault(where, []).append(teacher_title(one.teacher))
+    yes, no = (
+        "; ".join(f"{where} ({', '.join(teachers)} teacher)" for where, teachers in some.items())
+        for some in (places[True], places[False])
+    )
+    said = f"After some of its steps {TITLES['reg']} has a lower Frechet distance than {TITLES['sit']}"
+    return f"**{said}, beyond the spread of the training seeds, on: {yes or 'nothing'}. It has not on: {no or 'nothing'}.**"
+
+
 def answer(levels: Sequence[Findings], name: str, other: str) -> str:
     """In how many comparisons a row is lower or higher than another in all feature spaces, and a list of them."""
     places: dict[str, list[str]] = {LOWER: [], HIGHER: [], SPREAD: [], UNKNOWN: []}

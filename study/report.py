@@ -9,7 +9,7 @@ from common.files import write_text
 from common.reporting import say
 from evaluations.results import as_markdown
 from evaluations.seeds import mean_of
-from study.claims import answers, cell, verdicts
+from study.claims import answers, cell, sentence, verdicts
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Row
 from study.figures import Panel, draw_curves, draw_samples
 from study.findings import Findings, label, sit_of
@@ -266,10 +266,10 @@ def report(settings: ReportConfig) -> None:
 def write(page: Path, levels: Sequence[StudyConfig]) -> list[Page]:
     """The page of these levels; returns the parts of those that have results."""
     found = [one for one in (Page(settings, page.parent / "images") for settings in levels) if one.steps]
-    head = (ROOT / "study" / "page.md").read_text(encoding="utf-8").replace("ANSWERS", "\n".join(answers(found)))
-    head = head.replace(
-        "VERDICTS", "\n".join(f"{LEVELS[x.settings.level]}:\n\n{as_markdown(verdicts(x))}" for x in found)
-    )
+    tables = "\n".join(f"{LEVELS[x.settings.level]}:\n\n{as_markdown(verdicts(x))}" for x in found)
+    head = (ROOT / "study" / "page.md").read_text(encoding="utf-8")
+    for word, text in (("SENTENCE", sentence(found)), ("ANSWERS", "\n".join(answers(found))), ("VERDICTS", tables)):
+        head = head.replace(word, text)
     write_text(page, "\n".join([head, *(one.text() for one in found)]).rstrip() + "\n")
     say(f"{page}: {', '.join(one.settings.level for one in found)}")
     return found
