@@ -171,6 +171,7 @@ def _with_networks(index: "Index", folder: Path, settings: PackingBenchmark, dev
         compile=settings.compile,
     )
     networks = Networks(chosen, has_moments=False, device=device)
+    networks.compile(settings.compile, images=0)
     networks.encoders = [named.to(device)]
     if settings.compile:
         named.compile(dynamic=True)

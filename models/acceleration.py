@@ -51,13 +51,13 @@ def without_tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def decide_compile(asked: bool | None, device: str | torch.device) -> bool:
-    """Whether networks are compiled: as asked, and if it was left open (None), on a GPU.
+def decide_compile(asked: bool | None, device: str | torch.device, *, lengthy: bool = True) -> bool:
+    """Whether networks are compiled: as asked, and if it was left open (None), on a GPU for work that makes up for the time.
 
     A small function is compiled, forward and backward, to see whether it can be done at all: without a C compiler, Python's
     headers or a GPU that Triton knows it cannot, and then one message says so and the networks run eagerly.
     """
-    wanted = torch.device(device).type == "cuda" if asked is None else asked
+    wanted = lengthy and torch.device(device).type == "cuda" if asked is None else asked
     return wanted and _can_compile(torch.device(device).type)
 
 

@@ -109,7 +109,9 @@ def _pack(settings: PackConfig, processes: Processes) -> None:
         check_space("--out", out, plan.bytes(todo), "--pixels without --tokens (--no-tokens) takes less")
 
     on_first(announce)
-    totals = pack_shards(here or index, plan, todo[processes.rank :: processes.world], networks, settings, processes)
+    mine = todo[processes.rank :: processes.world]
+    networks.compile(settings.compile, len(mine) * plan.settings["shard_size"])
+    totals = pack_shards(here or index, plan, mine, networks, settings, processes)
     everyone = gather(totals)
 
     def finish() -> None:

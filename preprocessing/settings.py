@@ -78,7 +78,9 @@ class PackConfig:
         at_least=0,
         role=RUN,
     )
-    compile: bool | None = setting(None, "torch.compile the networks; auto: on a GPU", group="speed", role=RUN)
+    compile: bool | None = setting(
+        None, "torch.compile the networks; auto: on a GPU, for 50,000 images or more", group="speed", role=RUN
+    )
 
     @property
     def images(self) -> Path:

@@ -133,7 +133,12 @@ class SampleConfig:
         also=("precision", "mixed_precision", "bf16", "fp16"),
     )
     tf32: bool = setting(True, "TF32 matrix products for float32 on GPUs, as published", group="machine")
-    compile: bool | None = setting(None, "torch.compile the network; auto: on a GPU", group="machine", role=RUN)
+    compile: bool | None = setting(
+        None,
+        "torch.compile the network; auto: on a GPU, for 1,000 images of 50 steps or more",
+        group="machine",
+        role=RUN,
+    )
     vae: str | None = setting(None, "where the model's VAE is; default: as at packing", group="machine", role=RUN)
     vae_dtype: str = setting("fp32", "arithmetic of the decoder", group="machine", choices=PRECISIONS)
     vae_batch_size: int = setting(

@@ -35,6 +35,7 @@ def test_networks_are_compiled_on_a_gpu_unless_told_otherwise(monkeypatch):
     monkeypatch.setattr(acceleration, "_can_compile", lambda kind: True)
     for asked, device, decided in [(None, "cuda:1", True), (None, "cpu", False), (True, "cpu", True)]:
         assert acceleration.decide_compile(asked, device) is decided
+        assert acceleration.decide_compile(asked, device, lengthy=False) is bool(asked)
     assert acceleration.decide_compile(False, "cuda") is False
     settings = parse(TrainConfig, "", ["--data-dir", "d", "--exp-name", "x"])
     assert settings.compile is None and "auto" in COMPILE[settings.compile]

@@ -201,6 +201,14 @@ def test_reduced_precision_is_near(place, tmp_path, unbroken, dtype):
     assert np.array_equal(labels, same) and 0 < difference.mean() < 3
 
 
+def test_the_network_is_compiled_for_many_images(place, monkeypatch):
+    lengthy = []
+    monkeypatch.setattr(acceleration, "decide_compile", lambda asked, device, **more: lengthy.append(more["lengthy"]))
+    for count in ("999", "1000"):
+        loaded(place, "--num-fid-samples", count, "--num-steps", "50")
+    assert lengthy == [False, True]
+
+
 @pytest.mark.slow
 def test_compiled_network_is_near(place, tmp_path, unbroken):
     """torch.compile moves float32 rounding only."""

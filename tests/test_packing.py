@@ -11,10 +11,11 @@ import torch
 import train
 from config import UserError
 from dataset import PackedDataset, decode_moments
+from models import acceleration
 from models.autoencoder import load_autoencoder
 from models.encoder import load_encoder
 from packed.format import read_class_means, read_manifest
-from preprocessing import pack
+from preprocessing import encode, pack
 from tests.packs import IMAGES, SHARED, content, flags, flip, noise, records, torchrun, write_folder, write_published
 from tests.tiny import write_encoder
 
@@ -139,6 +140,15 @@ def test_workers_and_batches_in_flight_change_nothing(toys, tmp_path):
     """Reading processes give the same bytes."""
     pack.main([*flags(toys, tmp_path / "out"), "--num-workers", "2"])
     assert content(tmp_path / "out") == content(toys / "packed")
+
+
+def test_networks_are_compiled_for_many_images(toys, tmp_path, monkeypatch):
+    lengthy = []
+    monkeypatch.setattr(acceleration, "decide_compile", lambda asked, device, **more: lengthy.append(more["lengthy"]))
+    for name, least in (("a", 15), ("b", 19)):  # shards of 6 hold the 15 images
+        monkeypatch.setattr(encode, "COMPILED_FROM", least)
+        pack.main(flags(toys, tmp_path / name))
+    assert lengthy == [True, False]
 
 
 def test_two_processes_write_the_same_bytes(toys, tmp_path):
