@@ -76,8 +76,9 @@ class Page(Findings):
                 continue
             verdict = self.verdict(row, base, step) if row != base else ""
             agrees = AGREEMENT.get(verdict, "")
-            ratio = float(np.mean(values)) / self.floors["held-out"][space.key]
-            body.append([label(row), f"{PAPER[row.row]:.1f}", mean_of(values).text(2), f"{ratio:.1f}", agrees])
+            ratios = [value / self.floors["held-out"][space.key] for value in values]
+            cells = [mean_of(values).text(2), mean_of(ratios).text(1)]
+            body.append([label(row), f"{PAPER[row.row]:.1f}", *cells, agrees])
         return [["row", "paper, FID at 400K", f"here, FD {space.title} at {step}", "FDr", "lower than SiT"], *body]
 
     def tokens(self) -> list[list[str]]:

@@ -64,7 +64,7 @@ def test_a_page_of_few_seeds_and_changed_tokens(tmp_path):
         in text
     )
     assert "\nSiT + REG against SiT | without labels | supervised | 2 to 3 | · | too few seeds | \n" in text
-    assert "SiT + REG, supervised | 15.2 | 6.00, 6.10 | 6.0 | too few seeds" in text
+    assert "SiT + REG, supervised | 15.2 | 6.00, 6.10 | 6.0, 6.1 | too few seeds" in text
     assert "without labels, SiT + REG, supervised | 2 | 1 | 0.8 |  | 9.00\n" in text
     assert "without labels, SiT + REG, random | 2 | 1 | 0.8 |  | 7.00\n" in text
     assert text.count("held-out images' own tokens") == 2
