@@ -79,7 +79,7 @@ online() {
         --only "ours, compiled" ${PUBLISHED:+published}
 }
 small() { step small 100 --model SiT-B/2 --batch-size 32 256 --graph --label gpu-b2-cached; }
-norms() { # models/norm_kernel.py, which compiles longer, beside the compiled step without it
+norms() { # models/norm_kernel.py beside the compiled step without it
     step norms 180 --model SiT-XL/2 --batch-size "$large" --norm-kernel --profile --label gpu-xl2-norms \
         --only "ours, compiled" "ours, compiled, norm kernel"
 }

@@ -56,6 +56,14 @@ def decide_compile(asked: bool | None, device: str | torch.device, *, lengthy: b
 
     A small function is compiled, forward and backward, to see whether it can be done at all: without a C compiler, Python's
     headers or a GPU that Triton knows it cannot, and then one message says so and the networks run eagerly.
+
+    Args:
+        asked: the program's setting.
+        device: where the networks run.
+        lengthy: whether there is so much to do that compiling saves more time than it takes.
+
+    Returns:
+        Whether to compile; False, too, where it cannot be done.
     """
     wanted = lengthy and torch.device(device).type == "cuda" if asked is None else asked
     return wanted and _can_compile(torch.device(device).type)

@@ -18,7 +18,7 @@ from packed.format import EncoderInfo
 from preprocessing.read import Crops
 from preprocessing.settings import PackConfig
 
-COMPILED_FROM = 50_000  # images: with small networks an H200 packed 60,000 in 12 s, and in 31 s with compiling
+COMPILED_FROM = 50_000  # images of a dataset: for fewer, compiling takes longer than it saves
 
 
 class Pending(NamedTuple):
@@ -83,7 +83,7 @@ class Networks:
             network.to(device)
 
     def compile(self, asked: bool | None, images: int) -> None:
-        """torch.compile them, if asked to or, where it was left open (None), for so many images of this process."""
+        """torch.compile them, as `decide_compile` says for a dataset of so many images."""
         if acceleration.decide_compile(asked, self.device, lengthy=images >= COMPILED_FROM):
             for encoder in self.encoders:
                 acceleration.compile_encoder(encoder, dynamic=True)  # batches differ in size where images are left out

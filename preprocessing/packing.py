@@ -109,9 +109,8 @@ def _pack(settings: PackConfig, processes: Processes) -> None:
         check_space("--out", out, plan.bytes(todo), "--pixels without --tokens (--no-tokens) takes less")
 
     on_first(announce)
-    mine = todo[processes.rank :: processes.world]
-    networks.compile(settings.compile, len(mine) * plan.settings["shard_size"])
-    totals = pack_shards(here or index, plan, mine, networks, settings, processes)
+    networks.compile(settings.compile, plan.count)  # of what is done, too: a restart computes as the start did
+    totals = pack_shards(here or index, plan, todo[processes.rank :: processes.world], networks, settings, processes)
     everyone = gather(totals)
 
     def finish() -> None:

@@ -25,7 +25,7 @@ from sampling.sampler import Drawn, Sampler, guidance_of, solver_of
 from sampling.settings import SampleConfig, resolved
 from sampling.tokens import read_tokens
 
-# Images x steps of a process: XL/2 saves .4 ms each on an H200, where the first compiled step of training takes 34 s.
+# Images x steps of a job: XL/2 saves .4 ms each on an H200, where the first compiled step of training takes 34 s.
 COMPILED_FROM = 50_000
 
 
@@ -126,7 +126,7 @@ def load(settings: SampleConfig, process: Processes) -> Job:
     info = model.info
     optional = settings.cfg_scale is None
     settings = resolved(settings, null_class=info.cfg_prob > 0 or guide is not None)
-    lengthy = settings.num_fid_samples * settings.num_steps >= COMPILED_FROM * process.world
+    lengthy = settings.num_fid_samples * settings.num_steps >= COMPILED_FROM
     compiled = acceleration.decide_compile(settings.compile, device, lengthy=lengthy)
     settings = replace(settings, dtype=decided_dtype(settings.dtype, device), compile=compiled)
     solver, guidance = solver_of(settings), guidance_of(settings)

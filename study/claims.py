@@ -46,7 +46,7 @@ def sentence(levels: Sequence[Findings]) -> str:
         for some in (places[True], places[False])
     )
     said = f"After some of its steps {TITLES['reg']} has a lower Frechet distance than {TITLES['sit']}"
-    return f"**{said}, beyond the spread of the training seeds, on: {yes or 'nothing'}. It has not on: {no or 'nothing'}.**"
+    return f"**{said}, beyond the spread of the training seeds, on: {yes or 'nothing'}. It has none on: {no or 'nothing'}.**"
 
 
 def answer(levels: Sequence[Findings], name: str, other: str) -> str:

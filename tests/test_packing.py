@@ -145,7 +145,7 @@ def test_workers_and_batches_in_flight_change_nothing(toys, tmp_path):
 def test_networks_are_compiled_for_many_images(toys, tmp_path, monkeypatch):
     lengthy = []
     monkeypatch.setattr(acceleration, "decide_compile", lambda asked, device, **more: lengthy.append(more["lengthy"]))
-    for name, least in (("a", 15), ("b", 19)):  # shards of 6 hold the 15 images
+    for name, least in (("a", 15), ("b", 16)):
         monkeypatch.setattr(encode, "COMPILED_FROM", least)
         pack.main(flags(toys, tmp_path / name))
     assert lengthy == [True, False]

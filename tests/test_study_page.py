@@ -94,7 +94,7 @@ def test_the_same_runs_on_two_machines(tmp_path):
     assert "fd_judge | 3 | 2 % | 2 % | 11 %" in text and "apart on C and G, median" in text
     assert "against SiT**: lower in 1 and higher in 0 of 1 comparisons\n  - lower: Digits without labels, " in text
     assert "supervised teacher (after 100 steps)\n" in text
-    assert "on: Digits without labels (supervised teacher). It has not on: nothing.**" in text
+    assert "on: Digits without labels (supervised teacher). It has none on: nothing.**" in text
     assert "SiT + REG against SiT | without labels | supervised | 3 on C and G | **lower** | \n" in text
     readme = tmp_path / "README.md"
     readme.write_text("top\n")
