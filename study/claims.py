@@ -1,10 +1,11 @@
 """Where the paper's claim holds: an answer for each pair of rows, and their verdict at each step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Row
 from study.findings import Findings, label
+from study.machines import Line, repeats
 from study.plan import DATA, IN_WORDS, TITLES, data_title, teacher_title
 from study.settings import LEVELS
 
@@ -91,6 +92,27 @@ def changes(found: Findings) -> str | None:
         for how, names in said.items()
     ]
     return "\n".join([f"- **Changes of a row, {LEVELS[found.settings.level]}**", *parts]) if parts else None
+
+
+def turned(found: Findings, again: Iterable[Line]) -> str | None:
+    """Which verdicts in all feature spaces are others with the second runs in the place of the first; None without any."""
+    other = Findings(found.settings, [second for _, second in repeats(found.lines, again)])
+    count, places = 0, []
+    for name, base in PAIRS:
+        for one in comparisons(found, name, base):
+            for step in one.seeds:
+                rows, key = (one.row, one.base), found.spaces[0].key
+                count += any(found.curves.at(row, step, key) != other.curves.at(row, step, key) for row in rows)
+                before, after = (side.verdict(*rows, step) for side in (found, other))
+                if before != after:
+                    where = f"{IN_WORDS[one.data]}, {teacher_title(one.teacher)} teacher, {step:,} steps"
+                    places.append(f"{TITLES[name]} against {TITLES[base]}, {where} ({before}, then {after})")
+    said = f"{len(places)} of {count} verdicts in all feature spaces are others"
+    return (
+        f"With the second runs in the place of the first, {said}{': ' * bool(places)}{'; '.join(places)}.\n"
+        if count
+        else None
+    )
 
 
 def comma_separated(steps: Sequence[int]) -> str:

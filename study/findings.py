@@ -1,7 +1,7 @@
 """What the raw results of one level hold: its rows, feature spaces and floors, and how two rows compare."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,9 +30,12 @@ class Reached(NamedTuple):
 class Findings:
     """The raw results of one level."""
 
-    def __init__(self, settings: StudyConfig) -> None:
+    def __init__(self, settings: StudyConfig, again: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Read them; the lines of runs that were made `again` take the place of the first ones."""
         self.settings = settings
-        self.lines = Ledger(settings.results / f"{settings.level}.jsonl").lines()
+        second = {line["key"]: line for line in again}
+        lines = Ledger(settings.results / f"{settings.level}.jsonl").lines()
+        self.lines = [second.get(line["key"], line) for line in lines]
         self.curves, self.raw = Curves(self.lines, EMA), Curves(self.lines, RAW)
         fds = dict.fromkeys(key for line in self.lines for key in line["metrics"] if key.startswith("fd_"))
         own_first = sorted(fds, key=lambda key: key != "fd_judge")  # the level's own judge, where it has one

@@ -8,6 +8,7 @@ import numpy as np
 
 from study.plan import EMA
 
+Line = Mapping[str, Any]  # of the raw results
 AGAIN = "again"  # folder of the raw results of runs that were made once more, on another machine
 
 
@@ -17,9 +18,14 @@ def kind(line: Mapping[str, Any]) -> str:
     return machine.get("gpu") or machine.get("processor", "unknown")
 
 
-def agreement(
-    lines: Iterable[Mapping[str, Any]], again: Iterable[Mapping[str, Any]], keys: Sequence[str]
-) -> list[list[str]]:
+def repeats(lines: Iterable[Line], again: Iterable[Line]) -> list[tuple[Line, Line]]:
+    """The judgements that were made twice, of the same small networks: the first one and the other."""
+    first = {line["key"]: line for line in lines if line.get("weights") == EMA}
+    same_networks = (line for line in again if line.get("networks") == first.get(line["key"], {}).get("networks"))
+    return [(first[line["key"]], line) for line in same_networks if line["key"] in first]
+
+
+def agreement(lines: Iterable[Line], again: Iterable[Line], keys: Sequence[str]) -> list[list[str]]:
     """The same judgements on two machines, beside the spread of the training seeds on the first one.
 
     Args:
@@ -31,9 +37,7 @@ def agreement(
         The rows of a table, its head first; no others if nothing was made twice. Differences are relative to the mean of the
         two values.
     """
-    first = {line["key"]: line for line in lines if line.get("weights") == EMA}
-    same_networks = (line for line in again if line.get("networks") == first.get(line["key"], {}).get("networks"))
-    pairs = [(first[line["key"]], line) for line in same_networks if line["key"] in first]
+    pairs = repeats(lines, again)
     seeds: dict[tuple[Any, ...], list[Mapping[str, float]]] = {}
     for line, _ in pairs:
         seeds.setdefault(tuple(line[name] for name in ("data", "teacher", "row", "step")), []).append(line["metrics"])

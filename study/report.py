@@ -9,7 +9,7 @@ from common.files import write_text
 from common.reporting import say
 from evaluations.results import as_markdown
 from evaluations.seeds import mean_of
-from study.claims import answers, cell, sentence, verdicts
+from study.claims import answers, cell, sentence, turned, verdicts
 from study.curves import HIGHER, LOWER, SPREAD, UNKNOWN, Row
 from study.figures import Panel, draw_curves, draw_samples
 from study.findings import Findings, label, sit_of
@@ -177,10 +177,11 @@ class Page(Findings):
             "Ablations": self.ablations(),
             "Guidance, after the last step": self.guided(),
             "Averaged and raw weights": self.averaged(),
-            "The same runs on two machines": twice,
+            "The same runs once more": twice,
         }
         parts += [f"### {title}\n\n" + as_markdown(table) for title, table in tables.items() if len(table) > 1]
-        return "\n".join([*parts, self.closing()])
+        others = turned(self, again)
+        return "\n".join([*parts, *([others] if others else []), self.closing()])
 
     def section(self, data: str, rows: Sequence[Row]) -> list[str]:
         """Curves, samples and tables with labels or without; what fewer readers need is folded."""

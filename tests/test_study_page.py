@@ -92,6 +92,7 @@ def test_the_same_runs_on_two_machines(tmp_path):
     (found,) = write(tmp_path / "page.md", [level])
     text = (tmp_path / "page.md").read_text()
     assert "fd_judge | 3 | 2 % | 2 % | 11 %" in text and "apart on C and G, median" in text
+    assert "With the second runs in the place of the first, 0 of 1 verdicts in all feature spaces are others.\n" in text
     assert "against SiT**: lower in 1 and higher in 0 of 1 comparisons\n  - lower: Digits without labels, " in text
     assert "supervised teacher (after 100 steps)\n" in text
     assert "on: Digits without labels (supervised teacher). It has none on: nothing.**" in text
